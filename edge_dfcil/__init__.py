@@ -1,0 +1,84 @@
+"""edge_dfcil: teach a deployed image classifier new classes on the device, without keeping a sample.
+
+Names are imported when they are first used, so that `import edge_dfcil` costs nothing and loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from edge_dfcil._version import __version__
+
+if TYPE_CHECKING:
+    from edge_dfcil.errors import (
+        BackboneError,
+        BudgetError,
+        Cancelled,
+        ClassError,
+        DataError,
+        DivergedError,
+        EdgeDfcilError,
+        ExportError,
+        ModelFileError,
+        NotLearnedError,
+        SettingError,
+    )
+    from edge_dfcil.learner import Learner
+    from edge_dfcil.recipe import RECIPES, Recipe
+    from edge_dfcil.results import Evaluation, Prediction, StageReport, TaskReport
+    from edge_dfcil.training import Callback
+
+_HOMES = {
+    "edge_dfcil.learner": ("Learner",),
+    "edge_dfcil.recipe": ("RECIPES", "Recipe"),
+    "edge_dfcil.results": ("Evaluation", "Prediction", "StageReport", "TaskReport"),
+    "edge_dfcil.training": ("Callback",),
+    "edge_dfcil.errors": (
+        "BackboneError",
+        "BudgetError",
+        "Cancelled",
+        "ClassError",
+        "DataError",
+        "DivergedError",
+        "EdgeDfcilError",
+        "ExportError",
+        "ModelFileError",
+        "NotLearnedError",
+        "SettingError",
+    ),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "RECIPES",
+    "BackboneError",
+    "BudgetError",
+    "Callback",
+    "Cancelled",
+    "ClassError",
+    "DataError",
+    "DivergedError",
+    "EdgeDfcilError",
+    "Evaluation",
+    "ExportError",
+    "Learner",
+    "ModelFileError",
+    "NotLearnedError",
+    "Prediction",
+    "Recipe",
+    "SettingError",
+    "StageReport",
+    "TaskReport",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'edge_dfcil' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,47 @@
+"""Augmentation on the device, each image with draws of its own (torchvision's transforms draw once a batch)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edge_dfcil.recipe import Recipe
+
+GREY = (0.2989, 0.587, 0.114)
+
+
+def augment(pixels: Tensor, recipe: Recipe) -> Tensor:
+    """Colour jitter, flip and crop of float images (N, 3, S, S) in [0, 1], in the order of the ABD paper."""
+    pixels = jitter(pixels, recipe.brightness, recipe.contrast)
+    if recipe.flip:
+        flipped = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < 0.5
+        pixels = torch.where(flipped, pixels.flip(3), pixels)
+    return crop(pixels, recipe.crop_padding) if recipe.crop_padding else pixels
+
+
+def jitter(pixels: Tensor, brightness: float, contrast: float) -> Tensor:
+    """Brightness and contrast factors drawn from 1 -/+ their argument; contrast mixes with the image's mean grey."""
+
+    def factor(spread: float) -> Tensor:
+        low = max(0.0, 1 - spread)
+        return low + (1 + spread - low) * torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
+
+    if brightness:
+        pixels = (pixels * factor(brightness)).clamp(0, 1)
+    if contrast:
+        weights = torch.tensor(GREY, device=pixels.device).view(1, 3, 1, 1)
+        grey = (pixels * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+        pixels = torch.lerp(grey.expand_as(pixels), pixels, factor(contrast)).clamp(0, 1)
+    return pixels
+
+
+def crop(pixels: Tensor, padding: int) -> Tensor:
+    """A crop of the old size from each image padded with `padding` zeros on every side."""
+    n, _, height, width = pixels.shape
+    padded = F.pad(pixels, [padding] * 4).permute(0, 2, 3, 1)  # (N, H + 2p, W + 2p, 3): gathers whole pixels
+    rows, columns = torch.randint(2 * padding + 1, (2, n, 1, 1), device=pixels.device)
+    rows = rows + torch.arange(height, device=pixels.device).view(1, -1, 1)
+    columns = columns + torch.arange(width, device=pixels.device).view(1, 1, -1)
+    image = torch.arange(n, device=pixels.device).view(-1, 1, 1)
+    return padded[image, rows, columns].permute(0, 3, 1, 2)  # channels-last in memory

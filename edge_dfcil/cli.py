@@ -1,0 +1,223 @@
+"""The command line: each command a few lines over the public API. Answers on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from edge_dfcil._version import __version__
+from edge_dfcil.errors import EdgeDfcilError, SettingError
+
+if TYPE_CHECKING:
+    from edge_dfcil.folders import PictureFolder
+    from edge_dfcil.learner import Learner
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Told(click.Group):
+    """Exit 0: done. 1: an error that was told, and nothing was changed. 2: wrong usage."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgeDfcilError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("cancelled: the model is the one from before", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=Told, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="edge-dfcil")
+def main() -> None:
+    """Teach an image classifier new classes without keeping a sample, and ship it."""
+
+
+def json_option(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Answer as JSON.")(command)
+
+
+def device_option(command: Command) -> Command:
+    return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")(command)
+
+
+def strict_option(command: Command) -> Command:
+    return click.option("--strict", is_flag=True, help="Refuse a folder with a damaged picture instead of skipping it.")(command)
+
+
+MODEL = click.argument("model", type=click.Path(path_type=Path))
+
+
+@main.command()
+@click.argument("images", type=click.Path(path_type=Path))
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="The model file; extended if it is there, else made.")
+@click.option("--backbone", help="For a new model: resnet32 (default), mobilenet_v3_small, ...")
+@click.option("--image-size", type=click.IntRange(min=8), help="For a new model: side in pixels, 32 by default.")
+@click.option("--method", help="For a new model: abd (default), or a baseline.")
+@click.option("--recipe", help="For a new model: edge (default) or paper.")
+@click.option("--weights", help="For a new model: torchvision's pretrained weights, for example DEFAULT.")
+@click.option("--seed", type=int, help="For a new model: 0 by default.")
+@click.option("--no-flip", is_flag=True, help="For a new model: do not mirror pictures (letters, digits, signs).")
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=2), help="Pictures a step.")
+@click.option("--relearn", is_flag=True, help="Refresh classes that are known already instead of refusing them.")
+@strict_option
+@device_option
+@json_option
+def learn(images: Path, model: Path, batch_size: int, relearn: bool, strict: bool, device: str, as_json: bool, **new: Any) -> None:
+    """Learn the classes in IMAGES, which holds a folder of pictures a class; makes MODEL or extends it."""
+    learner = _learner_for(model, device, new)
+    folder = _folder(images, learner, strict, batch_size)
+    report = learner.learn_task(folder.loader, relearn=relearn)
+    learner.save(model)
+    answer = {**report.to_dict(), "model": str(model), "skipped": list(folder.skipped)}
+    learnt = ", ".join(report.new_classes + report.relearned_classes)
+    known = len(report.classes)
+    _answer(answer, as_json, [f"learnt {learnt} from {report.images} pictures in {report.seconds:.0f} s", f"{model} knows {known} classes"])
+
+
+@main.command()
+@MODEL
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path))
+@click.option("--top-k", default=1, show_default=True, type=click.IntRange(min=1), help="How many names an image.")
+@device_option
+@json_option
+def predict(model: Path, images: Sequence[Path], top_k: int, device: str, as_json: bool) -> None:
+    """Name the pictures IMAGE..."""
+    from edge_dfcil.folders import read_pictures
+    from edge_dfcil.learner import Learner
+
+    learner = Learner.load(model, device)
+    predictions = learner.predict(read_pictures(images, learner.image_size), top_k)
+    lines = [
+        f"{path}\t" + "\t".join(f"{name} {score:.3f}" for name, score in prediction.top)
+        for path, prediction in zip(images, predictions, strict=True)
+    ]
+    _answer([{"image": str(p), **a.to_dict()} for p, a in zip(images, predictions, strict=True)], as_json, lines)
+
+
+@main.command()
+@MODEL
+@click.argument("images", type=click.Path(path_type=Path))
+@strict_option
+@device_option
+@json_option
+def evaluate(model: Path, images: Path, strict: bool, device: str, as_json: bool) -> None:
+    """Measure accuracy on IMAGES, which holds a folder of pictures a class."""
+    from edge_dfcil.learner import Learner
+
+    learner = Learner.load(model, device)
+    folder = _folder(images, learner, strict, batch_size=64)
+    evaluation = learner.evaluate(folder.loader)
+    lines = [f"accuracy {evaluation.accuracy:.1%} on {evaluation.n} pictures"]
+    lines += [f"  {name}\t{accuracy:.1%}" for name, accuracy in evaluation.per_class.items()]
+    _answer({**evaluation.to_dict(), "skipped": list(folder.skipped)}, as_json, lines)
+
+
+@main.command()
+@MODEL
+@json_option
+def inspect(model: Path, as_json: bool) -> None:
+    """Show what MODEL knows and every kind of thing it keeps."""
+    from edge_dfcil import privacy, storage
+    from edge_dfcil.learner import Learner
+
+    tensors, settings = storage.read(model)
+    kept = privacy.account(Learner.load(model, "cpu").network, tensors)
+    by_kind = {kind: sum(k.bytes for k in kept if k.kind == kind) for kind in dict.fromkeys(k.kind for k in kept)}
+    answer = {**settings, "bytes": model.stat().st_size, "sha256": storage.digest(tensors, settings), "kept": by_kind}
+    lines = [f"{settings['backbone'] or settings['architecture']} at {settings['image_size']} px, {settings['method']}, {answer['bytes']} bytes"]
+    lines += [f"task {number}: {', '.join(task)}" for number, task in enumerate(settings["tasks"], start=1)]
+    lines += [f"keeps {size} bytes of {kind}s" for kind, size in by_kind.items()]
+    _answer(answer, as_json, [*lines, "keeps no picture, no feature of one, no generator and no dream"])
+
+
+@main.command()
+@MODEL
+@click.argument("out", type=click.Path(path_type=Path), metavar="OUT.png")
+@click.option("--per-class", default=8, show_default=True, type=click.IntRange(min=1), help="Dreams a class.")
+@device_option
+@json_option
+def dream(model: Path, out: Path, per_class: int, device: str, as_json: bool) -> None:
+    """Draw what MODEL remembers: a contact sheet, a row of dreams a class."""
+    from edge_dfcil.folders import contact_sheet
+    from edge_dfcil.learner import Learner
+
+    learner = Learner.load(model, device)
+    if not out.parent.is_dir():
+        raise SettingError(f"{out.parent} is not a folder; make it first")
+    images = learner.dream(per_class * len(learner.classes))
+    labels = [prediction.label for prediction in learner.predict(images)]
+    contact_sheet(images, labels, per_class).save(out)
+    counts = {name: labels.count(name) for name in learner.classes}
+    _answer({"image": str(out), "dreams": counts}, as_json, [f"{out} shows {len(labels)} dreams"])
+
+
+@main.command()
+@MODEL
+@click.argument("out", type=click.Path(path_type=Path), metavar="OUT.onnx")
+@json_option
+def export(model: Path, out: Path, as_json: bool) -> None:
+    """Write MODEL as ONNX, pixels in and probabilities out, checked against the model."""
+    from edge_dfcil.learner import Learner
+
+    report = Learner.load(model, "cpu").export(out)
+    line = f"{out}: {report.classes} classes, {report.bytes} bytes, probabilities within {report.max_difference:.1g} of the model's"
+    _answer(report.to_dict(), as_json, [line])
+
+
+@main.command()
+@click.option("--out", default="edge-dfcil-demo", show_default=True, type=click.Path(path_type=Path), help="Folder for what it makes.")
+@device_option
+@json_option
+def demo(out: Path, device: str, as_json: bool) -> None:
+    """Learn real handwritten digits, two classes a task, beside fine-tuning and training on everything."""
+    from edge_dfcil.demo import run
+
+    answer = run(out, device=device, say=lambda line: click.echo(line, err=as_json))
+    _answer(answer, as_json, [])
+
+
+def _learner_for(model: Path, device: str, new: dict[str, Any]) -> Learner:
+    """The learner in a model file, or a new one with the settings given."""
+    from dataclasses import replace
+
+    from edge_dfcil.learner import Learner
+    from edge_dfcil.recipe import find_recipe
+
+    no_flip = new.pop("no_flip")
+    given = {name: value for name, value in new.items() if value is not None}
+    if model.exists():
+        if given or no_flip:
+            names = ", ".join("--" + name.replace("_", "-") for name in [*given, *(["no_flip"] if no_flip else [])])
+            raise SettingError(f"{model} is there already and keeps its settings; leave out {names}, or name a new file")
+        return Learner.load(model, device)
+    if not model.parent.is_dir():
+        raise SettingError(f"{model.parent} is not a folder; make it first")
+    recipe = find_recipe(given.pop("recipe", "edge"))
+    return Learner(given.pop("backbone", "resnet32"), device=device, recipe=replace(recipe, flip=recipe.flip and not no_flip), **given)
+
+
+def _folder(images: Path, learner: Learner, strict: bool, batch_size: int) -> PictureFolder:
+    from edge_dfcil.folders import open_folder
+
+    folder = open_folder(images, learner.image_size, batch_size=batch_size, strict=strict)
+    for path in folder.skipped:
+        click.echo(f"skipped {path}: it is not a picture that can be read", err=True)
+    if folder.skipped:
+        click.echo(f"skipped {len(folder.skipped)} of {len(folder.skipped) + len(folder.loader.dataset)} pictures", err=True)  # type: ignore[arg-type]
+    return folder
+
+
+def _answer(answer: Any, as_json: bool, lines: Sequence[str]) -> None:
+    click.echo(json.dumps(answer) if as_json else "\n".join(lines), nl=as_json or bool(lines), file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

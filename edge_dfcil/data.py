@@ -1,0 +1,160 @@
+"""What a loader may give, checked once and read batch by batch: never more than the batch in flight is held."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edge_dfcil.augment import augment
+from edge_dfcil.errors import DataError
+from edge_dfcil.network import Network
+from edge_dfcil.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Real images as the backbone sees them (B, 3, S, S), and their outputs (B,)."""
+
+    images: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def check_images(images: Any, where: str = "images") -> Tensor:
+    """Images as a tensor (N, 3, H, W), uint8 or float in [0, 1]. Raises `DataError` that says what came instead."""
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(np.ascontiguousarray(images))
+    if not isinstance(images, Tensor):
+        raise DataError(f"{where}: a {type(images).__name__} came; pass a tensor or array of shape (N, 3, H, W)")
+    shape = tuple(images.shape)
+    if images.dim() != 4 or shape[1] != 3:
+        hint = ""
+        if images.dim() == 4 and shape[3] == 3:
+            hint = "; the channels come last, permute(0, 3, 1, 2) puts them second"
+        elif images.dim() == 4 and shape[1] == 1:
+            hint = "; grey images need three channels, for example images.expand(-1, 3, -1, -1)"
+        elif images.dim() == 3:
+            hint = "; a single image needs a batch dimension, images[None]"
+        raise DataError(f"{where}: the shape is {shape}; (N, 3, H, W) was expected{hint}")
+    if 0 in shape[2:]:
+        raise DataError(f"{where}: the shape is {shape}; images need at least one pixel")
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise DataError(f"{where}: the dtype is {images.dtype}; pass uint8, or float in [0, 1]")
+    if images.numel():
+        low, high = (float(bound) for bound in images.aminmax())
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise DataError(f"{where}: a pixel is NaN or infinite; check how the images are read")
+        if low < -1e-3:
+            raise DataError(
+                f"{where}: pixels reach from {low:.3g} to {high:.3g}, as after normalisation; pass plain images in [0, 1], "
+                "because the learner normalises by itself"
+            )
+        if high > 1 + 1e-3:
+            raise DataError(f"{where}: pixels reach {high:.4g}; floats must lie in [0, 1]: divide by 255, or pass uint8")
+    return images
+
+
+def check_targets(targets: Any, n: int, where: str) -> list[Any]:
+    """Targets as a list of `n` integers or names. Raises `DataError`."""
+    if isinstance(targets, (Tensor, np.ndarray)):
+        if targets.ndim != 1 or (isinstance(targets, Tensor) and targets.is_floating_point()) or getattr(targets.dtype, "kind", "i") == "f":
+            raise DataError(f"{where}: targets of shape {tuple(targets.shape)} and dtype {targets.dtype} came; pass one integer an image, (N,)")
+        targets = targets.tolist()
+    if not isinstance(targets, (list, tuple)):
+        raise DataError(f"{where}: targets of type {type(targets).__name__} came; pass one integer an image, (N,)")
+    if len(targets) != n:
+        raise DataError(f"{where}: {n} images came with {len(targets)} targets; each image needs one")
+    return list(targets)
+
+
+def read(loader: Any) -> Iterator[tuple[Tensor, list[Any]]]:
+    """One pass over a loader: checked images and targets, batch by batch."""
+    try:
+        batches = iter(loader)
+    except TypeError as error:
+        raise DataError(f"a {type(loader).__name__} cannot be iterated over; pass a DataLoader or a list of (images, targets)") from error
+    for number, batch in enumerate(batches, start=1):
+        where = f"batch {number}"
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise DataError(f"{where}: a {type(batch).__name__} came; each batch must be a pair (images, targets)")
+        images = check_images(batch[0], where)
+        yield images, check_targets(batch[1], len(images), where)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One pass over a loader: images by target value, and the sizes of its batches."""
+
+    counts: Mapping[Any, int]
+    batch_sizes: Mapping[int, int]
+
+    @property
+    def images(self) -> int:
+        return sum(self.counts.values())
+
+
+def scan(loader: Any) -> Scan:
+    """Reads every batch once, so that bad input is told before anything is trained.
+
+    Raises `DataError` for a loader that is empty, can be read only once, or whose batches cannot be learnt from.
+    """
+    if iter_is_self(loader):
+        raise DataError(
+            f"a {type(loader).__name__} can be read only once, but learning takes several passes; pass a DataLoader or a list of batches"
+        )
+    counts: Counter[Any] = Counter()
+    sizes: Counter[int] = Counter()
+    for images, targets in read(loader):
+        if len(images):
+            counts.update(targets)
+            sizes[len(images)] += 1
+    if not counts:
+        raise DataError("the loader gave no image; a task needs at least two")
+    if max(sizes) < 2:
+        raise DataError(
+            f"the loader gives {sizes[1]} batch{'es' if sizes[1] > 1 else ''} of one image, and BatchNorm cannot learn from one image "
+            "at a time; use batches of at least 2 images, better 32 or more"
+        )
+    return Scan(counts, sizes)
+
+
+def iter_is_self(loader: Any) -> bool:
+    """Whether a loader is an iterator, which one pass uses up."""
+    try:
+        return iter(loader) is loader
+    except TypeError:
+        return False
+
+
+class RealBatches:
+    """A task's images as the student sees them: augmented, normalised, on the device. One pass is an epoch."""
+
+    def __init__(self, loader: Any, scanned: Scan, outputs: Mapping[Any, int], network: Network, recipe: Recipe) -> None:
+        self._loader, self._outputs, self._network, self._recipe = loader, outputs, network, recipe
+        # One image alone cannot go through BatchNorm in train mode; the paper drops every incomplete batch.
+        self._smallest = max(scanned.batch_sizes) if recipe.drop_incomplete else 2
+        self._length = sum(n for size, n in scanned.batch_sizes.items() if size >= self._smallest)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        for images, targets in read(self._loader):
+            if len(images) < self._smallest:
+                continue
+            pixels = augment(self._network.pixels(images), self._recipe)
+            try:
+                outputs = [self._outputs[target] for target in targets]
+            except KeyError as error:
+                raise DataError(f"target {error.args[0]!r} appeared on a later pass over the loader but not on the first") from error
+            yield Batch(self._network.normalize(pixels), torch.tensor(outputs, device=pixels.device))

@@ -1,0 +1,116 @@
+"""The whole story on real data: scikit-learn's handwritten digits, two classes a task, five tasks.
+
+Public API only. ABD beside fine-tuning (the lower bound) and one network trained on everything at once (the upper).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edge_dfcil import RECIPES, Learner, SettingError
+
+SIZE = 16  # the digits are 8x8; twice that gives the generator a map to start from
+TASKS = tuple((f"{2 * t}", f"{2 * t + 1}") for t in range(5))
+NAMES = tuple(name for task in TASKS for name in task)
+RECIPE = replace(RECIPES["edge"])
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Images and targets as a re-iterable of shuffled batches."""
+
+    images: Tensor
+    targets: Tensor
+    batch_size: int = 32
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in torch.randperm(len(self.images)).split(self.batch_size):
+            yield self.images[index], self.targets[index]
+
+    def of(self, names: tuple[str, ...]) -> Batches:
+        """Those of some classes."""
+        chosen = torch.isin(self.targets, torch.tensor([NAMES.index(name) for name in names]))
+        return replace(self, images=self.images[chosen], targets=self.targets[chosen])
+
+
+def digits() -> tuple[Batches, Batches]:
+    """1,347 digits to learn from and 450 to measure with, as uint8 images (N, 3, 16, 16)."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise SettingError("the demo needs scikit-learn and matplotlib: pip install 'edge-dfcil[demo]'") from error
+    data = load_digits()
+    grey = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
+    images = F.interpolate(grey, (SIZE, SIZE), mode="bilinear")
+    images = (images * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    targets = torch.tensor(data.target)
+    train, test = train_test_split(range(len(targets)), test_size=0.25, stratify=data.target, random_state=0)
+    return Batches(images[train], targets[train]), Batches(images[test], targets[test])
+
+
+def run(out: Path, *, device: str = "auto", seed: int = 0, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Runs the demo and leaves its plot, model file, ONNX file and figures in `out`."""
+    from matplotlib.figure import Figure  # noqa: F401  told missing before anything is trained, not after
+
+    train, test = digits()
+    out.mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+    curves: dict[str, list[float]] = {}
+    learners: dict[str, Learner] = {}
+    for method in ("abd", "finetune"):
+        say(f"{method}: two digits a task, no image kept")
+        learner = learners[method] = new_learner(method, device, seed)
+        curves[method] = []
+        for number in range(len(TASKS)):
+            learner.learn_task(train.of(TASKS[number]), NAMES)
+            accuracy = learner.evaluate([*test.of(NAMES[: 2 * number + 2])], NAMES).accuracy
+            curves[method].append(accuracy)
+            say(f"  after {' and '.join(TASKS[number])}: {accuracy:.1%} of all digits seen so far")
+    say("upper bound: all ten digits at once")
+    upper = new_learner("finetune", device, seed)
+    upper.learn_task(train, NAMES)
+    final = {method: curve[-1] for method, curve in curves.items()}
+    final["upper_bound"] = upper.evaluate([*test], NAMES).accuracy
+    seconds = time.perf_counter() - begin
+
+    model = learners["abd"].save(out / "digits.safetensors")
+    onnx = learners["abd"].export(out / "digits.onnx").path
+    plot = draw(out / "accuracy.png", curves, final["upper_bound"])
+    answer = {"final_accuracy": final, "model": str(model), "onnx": onnx, "seconds": seconds}
+    figures = {**answer, "accuracy_after_task": curves, "plot": str(plot), "seed": seed, "torch": torch.__version__}
+    (out / "demo.json").write_text(json.dumps(figures, indent=2) + "\n")
+    say(f"\nfinal accuracy over all ten digits, learnt in {seconds:.0f} s")
+    for method, accuracy in final.items():
+        say(f"  {method:<12}{accuracy:6.1%}")
+    say(f"\nplot        {plot}\nmodel file  {model}\nONNX file   {onnx}")
+    return answer
+
+
+def new_learner(method: str, device: str, seed: int) -> Learner:
+    return Learner("resnet8", image_size=SIZE, method=method, recipe=RECIPE, device=device, seed=seed)
+
+
+def draw(path: Path, curves: dict[str, list[float]], upper_bound: float) -> Path:
+    """Accuracy by number of digits seen."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    seen = [2 * (task + 1) for task in range(len(TASKS))]
+    for method, curve in curves.items():
+        axes.plot(seen, [100 * accuracy for accuracy in curve], marker="o", label=method)
+    axes.axhline(100 * upper_bound, linestyle="--", color="grey", label="trained on everything")
+    axes.set(xlabel="digits learnt", ylabel="accuracy on all of them, %", xticks=seen, ylim=(0, 102))
+    axes.legend(loc="lower left")
+    figure.savefig(path, dpi=150)
+    return path

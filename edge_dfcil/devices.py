@@ -1,0 +1,49 @@
+"""Devices: which one, how it computes, and seeds that leave the caller's random numbers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+from edge_dfcil.errors import SettingError
+
+
+def find_device(device: str | torch.device) -> torch.device:
+    """The device of that name; "auto" takes CUDA, then MPS, then the CPU. Raises `SettingError` if it is not there."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        first_line = str(error).splitlines()[0]
+        raise SettingError(f"device {device!r} cannot be used here ({first_line}); use 'auto' or 'cpu'") from error
+    return found
+
+
+def autocast(device: torch.device) -> AbstractContextManager[object]:
+    """bf16 where it helps (CUDA cards that have it); full precision on MPS and CPU, where it costs time or accuracy."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.autocast("cuda", torch.bfloat16)
+    return nullcontext()
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Every draw inside follows `seed`; the caller's random state is as before afterwards."""
+    devices = [device] if device.type in ("cuda", "mps") else []
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(seed)
+        yield
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device, so that a clock read afterwards is true."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,84 @@
+"""The inversion objective: what makes an image a dream of a frozen classifier (ABD, section 4, eqs. 1 to 5).
+
+Each term is a function that reads like its equation. `o` are the teacher's logits (N, K) over the K old classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edge_dfcil.backbones import batchnorm_layers
+
+# Smallest variance that a logarithm or a quotient is taken of; a dead channel has none at all.
+TINY = 1e-5
+
+
+def content(o: Tensor, labels: Tensor, temperature: float, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of o / temperature against the label of each dream (eq. 1). The paper's label is argmax o."""
+    return F.cross_entropy(o / temperature, labels, label_smoothing=smoothing)
+
+
+def label_diversity(o: Tensor) -> Tensor:
+    """1 + sum_k p_k ln p_k / ln K, with p the batch mean of softmax(o) (eq. 2): 0 when all classes are dreamt alike.
+
+    `torch.xlogy` makes 0 ln 0 = 0, where the plain product underflows to NaN. One class has no diversity to lose.
+    """
+    classes = o.shape[1]
+    if classes == 1:
+        return o.new_zeros(())
+    p = o.softmax(1).mean(0)  # (K,)
+    return 1 + torch.xlogy(p, p.clamp_min(torch.finfo(p.dtype).tiny)).sum() / math.log(classes)
+
+
+def statistics_alignment(statistics: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Tensor:
+    """Mean over BatchNorm layers of the channel-mean of KL(N(m, r) || N(u, v)) (eq. 4).
+
+    `statistics` holds, for each layer, running mean m, running variance r, batch mean u and batch variance v: (C,) each.
+    """
+    layers = []
+    for m, r, u, v in statistics:
+        r, v = r.clamp_min(TINY), v.clamp_min(TINY)
+        layers.append((0.5 * (v.log() - r.log()) - 0.5 * (1 - (r + (m - u) ** 2) / v)).mean())
+    return torch.stack(layers).mean()
+
+
+def smoothness(images: Tensor) -> Tensor:
+    """Mean squared difference between images and their blur (eq. 3): 5x5 Gaussian, sigma sqrt 2, reflected edges."""
+    offsets = torch.arange(-2, 3, device=images.device, dtype=images.dtype)
+    row = torch.exp(-(offsets**2) / (2 * 2.0))  # sigma squared = 2
+    kernel = torch.outer(row, row)
+    kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, 5, 5)
+    padded = F.pad(images, (2, 2, 2, 2), mode="reflect")
+    return F.mse_loss(F.conv2d(padded, kernel, groups=images.shape[1]), images)
+
+
+class BatchStatistics:
+    """Reads the statistics of every BatchNorm input of a frozen network while `recording()`; holds none afterwards."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._layers = batchnorm_layers(network)
+        self._seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+        """Inside, each forward pass appends (m, r, u, v) a layer to the list that is yielded."""
+        seen = self._seen
+        handles = [layer.register_forward_pre_hook(self._record) for layer in self._layers]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._seen = []
+
+    def _record(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].float()
+        v, u = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+        self._seen.append((layer.running_mean, layer.running_var, u, v))

@@ -1,0 +1,454 @@
+"""Learner: a classifier that learns class after class on the device and keeps no image."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edge_dfcil import backbones, devices, labels, memory, metrics, storage, training
+from edge_dfcil._version import __version__
+from edge_dfcil.data import RealBatches, check_images, read, scan
+from edge_dfcil.dreaming.inversion import Dreamer, make_pool
+from edge_dfcil.errors import ClassError, DataError, ExportError, ModelFileError, NotLearnedError, SettingError
+from edge_dfcil.labels import Classes
+from edge_dfcil.methods import Method, find_method
+from edge_dfcil.network import Network
+from edge_dfcil.progress import with_progress
+from edge_dfcil.recipe import Recipe, find_recipe
+from edge_dfcil.results import Evaluation, Prediction, TaskReport
+from edge_dfcil.training import Callback, Task
+from exporters import ExportReport, export_onnx
+
+
+@dataclass(frozen=True)
+class Committed:
+    """The model that answers. A task replaces it whole, in one assignment, so that readers in other threads see
+    either the model from before or the one after."""
+
+    network: Network
+    tasks: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(name for task in self.tasks for name in task)
+
+
+class Learner:
+    """Learns new classes task by task without keeping a sample (ABD, Smith et al., ICCV 2021).
+
+    Parameters
+    ----------
+    backbone
+        A registered name (`resnet20`, `resnet32`, ...), the name of a torchvision classifier (`mobilenet_v3_small`,
+        `resnet18`, ...), or an `nn.Module` from normalised images (N, 3, S, S) to features (N, F). At least three
+        BatchNorm layers are needed, for dreams are made by matching their statistics.
+    image_size
+        S, the side in pixels that the network sees. Images of other sizes are scaled and cropped to it.
+    method
+        `abd`, a baseline (`finetune`, `lwf`, `lwf_mc`, `deep_inversion`, `lwf_synthetic`), or a `Method`.
+    recipe
+        "edge" (quick, the default), "paper" (as published), or a `Recipe`.
+    memory_budget
+        None. Planning under a budget is not in this version, and any other value is refused with `BudgetError`.
+    device
+        "auto" (CUDA, else MPS, else CPU) or a torch device.
+    seed
+        All draws of a task follow it and the task's number; on the CPU two runs are equal to the bit.
+    weights
+        Pretrained torchvision weights, such as "DEFAULT"; torchvision loads them.
+    mean, std
+        Per channel, of images in [0, 1]. None takes CIFAR-100's for the CIFAR networks, else ImageNet's.
+
+    Raises
+    ------
+    SettingError, BackboneError
+        Before anything is built that cannot work.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "resnet32",
+        *,
+        image_size: int = 32,
+        method: str | Method = "abd",
+        recipe: str | Recipe = "edge",
+        memory_budget: int | str | None = None,
+        device: str | torch.device = "auto",
+        seed: int = 0,
+        weights: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        memory.check_budget(memory_budget)
+        self.device = devices.find_device(device)
+        self.method, self.recipe, self.seed = find_method(method), find_recipe(recipe), seed
+        name = backbone if isinstance(backbone, str) else None
+        if not isinstance(image_size, int) or image_size < 8:
+            raise SettingError(f"image_size={image_size!r}; it is the side in pixels, 8 or more")
+        mean, std = _statistics(name, mean, std)
+        with devices.seeded(seed, self.device):
+            module = backbones.build(backbone, weights) if isinstance(backbone, str) else backbone
+            features = backbones.check_backbone(module, image_size)
+            self._adopt(name, Network(module, features, image_size, mean, std), ())
+
+    def _adopt(self, name: str | None, network: Network, tasks: tuple[tuple[str, ...], ...]) -> None:
+        self.backbone = name
+        network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._committed = Committed(network.eval(), tasks)
+        self._learning, self._cancel = threading.Lock(), threading.Event()
+
+    @classmethod
+    def from_classifier(
+        cls,
+        module: nn.Module,
+        classes: Sequence[str],
+        *,
+        image_size: int = 224,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        head: str | None = None,
+        **settings: Any,
+    ) -> Learner:
+        """Adopts a classifier that somebody else trained, and goes on from there. The module is copied, not changed.
+
+        Parameters
+        ----------
+        module
+            Normalised images (N, 3, S, S) to logits (N, len(classes)), with BatchNorm layers and a final `nn.Linear`.
+        classes
+            The names of its outputs, in order.
+        mean, std
+            What its images were normalised with, for images in [0, 1]; None takes ImageNet's.
+        head
+            The dotted name of the final linear layer; None takes the last one there is.
+        **settings
+            As for `Learner`: method, recipe, memory_budget, device, seed.
+
+        Raises
+        ------
+        BackboneError
+            When the module does not end in that linear layer, or has too few BatchNorm layers.
+        ClassError
+            When the names repeat, or are not as many as the outputs.
+        """
+        parts = backbones.split(module, head)
+        backbones.check_split(module, parts, image_size)
+        names = tuple(labels.name_targets(range(len(classes)), None, list(classes)).values())
+        if len(names) != parts.head.out_features:
+            raise ClassError(f"{len(names)} names were given for a classifier with {parts.head.out_features} outputs")
+        learner = cls(parts.backbone, image_size=image_size, mean=mean, std=std, **settings)
+        network = learner._committed.network.grown(len(names))
+        with torch.no_grad():
+            network.head.weight.copy_(parts.head.weight)
+            network.head.bias.copy_(parts.head.bias if parts.head.bias is not None else torch.zeros(len(names)))
+        learner._adopt(None, network, (names,))
+        return learner
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Every class name learnt, in the order of the outputs."""
+        return self._committed.classes
+
+    @property
+    def tasks(self) -> tuple[tuple[str, ...], ...]:
+        """The class names that each task brought."""
+        return self._committed.tasks
+
+    @property
+    def image_size(self) -> int:
+        """The side in pixels that the network sees."""
+        return self._committed.network.image_size
+
+    @property
+    def network(self) -> Network:
+        """The committed classifier, plain pixels to logits. To look at, not to change."""
+        return self._committed.network
+
+    # Learning
+
+    def learn_task(
+        self,
+        loader: Any,
+        classes: Classes | None = None,
+        *,
+        relearn: bool = False,
+        callbacks: Sequence[Callback] = (),
+        progress: bool = True,
+    ) -> TaskReport:
+        """Learns the classes of a loader and keeps those known before. All or nothing: until it returns, the model
+        that answers is the one from before, and an error or Ctrl-C leaves it so.
+
+        Parameters
+        ----------
+        loader
+            Anything that can be iterated over again and again (a DataLoader, a list) and yields pairs of images
+            (N, 3, H, W), uint8 or float in [0, 1], and targets (N,). Its batches are the real half of each step.
+            It is read once before training, to check it, and never after the call returns.
+        classes
+            Names by target value: a list, or a mapping. None takes `loader.dataset.classes`.
+        relearn
+            Whether classes that are known already are refreshed with these images; else they are refused.
+        callbacks
+            Hooks that are called as learning goes.
+        progress
+            Whether to show progress on stderr, when that is a terminal.
+
+        Raises
+        ------
+        DataError
+            For images, targets or a loader that cannot be learnt from.
+        ClassError
+            For names that repeat, or are known already.
+        DivergedError, Cancelled
+            When a loss is not finite; after `cancel()`.
+        """
+        if not self._learning.acquire(blocking=False):
+            raise SettingError("this learner is learning a task already, in another thread; wait for it, or cancel() it")
+        callbacks = with_progress(callbacks, progress)
+        try:
+            self._cancel.clear()
+            begin = time.perf_counter()
+            with devices.seeded(self._seed_of_task(), self.device):
+                task, committed, report = self._begin(loader, classes, relearn)
+                for callback in callbacks:
+                    callback.on_task_begin(task)
+                stages = [
+                    training.fit(stage, self.device, callbacks, self._cancel.is_set)
+                    for stage in training.stages(task, self.method)
+                ]
+            network = task.student.eval().requires_grad_(False)
+            training.check_finite(network)
+            report = replace(report, stages=tuple(stages), seconds=time.perf_counter() - begin)
+            self._committed = replace(committed, network=network)
+            for callback in callbacks:
+                callback.on_task_end(report)
+            return report
+        finally:
+            for callback in callbacks:
+                callback.on_exit()
+            self._learning.release()
+
+    def _begin(self, loader: Any, classes: Classes | None, relearn: bool) -> tuple[Task, Committed, TaskReport]:
+        """Checks a loader and lays out its task; the model that would be committed still has the old network."""
+        before = self._committed
+        scanned = scan(loader)
+        names = labels.name_targets(scanned.counts, loader, classes)
+        known = [name for name in names.values() if name in before.classes]
+        if known and not relearn:
+            raise ClassError(f"{', '.join(map(repr, known))} is known already; leave it out, or pass relearn=True to refresh it")
+        new = tuple(name for name in names.values() if name not in known)
+        after = replace(before, tasks=(*before.tasks, new) if new else before.tasks)
+        outputs = labels.outputs_of(names, after.classes)
+
+        student = before.network.grown(len(new))
+        counts = torch.zeros(student.n_classes, device=self.device)
+        for target, output in outputs.items():
+            counts[output] = scanned.counts[target]
+        task = Task(
+            student=student,
+            teacher=before.network.frozen() if before.classes else None,
+            current=torch.nonzero(counts).flatten(),
+            old=torch.nonzero(counts[: len(before.classes)] == 0).flatten(),
+            counts=counts,
+            batches=RealBatches(loader, scanned, outputs, student, self.recipe),
+            recipe=self.recipe,
+            device=self.device,
+        )
+        report = TaskReport(len(after.tasks), self.method.name, new, tuple(known), after.classes, scanned.images, 0.0, ())
+        return task, after, report
+
+    def _seed_of_task(self) -> int:
+        return self.seed * 1009 + len(self._committed.tasks)
+
+    def cancel(self) -> None:
+        """Stops a `learn_task` that runs in another thread or calls a callback; it raises `Cancelled` there."""
+        self._cancel.set()
+
+    # Answering
+
+    def _answering(self) -> Committed:
+        committed = self._committed
+        if not committed.classes:
+            raise NotLearnedError("nothing has been learnt yet; call learn_task(loader) first")
+        return committed
+
+    def predict(self, images: Any, top_k: int = 1) -> list[Prediction]:
+        """Names images (N, 3, H, W), uint8 or float in [0, 1]; also while a task is being learnt in another thread.
+
+        Raises `DataError` for images that are none, `NotLearnedError` before the first task.
+        """
+        committed = self._answering()
+        if top_k < 1:
+            raise SettingError(f"top_k={top_k}; it must be 1 or more")
+        images = check_images(images)
+        predictions = []
+        for chunk in images.split(256):
+            scores, outputs = _probabilities(committed.network, chunk).topk(min(top_k, len(committed.classes)))
+            for row_scores, row_outputs in zip(scores.tolist(), outputs.tolist(), strict=True):
+                top = tuple((committed.classes[o], s) for s, o in zip(row_scores, row_outputs, strict=True))
+                predictions.append(Prediction(top[0][0], top[0][1], top))
+        return predictions
+
+    def evaluate(self, loader: Any, classes: Classes | None = None) -> Evaluation:
+        """Accuracy over a loader, every known class competing. `loader` and `classes` are as for `learn_task`.
+
+        Raises `DataError` for a loader without images, `ClassError` for a class that is not known.
+        """
+        committed = self._answering()
+        names = list(committed.classes)
+        confusion = torch.zeros(len(names), len(names), dtype=torch.long)
+        for images, targets in read(loader):
+            named = labels.name_targets(set(targets), loader, classes)
+            outputs = labels.outputs_of(named, names)
+            true = torch.tensor([outputs[target] for target in targets])
+            predicted = _probabilities(committed.network, images).argmax(1).cpu()
+            confusion.index_put_((true, predicted), torch.ones(len(true), dtype=torch.long), accumulate=True)
+        if not confusion.sum():
+            raise DataError("the loader gave no image to evaluate on")
+        return metrics.evaluation(confusion.tolist(), names, committed.tasks)
+
+    def dream(
+        self, n: int, classes: Sequence[str] | None = None, *, callbacks: Sequence[Callback] = (), progress: bool = True
+    ) -> Tensor:
+        """`n` images (n, 3, S, S), uint8, of what the model remembers, sorted by class; made by a fresh generator.
+
+        Parameters
+        ----------
+        classes
+            Names to dream of, an even share each; None dreams of all.
+
+        Raises `ClassError` for a name that is not known, `NotLearnedError` before the first task.
+        """
+        committed = self._answering()
+        chosen = list(dict.fromkeys(classes)) if classes is not None else list(committed.classes)
+        if n < 1 or not chosen:
+            raise SettingError(f"n={n}, classes={classes}; ask for at least one image of one class")
+        wanted = labels.outputs_of({name: name for name in chosen}, committed.classes)
+        callbacks = with_progress(callbacks, progress)
+        try:
+            with devices.seeded(self._seed_of_task(), self.device):
+                outputs = torch.tensor(sorted(wanted.values()), device=self.device)
+                dreamer = Dreamer(committed.network.frozen(), outputs, self.recipe)
+                training.fit(dreamer.stage(), self.device, callbacks, self._cancel.is_set)
+                pool = make_pool(dreamer, n)
+        finally:
+            for callback in callbacks:
+                callback.on_exit()
+        order = pool.labels.argsort(stable=True)
+        return committed.network.denormalize(pool.images[order]).cpu()
+
+    # Files
+
+    def settings(self) -> dict[str, Any]:
+        """What the model file holds beside its tensors, as JSON takes it."""
+        committed = self._committed
+        network = committed.network
+        return {
+            "version": __version__,
+            "backbone": self.backbone,
+            "architecture": type(network.backbone).__qualname__,
+            "image_size": network.image_size,
+            "mean": network.mean.flatten().tolist(),
+            "std": network.std.flatten().tolist(),
+            "method": self.method.name,
+            "recipe": self.recipe.to_dict(),
+            "seed": self.seed,
+            "tasks": [list(task) for task in committed.tasks],
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the committed model to one file, all or nothing. Raises `ModelFileError` when that fails."""
+        return storage.write(path, self._committed.network.state_dict(), self.settings())
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "auto",
+        *,
+        backbone: nn.Module | None = None,
+        method: str | Method | None = None,
+    ) -> Learner:
+        """Reads a model file back; it predicts the same to the bit on the same device.
+
+        Parameters
+        ----------
+        backbone
+            For a file whose backbone was the caller's own module (adopted ones included): that module, built anew. Its
+            weights are replaced by the file's.
+        method
+            None takes the one in the file.
+
+        Raises `ModelFileError` for a file that is missing, damaged, foreign, or does not fit the backbone.
+        """
+        tensors, settings = storage.read(path)
+        try:
+            name = settings["backbone"]
+            if name is None and backbone is None:
+                raise ModelFileError(
+                    f"{path} was made with a backbone of its own ({settings['architecture']}); build that module and pass "
+                    "Learner.load(path, backbone=module)"
+                )
+            learner = cls(
+                copy.deepcopy(backbone) if backbone is not None else name,
+                image_size=settings["image_size"],
+                method=method or settings["method"],
+                recipe=Recipe.from_dict(settings["recipe"]),
+                device=device,
+                seed=settings["seed"],
+                mean=settings["mean"],
+                std=settings["std"],
+            )
+            tasks = tuple(tuple(task) for task in settings["tasks"])
+            network = learner._committed.network.grown(sum(map(len, tasks)))
+            network.load_state_dict(tensors)
+        except (KeyError, TypeError, RuntimeError) as error:
+            first_lines = " ".join(str(error).split())[:200]
+            raise ModelFileError(f"{path} does not fit this version or backbone: {first_lines}") from error
+        learner._adopt(name, network.requires_grad_(False), tasks)
+        return learner
+
+    def export(self, path: str | Path, quantize: str | None = None) -> ExportReport:
+        """Writes the committed classifier as ONNX with its preprocessing, checked against the model before it is written.
+
+        Parameters
+        ----------
+        quantize
+            None. INT8 is not in this version, and any other value is refused.
+
+        Raises `ExportError` when the file cannot be made or disagrees with the model; nothing is written then.
+        """
+        if quantize is not None:
+            raise ExportError(f"quantize={quantize!r} is not in this version; pass None for a float model")
+        committed = self._answering()
+        network = copy.deepcopy(committed.network).cpu()
+        return export_onnx(
+            network,
+            path,
+            classes=committed.classes,
+            image_size=network.image_size,
+            source_sha256=storage.digest(network.state_dict(), self.settings()),
+            version=__version__,
+        )
+
+
+
+def _statistics(name: str | None, mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Sequence[float], Sequence[float]]:
+    default_mean, default_std = backbones.default_statistics(name)
+    mean, std = mean or default_mean, std or default_std
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise SettingError(f"mean={mean}, std={std}; three numbers each, one a channel, and std above 0")
+    return mean, std
+
+
+@torch.inference_mode()
+def _probabilities(network: Network, images: Tensor) -> Tensor:
+    return network(images).float().softmax(1)

@@ -1,0 +1,30 @@
+"""What is learnt from: one short file a method, found by its name. Adding a method means adding its file."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from edge_dfcil.errors import SettingError
+from edge_dfcil.methods.base import Method
+
+_SHARED = {"base", "distillation", "dreamt", "refinement"}  # files here that are no method
+
+
+def names() -> list[str]:
+    """The names of the methods that come with the package."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
+
+
+def find_method(method: str | Method) -> Method:
+    """A method by name, or the one given. Raises `SettingError` for an unknown name."""
+    if isinstance(method, Method):
+        return method
+    if method not in names():
+        raise SettingError(f"no method is called {method!r}; choose one of {', '.join(names())}, or pass a Method")
+    module = importlib.import_module(f"{__name__}.{method}")
+    (found,) = (c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method) and c.__dict__.get("name") == method)
+    return found()
+
+
+__all__ = ["Method", "find_method", "names"]

@@ -1,0 +1,72 @@
+"""ABD, "Always Be Dreaming" (Smith et al., ICCV 2021, section 5): learn new classes while dreaming of the old ones.
+
+A step takes B real images and B dreams labelled by the teacher. Its three losses pull features apart between new
+classes only (eq. 6), let the head alone decide between old and new (eq. 8), and hold features where the old head
+looks (eq. 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edge_dfcil.data import Batch
+from edge_dfcil.methods import dreamt
+from edge_dfcil.methods.base import Method
+from edge_dfcil.methods.refinement import refine_head
+from edge_dfcil.training import Stage, Task, Terms
+
+
+class ABD(Method):
+    name = "abd"
+    mu = 0.1  # published weight of the distillation
+
+    def prepare(self, task: Task) -> Iterator[Stage]:
+        yield from dreamt.prepare(task)
+
+    def loss(self, task: Task, batch: Batch) -> Terms:
+        assert task.teacher is not None and task.dreams is not None
+        recipe, student, teacher, n = task.recipe, task.student, task.teacher, len(batch)
+        dream = task.dreams.sample(n)
+        with torch.no_grad():
+            features_before = teacher.backbone(batch.images)  # (B, F)
+        features = student.backbone(torch.cat([batch.images, dream.images]))  # (2B, F)
+        targets = torch.cat([batch.targets, dream.labels])  # (2B,)
+
+        terms = {}
+        if recipe.local_cross_entropy:
+            logits = student.head(features[:n])[:, task.current]  # (B, C)
+            terms["local"] = (1 - task.rho) * F.cross_entropy(logits, torch.searchsorted(task.current, batch.targets))
+        else:
+            terms["standard"] = weighted_cross_entropy(student.head(features), targets, task)
+        if recipe.head_finetuning:
+            terms["head"] = weighted_cross_entropy(student.head(features.detach()), targets, task)
+        terms["distillation"] = self.weight(task) * self.distillation(task, features, features_before, dream)
+        return terms
+
+    def distillation(self, task: Task, features: Tensor, features_before: Tensor, dream: dreamt.Dream) -> Tensor:
+        """Mean squared difference of W f and W f_teacher, W the teacher's frozen head (eq. 7).
+
+        Its bias cancels in the difference, so that the dreams' stored logits serve as W f_teacher.
+        """
+        assert task.teacher is not None
+        n, head = len(features_before), task.teacher.head
+        part = {"both": slice(None), "real": slice(0, n), "synthetic": slice(n, None)}[task.recipe.distil_on]
+        if task.recipe.importance:
+            before = torch.cat([head(features_before), dream.logits])  # (2B, K)
+            return F.mse_loss(head(features)[part], before[part])
+        with torch.no_grad():
+            before = torch.cat([features_before, task.teacher.backbone(dream.images)])
+        return F.mse_loss(features[part], before[part])
+
+    def refine(self, task: Task) -> Iterator[Stage]:
+        yield from refine_head(task)
+
+
+def weighted_cross_entropy(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
+    """Cross-entropy over all seen classes, weight rho for samples of old classes and 1 - rho for the others (eq. 8)."""
+    weights = torch.where(torch.isin(targets, task.old), task.rho, 1 - task.rho)  # (2B,)
+    return (weights * F.cross_entropy(logits, targets, reduction="none")).mean()

@@ -1,0 +1,14 @@
+"""Fine-tuning, the paper's Base: cross-entropy on the new images and nothing against forgetting. The lower bound."""
+
+from __future__ import annotations
+
+from edge_dfcil.data import Batch
+from edge_dfcil.methods.base import Method
+from edge_dfcil.training import Task, Terms
+
+
+class Finetune(Method):
+    name = "finetune"
+
+    def loss(self, task: Task, batch: Batch) -> Terms:
+        return self.first_loss(task, batch)

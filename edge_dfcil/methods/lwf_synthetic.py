@@ -1,0 +1,33 @@
+"""LwF on real images and dreams alike, over the old classes (a baseline of Smith et al., ICCV 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from edge_dfcil.data import Batch
+from edge_dfcil.methods import dreamt
+from edge_dfcil.methods.base import Method
+from edge_dfcil.methods.distillation import distil
+from edge_dfcil.training import Stage, Task, Terms
+
+
+class LwFSynthetic(Method):
+    name = "lwf_synthetic"
+    mu = 0.1
+
+    def prepare(self, task: Task) -> Iterator[Stage]:
+        yield from dreamt.prepare(task)
+
+    def loss(self, task: Task, batch: Batch) -> Terms:
+        assert task.teacher is not None and task.dreams is not None
+        n, dream = len(batch), task.dreams.sample(len(batch))
+        with torch.no_grad():
+            before = torch.cat([task.teacher.classify(batch.images), dream.logits])  # (2B, K)
+        logits = task.student.classify(torch.cat([batch.images, dream.images]))  # (2B, C)
+        return {
+            "cross_entropy": F.cross_entropy(logits[:n], batch.targets),
+            "distillation": self.weight(task) * distil(logits[:, : before.shape[1]], before),
+        }

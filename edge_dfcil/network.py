@@ -1,0 +1,87 @@
+"""Network: preprocessing, backbone and growing head as one module, so that an app feeds plain pixels everywhere."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as T
+
+
+def fit(images: Tensor, size: int) -> Tensor:
+    """Images (..., 3, H, W) scaled until the short side is `size`, then cropped to the centre square; dtype kept."""
+    height, width = images.shape[-2:]
+    if (height, width) == (size, size):
+        return images
+    scale = size / min(height, width)
+    scaled = [max(size, round(height * scale)), max(size, round(width * scale))]
+    return T.center_crop(T.resize(images, scaled, antialias=True), [size, size])
+
+
+class Network(nn.Module):
+    """A classifier over named classes that grows.
+
+    Parameters
+    ----------
+    backbone
+        Normalised images (N, 3, S, S) to features (N, F).
+    features
+        F.
+    image_size
+        S, in pixels. Other sizes are scaled and cropped to it.
+    mean, std
+        Per channel, for images in [0, 1].
+    """
+
+    def __init__(self, backbone: nn.Module, features: int, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.backbone = backbone
+        self.head = nn.Linear(features, 0)
+        # Settings, not weights: they are stored with the learner's settings.
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    @property
+    def n_classes(self) -> int:
+        return self.head.out_features
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """uint8 or float images (N, 3, H, W) as float in [0, 1] at the network's size, on its device."""
+        images = fit(images.to(self.mean.device, non_blocking=True), self.image_size)
+        images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Float images in [0, 1] to what the backbone sees."""
+        return (pixels - self.mean) / self.std
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """What the backbone sees, as uint8 images."""
+        return ((images.float() * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Logits (N, n_classes) of normalised images (N, 3, S, S)."""
+        logits: Tensor = self.head(self.backbone(images))
+        return logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, n_classes) of plain images (N, 3, H, W), uint8 or float in [0, 1]."""
+        return self.classify(self.normalize(self.pixels(images)))
+
+    def grown(self, n_new: int) -> Network:
+        """A copy with `n_new` more classes; the rows of known classes are kept to the bit."""
+        network = copy.deepcopy(self)
+        old = self.head
+        head = nn.Linear(old.in_features, old.out_features + n_new).to(old.weight.device)
+        with torch.no_grad():
+            head.weight[: old.out_features] = old.weight
+            head.bias[: old.out_features] = old.bias
+        network.head = head
+        return network.requires_grad_(True)
+
+    def frozen(self) -> Network:
+        """A copy in eval mode without gradients: a teacher."""
+        return copy.deepcopy(self).eval().requires_grad_(False)

@@ -1,0 +1,63 @@
+"""Progress on stderr, through rich, as one callback among others. Quiet when stderr is not a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from edge_dfcil.results import StageReport
+from edge_dfcil.training import Callback
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edge_dfcil.training import Stage
+
+
+class Progress(Callback):
+    """A bar a stage: epoch, step, losses, images a second and time left."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        self._bars = Bars(
+            TextColumn("{task.description:>7}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(compact=True),
+            console=Console(stderr=True),
+        )
+        self._shown = 0.0
+
+    def on_stage_begin(self, stage: Stage) -> None:
+        self._bars.start()
+        self._bar = self._bars.add_task(stage.name, total=stage.steps, detail="")
+        self._begin, self._images = time.perf_counter(), 0
+
+    def on_step_end(self, stage: Stage, step: int, losses: Mapping[str, Tensor], images: int) -> None:
+        self._images += images
+        now = time.perf_counter()
+        if now - self._shown < 0.25 and step < stage.steps:  # reading losses waits for the device
+            return
+        self._shown = now
+        epoch = -(-step * stage.epochs // stage.steps)
+        values = " ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+        rate = self._images / max(now - self._begin, 1e-9)
+        detail = f"epoch {epoch}/{stage.epochs}  {values}  {rate:.0f} images/s"
+        self._bars.update(self._bar, completed=step, detail=detail)
+
+    def on_stage_end(self, stage: Stage, report: StageReport) -> None:
+        self._bars.update(self._bar, completed=stage.steps)
+
+    def on_exit(self) -> None:
+        self._bars.stop()
+
+
+def with_progress(callbacks: Sequence[Callback], progress: bool) -> Sequence[Callback]:
+    """The callbacks, and a progress display where somebody watches."""
+    return [*callbacks, Progress()] if progress and sys.stderr.isatty() else list(callbacks)

@@ -1,0 +1,138 @@
+"""Recipe: every number of a learning run, by name, with its source.
+
+Two recipes come with the package. `paper` is ABD's published setting to the letter; `edge`, the default, learns a
+task in minutes on two CPU cores. Change a number with `dataclasses.replace(RECIPES["edge"], flip=False)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from edge_dfcil.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of `learn_task`. The defaults are the published ones of ABD (Smith et al., ICCV 2021) on CIFAR-100.
+
+    "ours" marks what the paper does not have; each such part is off by default and on in the `edge` recipe.
+    """
+
+    # The classifier's schedule (ABD, supplement).
+    epochs: int = 250  # passes over a task's images
+    first_epochs: int | None = None  # the same for the first task; None: as `epochs`
+    min_steps: int = 0  # ours: a small task is repeated until it has had this many steps
+    schedule: Literal["step", "one_cycle"] = "step"
+    milestones: tuple[float, ...] = (0.4, 0.6, 0.8)  # lr x 0.1 at these shares of the epochs: 100, 150, 200 of 250
+    learning_rate: float = 0.1  # SGD; the peak of a one-cycle schedule
+    momentum: float = 0.9
+    weight_decay: float = 2e-4
+    clip_gradient: float | None = None  # ours: largest gradient norm of a step
+    drop_incomplete: bool = True  # skip batches smaller than the largest one
+
+    # Augmentation of real images (ABD, supplement).
+    brightness: float = 63 / 255  # colour jitter: factor drawn from 1 -/+ this
+    contrast: float = 0.8
+    flip: bool = True  # horizontally; switch off where left and right differ, as for digits
+    crop_padding: int = 4  # pixels of zeros around the image before the random crop
+
+    # The generator (ABD, supplement; "ours" after section 6 of our reference trials).
+    latent: int = 1000  # length of z
+    width: int = 128  # channels
+    conditional: bool = False  # ours: dreams are asked for by class, so that every class is in the pool
+    generator_steps: int = 10_000
+    generator_batch: int = 128
+    generator_learning_rate: float = 1e-3  # Adam
+    generator_schedule: Literal["constant", "one_cycle"] = "constant"
+
+    # The inversion objective (ABD, eqs. 1 to 5).
+    content: float = 1.0
+    content_temperature: float = 1000.0
+    diversity: float = 1.0
+    statistics: float = 50.0
+    smoothness: float = 1e-3
+
+    # Remembering.
+    pool: int = 0  # dreams made once a task, with the teacher's outputs; 0: fresh dreams at every step, as published
+    mu: float | None = None  # weight of the distillation term; None: the method's published value
+    local_cross_entropy: bool = True  # ABD, eq. 6; False is the ablation "standard cross-entropy"
+    head_finetuning: bool = True  # ABD, eq. 8; False is the ablation
+    importance: bool = True  # ABD, eq. 7: feature distillation weighted by the old head; False: plain
+    distil_on: Literal["both", "real", "synthetic"] = "both"
+
+    label_smoothing: float = 0.0
+    freeze_batchnorm: bool = False
+    refine_smoothing: float = 0.0
+    # Head refinement, a closing stage (ours, after R-DFCIL, Gao et al., ECCV 2022): backbone frozen in eval mode.
+    refine_epochs: int = 0
+    refine_min_steps: int = 0
+    refine_learning_rate: float = 0.005
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "generator_steps", "generator_batch", "latent", "width"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"recipe.{name} is {getattr(self, name)}; it must be 1 or more")
+        for name in ("learning_rate", "generator_learning_rate", "refine_learning_rate", "content_temperature"):
+            if not getattr(self, name) > 0:
+                raise SettingError(f"recipe.{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("min_steps", "refine_epochs", "refine_min_steps", "pool", "crop_padding", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise SettingError(f"recipe.{name} is {getattr(self, name)}; it must not be negative")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise SettingError(f"recipe.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON takes them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """The inverse of `to_dict`. Raises `SettingError` for a name this version does not know."""
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise SettingError(f"the recipe names {', '.join(unknown)}, which this version does not know; upgrade edge-dfcil")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+_CHOICES = {
+    "schedule": ("step", "one_cycle"),
+    "generator_schedule": ("constant", "one_cycle"),
+    "distil_on": ("both", "real", "synthetic"),
+}
+
+PAPER = Recipe()
+
+EDGE = replace(
+    PAPER,
+    epochs=8,
+    first_epochs=12,
+    min_steps=200,
+    schedule="one_cycle",
+    clip_gradient=5.0,
+    drop_incomplete=False,
+    latent=64,
+    width=64,
+    conditional=True,
+    content_temperature=1.0,
+    generator_steps=250,
+    generator_batch=128,
+    generator_learning_rate=2e-3,
+    generator_schedule="one_cycle",
+    pool=2560,
+    refine_epochs=2,
+    refine_min_steps=60,
+    refine_learning_rate=0.05,
+)
+
+RECIPES = {"paper": PAPER, "edge": EDGE}
+
+
+def find_recipe(recipe: str | Recipe) -> Recipe:
+    """A recipe by name, or the one given. Raises `SettingError` for an unknown name."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise SettingError(f"no recipe is called {recipe!r}; choose one of {', '.join(RECIPES)}, or pass a Recipe")
+    return RECIPES[recipe]
