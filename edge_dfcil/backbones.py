@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from edge_dfcil.errors import BackboneError
 
-CIFAR_STATISTICS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
-IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what torchvision's weights are trained with
 
 # Inversion matches the statistics of BatchNorm inputs (ABD, eq. 4). With fewer layers than this, dreams are noise.
 MIN_BATCHNORM_LAYERS = 3
@@ -53,20 +52,19 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        blocks, channels_in = (depth - 2) // 6, 16
-        for stage, channels in enumerate((16, 32, 64), start=1):
-            layers = []
-            for block in range(blocks):
-                layers.append(BasicBlock(channels_in, channels, 2 if stage > 1 and block == 0 else 1))
-                channels_in = channels
-            setattr(self, f"stage{stage}", nn.Sequential(*layers))
+        blocks, channels_in, stages = (depth - 2) // 6, 16, []
+        for channels in (16, 32, 64):
+            first = BasicBlock(channels_in, channels, stride=1 if channels == 16 else 2)
+            stages.append(nn.Sequential(first, *(BasicBlock(channels, channels, stride=1) for _ in range(blocks - 1))))
+            channels_in = channels
+        self.stages = nn.Sequential(*stages)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
-        x = self.stage3(self.stage2(self.stage1(x)))  # (N, 64, S/4, S/4)
+        x = self.stages(x)  # (N, 64, S/4, S/4)
         return x.mean((2, 3))  # (N, 64)
 
 
@@ -106,11 +104,6 @@ def build(name: str, weights: str | None = None) -> nn.Module:
     except Exception as error:  # torchvision raises KeyError, ValueError or URLError here, by cause
         raise BackboneError(f"torchvision could not give {name} with weights={weights!r}: {error}") from error
     return split(classifier).backbone
-
-
-def default_statistics(name: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel that a backbone is normalised with, images in [0, 1]."""
-    return CIFAR_STATISTICS if name in CIFAR_RESNETS else IMAGENET_STATISTICS
 
 
 @dataclass(frozen=True)

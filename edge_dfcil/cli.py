@@ -57,7 +57,9 @@ MODEL = click.argument("model", type=click.Path(path_type=Path))
 
 @main.command()
 @click.argument("images", type=click.Path(path_type=Path))
-@click.option("--model", required=True, type=click.Path(path_type=Path), help="The model file; extended if it is there, else made.")
+@click.option(
+    "--model", required=True, type=click.Path(path_type=Path), help="The model file; extended if it is there, else made."
+)
 @click.option("--backbone", help="For a new model: resnet32 (default), mobilenet_v3_small, ...")
 @click.option("--image-size", type=click.IntRange(min=8), help="For a new model: side in pixels, 32 by default.")
 @click.option("--method", help="For a new model: abd (default), or a baseline.")
@@ -70,7 +72,9 @@ MODEL = click.argument("model", type=click.Path(path_type=Path))
 @strict_option
 @device_option
 @json_option
-def learn(images: Path, model: Path, batch_size: int, relearn: bool, strict: bool, device: str, as_json: bool, **new: Any) -> None:
+def learn(
+    images: Path, model: Path, batch_size: int, relearn: bool, strict: bool, device: str, as_json: bool, **new: Any
+) -> None:
     """Learn the classes in IMAGES, which holds a folder of pictures a class; makes MODEL or extends it."""
     learner = _learner_for(model, device, new)
     folder = _folder(images, learner, strict, batch_size)
@@ -79,7 +83,11 @@ def learn(images: Path, model: Path, batch_size: int, relearn: bool, strict: boo
     answer = {**report.to_dict(), "model": str(model), "skipped": list(folder.skipped)}
     learnt = ", ".join(report.new_classes + report.relearned_classes)
     known = len(report.classes)
-    _answer(answer, as_json, [f"learnt {learnt} from {report.images} pictures in {report.seconds:.0f} s", f"{model} knows {known} classes"])
+    _answer(
+        answer,
+        as_json,
+        [f"learnt {learnt} from {report.images} pictures in {report.seconds:.0f} s", f"{model} knows {known} classes"],
+    )
 
 
 @main.command()
@@ -132,7 +140,8 @@ def inspect(model: Path, as_json: bool) -> None:
     kept = privacy.account(Learner.load(model, "cpu").network, tensors)
     by_kind = {kind: sum(k.bytes for k in kept if k.kind == kind) for kind in dict.fromkeys(k.kind for k in kept)}
     answer = {**settings, "bytes": model.stat().st_size, "sha256": storage.digest(tensors, settings), "kept": by_kind}
-    lines = [f"{settings['backbone'] or settings['architecture']} at {settings['image_size']} px, {settings['method']}, {answer['bytes']} bytes"]
+    name = settings["backbone"] or settings["architecture"]
+    lines = [f"{name} at {settings['image_size']} px, {settings['method']}, {answer['bytes']} bytes"]
     lines += [f"task {number}: {', '.join(task)}" for number, task in enumerate(settings["tasks"], start=1)]
     lines += [f"keeps {size} bytes of {kind}s" for kind, size in by_kind.items()]
     _answer(answer, as_json, [*lines, "keeps no picture, no feature of one, no generator and no dream"])
@@ -168,12 +177,16 @@ def export(model: Path, out: Path, as_json: bool) -> None:
     from edge_dfcil.learner import Learner
 
     report = Learner.load(model, "cpu").export(out)
-    line = f"{out}: {report.classes} classes, {report.bytes} bytes, probabilities within {report.max_difference:.1g} of the model's"
+    line = (
+        f"{out}: {report.classes} classes, {report.bytes} bytes, probabilities within {report.max_difference:.1g} of the model's"
+    )
     _answer(report.to_dict(), as_json, [line])
 
 
 @main.command()
-@click.option("--out", default="edge-dfcil-demo", show_default=True, type=click.Path(path_type=Path), help="Folder for what it makes.")
+@click.option(
+    "--out", default="edge-dfcil-demo", show_default=True, type=click.Path(path_type=Path), help="Folder for what it makes."
+)
 @device_option
 @json_option
 def demo(out: Path, device: str, as_json: bool) -> None:
@@ -201,7 +214,9 @@ def _learner_for(model: Path, device: str, new: dict[str, Any]) -> Learner:
     if not model.parent.is_dir():
         raise SettingError(f"{model.parent} is not a folder; make it first")
     recipe = find_recipe(given.pop("recipe", "edge"))
-    return Learner(given.pop("backbone", "resnet32"), device=device, recipe=replace(recipe, flip=recipe.flip and not no_flip), **given)
+    return Learner(
+        given.pop("backbone", "resnet32"), device=device, recipe=replace(recipe, flip=recipe.flip and not no_flip), **given
+    )
 
 
 def _folder(images: Path, learner: Learner, strict: bool, batch_size: int) -> PictureFolder:

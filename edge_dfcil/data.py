@@ -16,6 +16,8 @@ from edge_dfcil.errors import DataError
 from edge_dfcil.network import Network
 from edge_dfcil.recipe import Recipe
 
+SMALLEST_STD = 0.02  # per channel; images of one flat colour have none
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -67,8 +69,15 @@ def check_images(images: Any, where: str = "images") -> Tensor:
 def check_targets(targets: Any, n: int, where: str) -> list[Any]:
     """Targets as a list of `n` integers or names. Raises `DataError`."""
     if isinstance(targets, (Tensor, np.ndarray)):
-        if targets.ndim != 1 or (isinstance(targets, Tensor) and targets.is_floating_point()) or getattr(targets.dtype, "kind", "i") == "f":
-            raise DataError(f"{where}: targets of shape {tuple(targets.shape)} and dtype {targets.dtype} came; pass one integer an image, (N,)")
+        if (
+            targets.ndim != 1
+            or (isinstance(targets, Tensor) and targets.is_floating_point())
+            or getattr(targets.dtype, "kind", "i") == "f"
+        ):
+            raise DataError(
+                f"{where}: targets of shape {tuple(targets.shape)} and dtype {targets.dtype} came; "
+                "pass one integer an image, (N,)"
+            )
         targets = targets.tolist()
     if not isinstance(targets, (list, tuple)):
         raise DataError(f"{where}: targets of type {type(targets).__name__} came; pass one integer an image, (N,)")
@@ -82,7 +91,9 @@ def read(loader: Any) -> Iterator[tuple[Tensor, list[Any]]]:
     try:
         batches = iter(loader)
     except TypeError as error:
-        raise DataError(f"a {type(loader).__name__} cannot be iterated over; pass a DataLoader or a list of (images, targets)") from error
+        raise DataError(
+            f"a {type(loader).__name__} cannot be iterated over; pass a DataLoader or a list of (images, targets)"
+        ) from error
     for number, batch in enumerate(batches, start=1):
         where = f"batch {number}"
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -93,10 +104,15 @@ def read(loader: Any) -> Iterator[tuple[Tensor, list[Any]]]:
 
 @dataclass(frozen=True)
 class Scan:
-    """One pass over a loader: images by target value, and the sizes of its batches."""
+    """One pass over a loader: images by target value, the sizes of its batches, and the pixels' statistics.
+
+    `mean` and `std` are per channel, over all pixels of all images in [0, 1]: six numbers for a whole task.
+    """
 
     counts: Mapping[Any, int]
     batch_sizes: Mapping[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     @property
     def images(self) -> int:
@@ -108,32 +124,31 @@ def scan(loader: Any) -> Scan:
 
     Raises `DataError` for a loader that is empty, can be read only once, or whose batches cannot be learnt from.
     """
-    if iter_is_self(loader):
+    if isinstance(loader, Iterator):
         raise DataError(
-            f"a {type(loader).__name__} can be read only once, but learning takes several passes; pass a DataLoader or a list of batches"
+            f"a {type(loader).__name__} can be read only once, but learning takes several passes; "
+            "pass a DataLoader or a list of batches"
         )
     counts: Counter[Any] = Counter()
     sizes: Counter[int] = Counter()
+    first, second = np.zeros(3), np.zeros(3)  # moments, each image weighing the same
     for images, targets in read(loader):
         if len(images):
             counts.update(targets)
             sizes[len(images)] += 1
+            pixels = images.float() / (255 if images.dtype == torch.uint8 else 1)
+            first += pixels.mean((2, 3)).sum(0).cpu().numpy()
+            second += pixels.square().mean((2, 3)).sum(0).cpu().numpy()
     if not counts:
         raise DataError("the loader gave no image; a task needs at least two")
     if max(sizes) < 2:
         raise DataError(
-            f"the loader gives {sizes[1]} batch{'es' if sizes[1] > 1 else ''} of one image, and BatchNorm cannot learn from one image "
-            "at a time; use batches of at least 2 images, better 32 or more"
+            "the loader gives one image at a time, and BatchNorm cannot learn from one image; use "
+            "batches of at least 2 images, better 32 or more"
         )
-    return Scan(counts, sizes)
-
-
-def iter_is_self(loader: Any) -> bool:
-    """Whether a loader is an iterator, which one pass uses up."""
-    try:
-        return iter(loader) is loader
-    except TypeError:
-        return False
+    mean = first / sum(counts.values())
+    std = np.sqrt(np.maximum(second / sum(counts.values()) - mean**2, SMALLEST_STD**2))
+    return Scan(counts, sizes, tuple(mean.tolist()), tuple(std.tolist()))
 
 
 class RealBatches:
@@ -156,5 +171,7 @@ class RealBatches:
             try:
                 outputs = [self._outputs[target] for target in targets]
             except KeyError as error:
-                raise DataError(f"target {error.args[0]!r} appeared on a later pass over the loader but not on the first") from error
+                raise DataError(
+                    f"target {error.args[0]!r} appeared on a later pass over the loader but not on the first"
+                ) from error
             yield Batch(self._network.normalize(pixels), torch.tensor(outputs, device=pixels.device))

@@ -49,7 +49,9 @@ class PictureFolder:
     skipped: tuple[str, ...]
 
 
-def open_folder(path: str | Path, size: int, *, batch_size: int = 32, shuffle: bool = True, strict: bool = False) -> PictureFolder:
+def open_folder(
+    path: str | Path, size: int, *, batch_size: int = 32, shuffle: bool = True, strict: bool = False
+) -> PictureFolder:
     """Opens a folder that holds a folder a class. Every picture is decoded once, so that damage is told now.
 
     Raises `DataError` when there is no such folder, no class in it, a class without a readable picture, or, if
@@ -73,7 +75,9 @@ def open_folder(path: str | Path, size: int, *, batch_size: int = 32, shuffle: b
         return True
 
     try:
-        pictures = ImageFolder(str(path), lambda picture: _to_image(picture, size), loader=read_picture, is_valid_file=is_readable)
+        pictures = ImageFolder(
+            str(path), lambda picture: _to_image(picture, size), loader=read_picture, is_valid_file=is_readable
+        )
     except FileNotFoundError as error:
         note = f"; {len(skipped)} damaged ones were skipped" if skipped else ""
         raise DataError(f"{path} should hold a folder of pictures for each class: {str(error).splitlines()[0]}{note}") from error

@@ -32,7 +32,9 @@ def name_targets(targets: Iterable[Any], loader: Any, classes: Classes | None) -
     for target in sorted(targets, key=lambda value: (str(type(value)), value)):
         if target not in lookup:
             known = ", ".join(repr(key) for key in list(lookup)[:8])
-            raise DataError(f"target {target!r} has no name; classes names the targets {known}{', ...' if len(lookup) > 8 else ''}")
+            raise DataError(
+                f"target {target!r} has no name; classes names the targets {known}{', ...' if len(lookup) > 8 else ''}"
+            )
         name = lookup[target]
         if not isinstance(name, str) or not name.strip():
             raise ClassError(f"the name of target {target!r} is {name!r}; it must be a text that is not empty")

@@ -35,6 +35,7 @@ class Committed:
 
     network: Network
     tasks: tuple[tuple[str, ...], ...] = ()
+    normalizes: bool = False  # whether the network's mean and std are settled
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -65,7 +66,8 @@ class Learner:
     weights
         Pretrained torchvision weights, such as "DEFAULT"; torchvision loads them.
     mean, std
-        Per channel, of images in [0, 1]. None takes CIFAR-100's for the CIFAR networks, else ImageNet's.
+        What images in [0, 1] are normalised with, per channel. None takes ImageNet's with pretrained weights; else they
+        are measured over all pixels of the first task, because dreams are made with mean 0 and deviation 1.
 
     Raises
     ------
@@ -93,16 +95,18 @@ class Learner:
         name = backbone if isinstance(backbone, str) else None
         if not isinstance(image_size, int) or image_size < 8:
             raise SettingError(f"image_size={image_size!r}; it is the side in pixels, 8 or more")
-        mean, std = _statistics(name, mean, std)
+        if weights is not None:
+            mean, std = mean or backbones.IMAGENET_STATISTICS[0], std or backbones.IMAGENET_STATISTICS[1]
         with devices.seeded(seed, self.device):
             module = backbones.build(backbone, weights) if isinstance(backbone, str) else backbone
             features = backbones.check_backbone(module, image_size)
-            self._adopt(name, Network(module, features, image_size, mean, std), ())
+            network = Network(module, features, image_size)
+        self._adopt(name, network, (), _set_statistics(network, mean, std))
 
-    def _adopt(self, name: str | None, network: Network, tasks: tuple[tuple[str, ...], ...]) -> None:
+    def _adopt(self, name: str | None, network: Network, tasks: tuple[tuple[str, ...], ...], normalizes: bool) -> None:
         self.backbone = name
         network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._committed = Committed(network.eval(), tasks)
+        self._committed = Committed(network.eval(), tasks, normalizes)
         self._learning, self._cancel = threading.Lock(), threading.Event()
 
     @classmethod
@@ -144,12 +148,13 @@ class Learner:
         names = tuple(labels.name_targets(range(len(classes)), None, list(classes)).values())
         if len(names) != parts.head.out_features:
             raise ClassError(f"{len(names)} names were given for a classifier with {parts.head.out_features} outputs")
-        learner = cls(parts.backbone, image_size=image_size, mean=mean, std=std, **settings)
+        default_mean, default_std = backbones.IMAGENET_STATISTICS
+        learner = cls(parts.backbone, image_size=image_size, mean=mean or default_mean, std=std or default_std, **settings)
         network = learner._committed.network.grown(len(names))
         with torch.no_grad():
             network.head.weight.copy_(parts.head.weight)
             network.head.bias.copy_(parts.head.bias if parts.head.bias is not None else torch.zeros(len(names)))
-        learner._adopt(None, network, (names,))
+        learner._adopt(None, network, (names,), normalizes=True)
         return learner
 
     @property
@@ -245,10 +250,12 @@ class Learner:
         if known and not relearn:
             raise ClassError(f"{', '.join(map(repr, known))} is known already; leave it out, or pass relearn=True to refresh it")
         new = tuple(name for name in names.values() if name not in known)
-        after = replace(before, tasks=(*before.tasks, new) if new else before.tasks)
+        after = replace(before, tasks=(*before.tasks, new) if new else before.tasks, normalizes=True)
         outputs = labels.outputs_of(names, after.classes)
 
         student = before.network.grown(len(new))
+        if not before.normalizes:
+            student.set_statistics(scanned.mean, scanned.std)
         counts = torch.zeros(student.n_classes, device=self.device)
         for target, output in outputs.items():
             counts[output] = scanned.counts[target]
@@ -356,8 +363,8 @@ class Learner:
             "backbone": self.backbone,
             "architecture": type(network.backbone).__qualname__,
             "image_size": network.image_size,
-            "mean": network.mean.flatten().tolist(),
-            "std": network.std.flatten().tolist(),
+            "mean": network.mean.flatten().tolist() if committed.normalizes else None,
+            "std": network.std.flatten().tolist() if committed.normalizes else None,
             "method": self.method.name,
             "recipe": self.recipe.to_dict(),
             "seed": self.seed,
@@ -413,7 +420,7 @@ class Learner:
         except (KeyError, TypeError, RuntimeError) as error:
             first_lines = " ".join(str(error).split())[:200]
             raise ModelFileError(f"{path} does not fit this version or backbone: {first_lines}") from error
-        learner._adopt(name, network.requires_grad_(False), tasks)
+        learner._adopt(name, network.requires_grad_(False), tasks, settings["mean"] is not None)
         return learner
 
     def export(self, path: str | Path, quantize: str | None = None) -> ExportReport:
@@ -440,13 +447,14 @@ class Learner:
         )
 
 
-
-def _statistics(name: str | None, mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Sequence[float], Sequence[float]]:
-    default_mean, default_std = backbones.default_statistics(name)
-    mean, std = mean or default_mean, std or default_std
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise SettingError(f"mean={mean}, std={std}; three numbers each, one a channel, and std above 0")
-    return mean, std
+def _set_statistics(network: Network, mean: Sequence[float] | None, std: Sequence[float] | None) -> bool:
+    """Sets what was given, and whether anything was."""
+    if mean is None and std is None:
+        return False
+    if mean is None or std is None or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise SettingError(f"mean={mean}, std={std}; give both, three numbers each, one a channel, and std above 0")
+    network.set_statistics(mean, std)
+    return True
 
 
 @torch.inference_mode()

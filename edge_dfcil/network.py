@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -31,18 +32,31 @@ class Network(nn.Module):
         F.
     image_size
         S, in pixels. Other sizes are scaled and cropped to it.
+
+    Attributes
+    ----------
     mean, std
-        Per channel, for images in [0, 1].
+        What images in [0, 1] are normalised with, per channel (3, 1, 1); 0 and 1 until `set_statistics`.
     """
 
-    def __init__(self, backbone: nn.Module, features: int, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module, features: int, image_size: int) -> None:
         super().__init__()
         self.image_size = image_size
         self.backbone = backbone
-        self.head = nn.Linear(features, 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that there is nothing to initialise: no class is known yet
+            self.head = nn.Linear(features, 0)
         # Settings, not weights: they are stored with the learner's settings.
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.zeros(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.ones(3, 1, 1), persistent=False)
+
+    def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Sets what images are normalised with, three numbers each."""
+        self.mean.copy_(torch.tensor(mean).view(3, 1, 1))
+        self.std.copy_(torch.tensor(std).view(3, 1, 1))
 
     @property
     def n_classes(self) -> int:

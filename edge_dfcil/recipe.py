@@ -93,7 +93,8 @@ class Recipe:
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise SettingError(f"the recipe names {', '.join(unknown)}, which this version does not know; upgrade edge-dfcil")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        typed: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return cls(**typed)
 
 
 _CHOICES = {

@@ -48,7 +48,9 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], settings: Mapping[str
     try:
         replace_file(path, save(plain, metadata))
     except OSError as error:
-        raise ModelFileError(f"{path} could not be written: {error.strerror or error}; what was there before is untouched") from error
+        raise ModelFileError(
+            f"{path} could not be written: {error.strerror or error}; what was there before is untouched"
+        ) from error
     return path
 
 
@@ -66,7 +68,9 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 raise ModelFileError(f"{path} is a safetensors file, but edge-dfcil did not write it")
             about, settings = json.loads(metadata["edge_dfcil"]), json.loads(metadata["settings"])
             if about["schema"] > SCHEMA:
-                raise ModelFileError(f"{path} has schema {about['schema']}; this version reads up to {SCHEMA}. Upgrade edge-dfcil")
+                raise ModelFileError(
+                    f"{path} has schema {about['schema']}; this version reads up to {SCHEMA}. Upgrade edge-dfcil"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ModelFileError(f"{path} is not an edge-dfcil model file, or it is damaged ({error})") from error

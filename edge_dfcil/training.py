@@ -92,6 +92,12 @@ class Task:
         return self.teacher is not None and len(self.old) > 0
 
     @property
+    def memory(self) -> tuple[Network, Dreams]:
+        """The teacher and its dreams, for methods whose `prepare` made some."""
+        assert self.teacher is not None and self.dreams is not None, "the method's prepare() left no dreams"
+        return self.teacher, self.dreams
+
+    @property
     def rho(self) -> float:
         """n_old / n_seen (ABD, section 5): the share of seen classes that have no real image now."""
         return len(self.old) / self.student.n_classes
@@ -149,7 +155,9 @@ def fit(stage: Stage, device: torch.device, callbacks: Sequence[Callback], cance
         # Reading a number waits for the device: every step on the CPU, now and then on an accelerator.
         if (device.type == "cpu" or step % 20 == 0 or step == stage.steps) and not math.isfinite(total.item()):
             values = ", ".join(f"{name} {term.item():.4g}" for name, term in terms.items())
-            raise DivergedError(f"the loss is not finite at step {step} of stage {stage.name!r} ({values}); lower the learning rate")
+            raise DivergedError(
+                f"the loss is not finite at step {step} of stage {stage.name!r} ({values}); lower the learning rate"
+            )
         stage.optimizer.zero_grad(set_to_none=True)
         total.backward()
         if stage.clip_gradient is not None:
@@ -177,7 +185,9 @@ def _endless(batches: Iterable[Any]) -> Iterator[Any]:
             empty = False
             yield batch
         if empty:
-            raise DataError("the loader gave no batch on a later pass; pass a DataLoader or a list, which can be read again and again")
+            raise DataError(
+                "the loader gave no batch on a later pass; pass a DataLoader or a list, which can be read again and again"
+            )
 
 
 def stages(task: Task, method: Method) -> Iterator[Stage]:
@@ -207,7 +217,17 @@ def learning_stage(task: Task, method: Method) -> Stage:
     def loss(batch: Batch) -> Terms:
         return term(task, batch)
 
-    return Stage("learn", task.batches, steps, loss, optimizer, scheduler, [task.student], recipe.clip_gradient, batchnorm_layers(task.student) if recipe.freeze_batchnorm and task.remembers else ())
+    return Stage(
+        "learn",
+        task.batches,
+        steps,
+        loss,
+        optimizer,
+        scheduler,
+        [task.student],
+        recipe.clip_gradient,
+        batchnorm_layers(task.student) if recipe.freeze_batchnorm and task.remembers else (),
+    )
 
 
 def check_finite(network: nn.Module) -> None:

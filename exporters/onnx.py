@@ -53,7 +53,13 @@ class ExportReport:
 
 
 def export_onnx(
-    classifier: nn.Module, path: str | Path, *, classes: Sequence[str], image_size: int, source_sha256: str = "", version: str = ""
+    classifier: nn.Module,
+    path: str | Path,
+    *,
+    classes: Sequence[str],
+    image_size: int,
+    source_sha256: str = "",
+    version: str = "",
 ) -> ExportReport:
     """Writes a classifier as ONNX, opset 18: input `images` uint8 (N, 3, S, S) with N free, output `probabilities` (N, C).
 
@@ -75,12 +81,16 @@ def export_onnx(
     begin, path = time.perf_counter(), Path(path)
     if not path.parent.is_dir():
         raise ExportError(f"{path.parent} is not a folder; make it first")
-    content = _graph(classifier, image_size, {"classes": json.dumps(list(classes)), "source_sha256": source_sha256, "version": version})
+    content = _graph(
+        classifier, image_size, {"classes": json.dumps(list(classes)), "source_sha256": source_sha256, "version": version}
+    )
     difference = _disagreement(content, classifier, image_size)
     try:
         replace_file(path, content)
     except OSError as error:
-        raise ExportError(f"{path} could not be written: {error.strerror or error}; what was there before is untouched") from error
+        raise ExportError(
+            f"{path} could not be written: {error.strerror or error}; what was there before is untouched"
+        ) from error
     seconds = time.perf_counter() - begin
     return ExportReport(str(path), "onnx", OPSET, len(classes), image_size, len(content), difference, source_sha256, seconds)
 

@@ -74,7 +74,9 @@ class OnnxClassifier:
     def _check(self, images: Any) -> npt.NDArray[np.uint8]:
         array, side = np.asarray(images), self.image_size
         if array.ndim != 4 or array.shape[1:] != (3, side, side):
-            raise DataError(f"the images have shape {array.shape}; this classifier takes (N, 3, {side}, {side}): resize them first")
+            raise DataError(
+                f"the images have shape {array.shape}; this classifier takes (N, 3, {side}, {side}): resize them first"
+            )
         if array.dtype == np.uint8:
             return array
         if not np.issubdtype(array.dtype, np.floating):

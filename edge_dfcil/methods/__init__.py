@@ -23,7 +23,9 @@ def find_method(method: str | Method) -> Method:
     if method not in names():
         raise SettingError(f"no method is called {method!r}; choose one of {', '.join(names())}, or pass a Method")
     module = importlib.import_module(f"{__name__}.{method}")
-    (found,) = (c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method) and c.__dict__.get("name") == method)
+    (found,) = (
+        c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method) and c.__dict__.get("name") == method
+    )
     return found()
 
 

@@ -28,9 +28,9 @@ class ABD(Method):
         yield from dreamt.prepare(task)
 
     def loss(self, task: Task, batch: Batch) -> Terms:
-        assert task.teacher is not None and task.dreams is not None
-        recipe, student, teacher, n = task.recipe, task.student, task.teacher, len(batch)
-        dream = task.dreams.sample(n)
+        teacher, dreams = task.memory
+        recipe, student, n = task.recipe, task.student, len(batch)
+        dream = dreams.sample(n)
         with torch.no_grad():
             features_before = teacher.backbone(batch.images)  # (B, F)
         features = student.backbone(torch.cat([batch.images, dream.images]))  # (2B, F)

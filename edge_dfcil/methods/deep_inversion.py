@@ -23,10 +23,10 @@ class DeepInversion(Method):
         yield from dreamt.prepare(task)
 
     def loss(self, task: Task, batch: Batch) -> Terms:
-        assert task.teacher is not None and task.dreams is not None
-        n, dream = len(batch), task.dreams.sample(len(batch))
+        teacher, dreams = task.memory
+        n, dream = len(batch), dreams.sample(len(batch))
         with torch.no_grad():
-            before = task.teacher.classify(batch.images)  # (B, K)
+            before = teacher.classify(batch.images)  # (B, K)
         logits = task.student.classify(torch.cat([batch.images, dream.images]))  # (2B, C)
         mu = self.weight(task)
         return {

@@ -22,10 +22,10 @@ class LwFSynthetic(Method):
         yield from dreamt.prepare(task)
 
     def loss(self, task: Task, batch: Batch) -> Terms:
-        assert task.teacher is not None and task.dreams is not None
-        n, dream = len(batch), task.dreams.sample(len(batch))
+        teacher, dreams = task.memory
+        n, dream = len(batch), dreams.sample(len(batch))
         with torch.no_grad():
-            before = torch.cat([task.teacher.classify(batch.images), dream.logits])  # (2B, K)
+            before = torch.cat([teacher.classify(batch.images), dream.logits])  # (2B, K)
         logits = task.student.classify(torch.cat([batch.images, dream.images]))  # (2B, C)
         return {
             "cross_entropy": F.cross_entropy(logits[:n], batch.targets),

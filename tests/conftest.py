@@ -1,0 +1,72 @@
+"""Shared by the tests: real digits, a recipe that takes a second a task, and learners that have learnt."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from edge_dfcil import RECIPES, Learner
+from edge_dfcil.demo import Batches, digits
+
+torch.set_num_threads(1)  # faster for networks this small
+
+QUICK = replace(
+    RECIPES["edge"],
+    epochs=1,
+    first_epochs=1,
+    min_steps=12,
+    brightness=0.0,
+    contrast=0.0,
+    flip=False,
+    crop_padding=2,
+    latent=16,
+    width=16,
+    generator_steps=8,
+    generator_batch=32,
+    pool=96,
+    refine_epochs=1,
+    refine_min_steps=4,
+)
+NAMES = [str(digit) for digit in range(10)]
+
+
+def quick_learner(**settings) -> Learner:
+    return Learner("resnet8", **{"image_size": 16, "recipe": QUICK, "device": "cpu", **settings})
+
+
+@pytest.fixture(scope="session")
+def train() -> Batches:
+    return digits()[0]
+
+
+@pytest.fixture(scope="session")
+def test() -> Batches:
+    return digits()[1]
+
+
+@pytest.fixture(scope="session")
+def _learnt(train: Batches) -> Learner:
+    learner = quick_learner()
+    learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
+    return learner
+
+
+@pytest.fixture
+def learnt(_learnt: Learner) -> Learner:
+    """A learner that knows the digits 0 and 1; each test has its own."""
+    learner = quick_learner()
+    learner._committed = copy.deepcopy(_learnt._committed)
+    return learner
+
+
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    """A copy of the answering model's tensors."""
+    return {name: value.clone() for name, value in learner.network.state_dict().items()}
+
+
+def same_weights(before: dict[str, torch.Tensor], learner: Learner) -> bool:
+    after = learner.network.state_dict()
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

@@ -1,0 +1,453 @@
+"""What a user of Learner meets: learning, answers, refusals, and a model that nothing bad can change."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from edge_dfcil import (
+    BackboneError,
+    BudgetError,
+    Callback,
+    Cancelled,
+    ClassError,
+    DataError,
+    DivergedError,
+    ExportError,
+    Learner,
+    NotLearnedError,
+    SettingError,
+)
+from tests.conftest import NAMES, QUICK, quick_learner, same_weights, weights
+
+
+def images(n=6, size=16, value=None):
+    generator = torch.Generator().manual_seed(n)
+    return torch.rand(n, 3, size, size, generator=generator) if value is None else torch.full((n, 3, size, size), value)
+
+
+def a_task(n=6, target=2):
+    return [(images(n), torch.full((n,), target))]
+
+
+class TestLearning:
+    def test_learns_grows_and_reports(self, learnt, train, test):
+        report = learnt.learn_task(train.of(("2", "3", "4")), NAMES, progress=False)
+        assert learnt.classes == ("0", "1", "2", "3", "4")
+        assert learnt.tasks == (("0", "1"), ("2", "3", "4"))
+        assert report.task == 2
+        assert report.new_classes == ("2", "3", "4")
+        assert report.images == len(train.of(("2", "3", "4")).images)
+        assert [stage.name for stage in report.stages] == ["dream", "learn", "refine"]
+        assert [stage.steps for stage in report.stages] == [8, 13, 13]
+        assert set(report.stages[0].losses) == {"content", "diversity", "statistics", "smoothness"}
+        assert report.to_dict()["stages"][1]["name"] == "learn"
+        evaluation = learnt.evaluate([*test.of(learnt.classes)], NAMES)
+        assert evaluation.n == sum(map(sum, evaluation.confusion))
+        assert evaluation.accuracy == pytest.approx(sum(evaluation.confusion[i][i] for i in range(5)) / evaluation.n)
+        assert len(evaluation.per_task) == 2
+
+    def test_a_new_class_starts_from_the_old_head_to_the_bit(self, learnt):
+        old = learnt.network.head
+        grown = learnt.network.grown(3)
+        assert grown.n_classes == 5
+        assert torch.equal(grown.head.weight[:2], old.weight)
+        assert torch.equal(grown.head.bias[:2], old.bias)
+
+    def test_a_first_task_of_one_class_then_another_one(self, train, test):
+        learner = quick_learner()
+        learner.learn_task(train.of(("4",)), NAMES, progress=False)
+        learner.learn_task(train.of(("7",)), NAMES, progress=False)
+        assert learner.classes == ("4", "7")
+        assert sum(score for _, score in learner.predict(test.images[:1], top_k=9)[0].top) == pytest.approx(1, abs=1e-5)
+
+    def test_seeds_decide_and_leave_the_callers_random_numbers_alone(self, train):
+        def run(seed):
+            learner = quick_learner(seed=seed)
+            learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
+            return weights(learner)
+
+        torch.manual_seed(7)
+        expected = torch.rand(3)
+        torch.manual_seed(7)
+        first = run(0)
+        assert torch.equal(torch.rand(3), expected)
+        assert all(torch.equal(value, first[name]) for name, value in run(0).items())
+        assert any(not torch.equal(value, first[name]) for name, value in run(1).items())
+
+    def test_uint8_and_float_images_are_the_same_task(self, train):
+        task = train.of(("0", "1"))
+        models = []
+        for x in (task.images, task.images.float() / 255):
+            learner = quick_learner()
+            learner.learn_task(replace(task, images=x), NAMES, progress=False)
+            models.append(weights(learner))
+        assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+
+    def test_normalisation_is_measured_on_the_first_task_and_stays(self, train):
+        learner, task = quick_learner(), train.of(("0", "1"))
+        learner.learn_task(task, NAMES, progress=False)
+        pixels = task.images.double() / 255
+        assert learner.settings()["mean"] == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-5)
+        assert learner.settings()["std"] == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-5)
+        before = learner.settings()["mean"]
+        learner.learn_task(a_task(), NAMES, progress=False)
+        assert learner.settings()["mean"] == before
+        given = quick_learner(mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
+        given.learn_task(task, NAMES, progress=False)
+        assert given.settings()["mean"] == pytest.approx((0.1, 0.2, 0.3))
+
+    def test_other_image_sizes_are_scaled_and_cropped(self, learnt):
+        learnt.learn_task([(images(6, 40)[:, :, :, :30], torch.full((6,), 2))], NAMES, progress=False)
+        assert learnt.predict(images(2, 100))[0].label in learnt.classes
+
+    def test_a_known_class_is_refused_by_name_and_refreshed_on_request(self, learnt, train):
+        before = weights(learnt)
+        with pytest.raises(ClassError, match=r"'1' is known already.*relearn=True"):
+            learnt.learn_task(train.of(("1", "2")), NAMES, progress=False)
+        assert same_weights(before, learnt)
+        report = learnt.learn_task(train.of(("1", "2")), NAMES, relearn=True, progress=False)
+        assert report.relearned_classes == ("1",)
+        assert learnt.tasks == (("0", "1"), ("2",))
+        report = learnt.learn_task(train.of(("0", "1", "2")), NAMES, relearn=True, progress=False)
+        assert report.new_classes == ()
+        assert [stage.name for stage in report.stages] == ["learn"], "nothing is left to remember"
+        assert learnt.tasks == (("0", "1"), ("2",))
+
+    def test_callbacks_are_called_in_order_and_closed(self, learnt):
+        calls = []
+
+        class Watch(Callback):
+            def __getattribute__(self, name):
+                if name.startswith("on_"):
+                    calls.append(name)
+                return super().__getattribute__(name)
+
+        learnt.learn_task(a_task(), NAMES, callbacks=[Watch()], progress=False)
+        assert calls[:3] == ["on_task_begin", "on_stage_begin", "on_step_end"]
+        assert calls[-3:] == ["on_stage_end", "on_task_end", "on_exit"]
+        assert calls.count("on_stage_begin") == calls.count("on_stage_end") == 3
+
+    def test_the_loader_is_never_read_after_the_call(self, learnt):
+        class Counting(list):
+            passes = 0
+
+            def __iter__(self):
+                self.passes += 1
+                return super().__iter__()
+
+        loader = Counting(a_task())
+        learnt.learn_task(loader, NAMES, progress=False)
+        passes = loader.passes
+        learnt.predict(images(2))
+        learnt.dream(4, progress=False)
+        assert loader.passes == passes
+
+    @pytest.mark.parametrize("recipe", ["paper", "unconditional"])
+    def test_fresh_dreams_at_every_step_as_published(self, learnt, recipe):
+        learnt.recipe = replace(QUICK, pool=0, refine_epochs=0, schedule="step", conditional=False, content_temperature=1000.0)
+        report = learnt.learn_task(a_task(), NAMES, progress=False)
+        assert [stage.name for stage in report.stages] == ["dream", "learn"]
+
+
+class TestClassNames:
+    def test_by_mapping_from_any_target(self):
+        learner = quick_learner()
+        learner.learn_task([(images(4), torch.tensor([70, 70, 9, 9]))], {9: "cat", 70: "dog", 3: "unused"}, progress=False)
+        assert learner.classes == ("cat", "dog")
+
+    def test_from_the_data_set_through_subsets(self):
+        class Named(Dataset):
+            classes = ("ant", "bee", "cow")
+
+            def __len__(self):
+                return 8
+
+            def __getitem__(self, index):
+                return images(8)[index], index % 3
+
+        learner = quick_learner()
+        learner.learn_task(DataLoader(Subset(Named(), [1, 2, 4, 5]), batch_size=4), progress=False)
+        assert learner.classes == ("bee", "cow")
+
+    def test_missing_names_are_asked_for(self):
+        with pytest.raises(ClassError, match=r"pass classes="):
+            quick_learner().learn_task(a_task(), progress=False)
+
+    @pytest.mark.parametrize(
+        ("classes", "error", "message"),
+        [
+            (["a", "b", "a"], ClassError, "'a' appears twice"),
+            (["a", "b"], DataError, "target 2 has no name"),
+            (["a", "b", ""], ClassError, "not empty"),
+            ("abc", ClassError, "one text"),
+            ({2: 7}, ClassError, "7"),
+        ],
+    )
+    def test_names_that_cannot_be(self, classes, error, message):
+        with pytest.raises(error, match=message):
+            quick_learner().learn_task(a_task(), classes, progress=False)
+
+
+class Stops(Callback):
+    """Raises or cancels in the middle of a stage."""
+
+    def __init__(self, stage, action):
+        self.stage, self.action = stage, action
+
+    def on_step_end(self, stage, step, losses, images):
+        if stage.name == self.stage and step == 2:
+            self.action()
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+class TestAllOrNothing:
+    @pytest.mark.parametrize(
+        ("loader", "message"),
+        [
+            ([], "no image"),
+            ([(images(0), torch.zeros(0, dtype=torch.long))], "no image"),
+            (iter(a_task()), "read only once"),
+            ((batch for batch in a_task()), "generator can be read only once"),
+            (a_task(1), "one image"),
+            (7, "cannot be iterated"),
+            ([images()], "pair"),
+            ([(images(), None)], "NoneType"),
+            ([(images(6), torch.zeros(5, dtype=torch.long))], "6 images came with 5 targets"),
+            ([(images(6), torch.zeros(6))], "float"),
+            ([(images().permute(0, 2, 3, 1), torch.zeros(6, dtype=torch.long))], "permute"),
+            ([(images()[:, :1], torch.zeros(6, dtype=torch.long))], "grey"),
+            ([(images()[0], torch.zeros(1, dtype=torch.long))], "batch dimension"),
+            ([(images() * 4 - 2, torch.zeros(6, dtype=torch.long))], "normalis"),
+            ([(images() * 255, torch.zeros(6, dtype=torch.long))], "divide by 255"),
+            ([(images(value=float("nan")), torch.zeros(6, dtype=torch.long))], "NaN"),
+            ([((images() * 255).long(), torch.zeros(6, dtype=torch.long))], "int64"),
+            ([("six images", torch.zeros(6, dtype=torch.long))], "str"),
+        ],
+    )
+    def test_bad_input_is_told_and_changes_nothing(self, learnt, loader, message):
+        before = weights(learnt)
+        with pytest.raises(DataError, match=message):
+            learnt.learn_task(loader, [*"abcdefg"], progress=False)
+        assert same_weights(before, learnt)
+        assert learnt.classes == ("0", "1")
+
+    @pytest.mark.parametrize("stage", ["dream", "learn", "refine"])
+    @pytest.mark.parametrize("how", ["cancel", "ctrl-c", "callback"])
+    def test_stopped_anywhere_the_model_is_the_one_from_before(self, learnt, stage, how):
+        before = weights(learnt)
+        action, error = {
+            "cancel": (learnt.cancel, Cancelled),
+            "ctrl-c": (interrupt, KeyboardInterrupt),
+            "callback": (lambda: 1 / 0, ZeroDivisionError),
+        }[how]
+        with pytest.raises(error):
+            learnt.learn_task(a_task(), NAMES, callbacks=[Stops(stage, action)], progress=False)
+        assert same_weights(before, learnt)
+        assert learnt.classes == ("0", "1")
+        learnt.learn_task(a_task(), NAMES, progress=False)
+        assert learnt.classes == ("0", "1", "2"), "it can go on afterwards"
+
+    def test_divergence_is_told(self, learnt):
+        learnt.recipe = replace(QUICK, learning_rate=1e20, clip_gradient=None)
+        before = weights(learnt)
+        with pytest.raises(DivergedError, match="lower the learning rate"):
+            learnt.learn_task(a_task(), NAMES, progress=False)
+        assert same_weights(before, learnt)
+
+    def test_a_loader_that_dries_up_is_told(self, learnt):
+        class Dry:
+            passes = 0
+
+            def __iter__(self):
+                self.passes += 1
+                return iter(a_task() if self.passes == 1 else [])
+
+        with pytest.raises(DataError, match="later pass"):
+            learnt.learn_task(Dry(), NAMES, progress=False)
+
+    def test_predict_answers_from_the_committed_model_while_a_task_is_learnt(self, learnt, test):
+        x = test.images[:8]
+        before, answers = learnt.predict(x, top_k=5), []
+
+        class Ask(Callback):
+            def on_step_end(self, stage, step, losses, images):
+                thread = threading.Thread(target=lambda: answers.append(learnt.predict(x, top_k=5)))
+                thread.start()
+                thread.join()
+
+        learnt.learn_task(a_task(), NAMES, callbacks=[Ask()], progress=False)
+        assert len(answers) > 10
+        assert all(answer == before for answer in answers)
+        assert len(learnt.predict(x, top_k=5)[0].top) == 3
+
+    def test_a_second_learn_task_at_once_is_refused(self, learnt):
+        told = []
+
+        def again():
+            with pytest.raises(SettingError, match="learning a task already"):
+                learnt.learn_task(a_task(), NAMES, progress=False)
+            told.append(True)
+
+        learnt.learn_task(a_task(), NAMES, callbacks=[Stops("learn", again)], progress=False)
+        assert told
+
+
+class TestAnswers:
+    def test_predictions(self, learnt, test):
+        zero, one = (test.of((name,)).images[:1] for name in ("0", "1"))
+        (answer,) = learnt.predict(zero, top_k=5)
+        assert [name for name, _ in answer.top] in (["0", "1"], ["1", "0"])
+        assert answer.top[0] == (answer.label, answer.score)
+        assert answer.score >= answer.top[1][1]
+        assert learnt.predict(one.numpy()) == learnt.predict(one)
+        assert learnt.predict(images(0)) == []
+
+    def test_before_the_first_task(self):
+        learner = quick_learner()
+        for ask in (lambda: learner.predict(images()), lambda: learner.evaluate(a_task(), NAMES), lambda: learner.dream(1)):
+            with pytest.raises(NotLearnedError, match="learn_task"):
+                ask()
+
+    def test_bad_questions(self, learnt):
+        with pytest.raises(DataError, match="shape"):
+            learnt.predict(np.zeros((16, 16, 3), np.uint8))
+        with pytest.raises(SettingError, match="top_k"):
+            learnt.predict(images(), top_k=0)
+        with pytest.raises(DataError, match="no image"):
+            learnt.evaluate([], NAMES)
+        with pytest.raises(ClassError, match="'2'"):
+            learnt.evaluate(a_task(), NAMES)
+
+    def test_dreams_are_plain_images_of_the_classes_asked_for(self, learnt):
+        dreams = learnt.dream(10, progress=False)
+        assert dreams.dtype == torch.uint8
+        assert dreams.shape == (10, 3, 16, 16)
+        assert dreams.float().std() > 1
+        assert {p.label for p in learnt.predict(learnt.dream(6, ["1"], progress=False))} <= {"0", "1"}
+        with pytest.raises(ClassError, match="'moon'"):
+            learnt.dream(1, ["moon"], progress=False)
+        with pytest.raises(SettingError, match="at least one"):
+            learnt.dream(0, progress=False)
+
+
+class Plain(nn.Module):
+    """Somebody else's classifier."""
+
+    def __init__(self, norm=True, classes=3):
+        super().__init__()
+        layers = []
+        for channels in (3, 8, 8):
+            layers += [nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8) if norm else nn.Identity(), nn.ReLU()]
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier = nn.Linear(8, classes)
+
+    def forward(self, x):
+        return self.classifier(self.body(x))
+
+
+class TestAdopting:
+    def test_answers_as_it_did_and_learns_on(self, train):
+        theirs, mean, std = Plain().eval(), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+        learner = Learner.from_classifier(theirs, ["a", "b", "c"], image_size=16, mean=mean, std=std, recipe=QUICK, device="cpu")
+        x = images(4)
+        normal = (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        expected = theirs(normal).softmax(1).max(1).values.tolist()
+        assert [p.score for p in learner.predict(x)] == pytest.approx(expected, abs=1e-5)
+        before = {name: value.clone() for name, value in theirs.state_dict().items()}
+        learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
+        assert learner.tasks == (("a", "b", "c"), ("0", "1"))
+        assert all(torch.equal(value, before[name]) for name, value in theirs.state_dict().items())
+
+    def test_file_needs_the_module_again(self, tmp_path):
+        learner = Learner.from_classifier(Plain(), ["a", "b", "c"], image_size=16, recipe=QUICK, device="cpu")
+        path = learner.save(tmp_path / "adopted.safetensors")
+        with pytest.raises(OSError, match=r"backbone=module"):
+            Learner.load(path)
+        module = Plain()
+        module.classifier = nn.Identity()
+        assert Learner.load(path, "cpu", backbone=module).predict(images(3)) == learner.predict(images(3))
+
+    def test_refusals(self):
+        with pytest.raises(ClassError, match=r"2 names .* 3 outputs"):
+            Learner.from_classifier(Plain(), ["a", "b"], image_size=16)
+        with pytest.raises(BackboneError, match="0 BatchNorm layers"):
+            Learner.from_classifier(Plain(norm=False), ["a", "b", "c"], image_size=16)
+        with pytest.raises(BackboneError, match="last linear layer"):
+            Learner.from_classifier(nn.Sequential(Plain(), nn.Softmax(1)), ["a", "b", "c"], image_size=16)
+        with pytest.raises(BackboneError, match=r"no nn\.Linear"):
+            Learner.from_classifier(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Flatten()), ["a"], image_size=16)
+        with pytest.raises(BackboneError, match="head='fc'"):
+            Learner.from_classifier(Plain(), ["a", "b", "c"], image_size=16, head="fc")
+
+
+class TestBackbones:
+    @pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "resnet18"])
+    def test_by_name(self, name):
+        learner = Learner(name, image_size=32, recipe=replace(QUICK, min_steps=2, generator_steps=2), device="cpu")
+        learner.learn_task([(images(4, 32), torch.tensor([0, 0, 1, 1]))], NAMES, progress=False)
+        learner.learn_task([(images(4, 32), torch.tensor([2, 2, 3, 3]))], NAMES, progress=False)
+        assert learner.predict(images(1, 32))[0].label in learner.classes
+
+    @pytest.mark.parametrize("name", ["mobilenet_v3_large", "resnet50", "resnet32"])
+    def test_the_larger_ones_are_built(self, name):
+        assert Learner(name, image_size=32, device="cpu").backbone == name
+
+    def test_an_own_module(self):
+        body = Plain().body
+        learner = Learner(body, image_size=16, recipe=QUICK, device="cpu")
+        learner.learn_task(a_task(), NAMES, progress=False)
+        assert learner.classes == ("2",)
+
+    def test_refusals(self):
+        with pytest.raises(BackboneError, match=r"'resnet33'.*resnet32"):
+            Learner("resnet33")
+        with pytest.raises(BackboneError, match="0 BatchNorm layers"):
+            Learner("vgg11", image_size=64)
+        with pytest.raises(BackboneError, match="no pretrained weights"):
+            Learner("resnet20", weights="DEFAULT")
+        with pytest.raises(BackboneError, match="weights='NONSENSE'"):
+            Learner("resnet18", weights="NONSENSE")
+        with pytest.raises(BackboneError, match="features of shape"):
+            Learner(nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(3))), image_size=16)
+        with pytest.raises(BackboneError, match="does not run"):
+            Learner(nn.Sequential(*(nn.BatchNorm2d(4) for _ in range(3)), nn.Flatten()), image_size=16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"image_size": 4}, SettingError, "8 or more"),
+        ({"recipe": "slow"}, SettingError, "edge"),
+        ({"method": "magic"}, SettingError, "abd"),
+        ({"device": "warp"}, SettingError, "'cpu'"),
+        ({"mean": (0.0, 0.0, 0.0), "std": (0.0, 1.0, 1.0)}, SettingError, "above 0"),
+        ({"mean": (0.0, 0.0, 0.0)}, SettingError, "give both"),
+        ({"memory_budget": "16MB"}, BudgetError, "does not plan memory"),
+    ],
+)
+def test_settings_that_cannot_work(settings, error, message):
+    with pytest.raises(error, match=message):
+        Learner("resnet8", **settings)
+
+
+def test_quantized_export_is_refused_plainly(learnt, tmp_path):
+    with pytest.raises(ExportError, match="not in this version"):
+        learnt.export(tmp_path / "x.onnx", quantize="int8")
+
+
+def test_a_data_loader_of_tensors(train):
+    task = train.of(("0", "1"))
+    loader = DataLoader(TensorDataset(task.images, task.targets), batch_size=32, shuffle=True)
+    learner = quick_learner()
+    learner.learn_task(loader, NAMES, progress=False)
+    assert learner.classes == ("0", "1")

@@ -1,0 +1,41 @@
+"""Every method that comes with the package passes the one suite, and its loss is the published one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from edge_dfcil import SettingError
+from edge_dfcil.methods import find_method, names
+from edge_dfcil.methods.distillation import distil
+from tests.check_method import check_method
+
+
+@pytest.mark.parametrize("name", names())
+def test_method(name, train, test, tmp_path):
+    check_method(lambda: name, train, test, tmp_path)
+
+
+def test_the_published_methods_are_there():
+    assert set(names()) == {"abd", "deep_inversion", "finetune", "lwf", "lwf_mc", "lwf_synthetic"}
+
+
+def test_unknown_method_is_told_with_the_known_ones():
+    with pytest.raises(SettingError, match=r"'magic'.*abd"):
+        find_method("magic")
+
+
+def test_distillation_is_the_softened_cross_entropy_times_t_squared():
+    logits, before = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    p, q = torch.tensor([1.0, 2.718281828]), torch.tensor([2.718281828, 1.0])
+    expected = -((p / p.sum()) * (q / q.sum()).log()).sum() * 4
+    assert distil(logits, before).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_distillation_gives_new_classes_probability_zero():
+    logits, before = torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[1.0, 2.0]])
+    expected = -(torch.tensor([0.5, 1.0]).softmax(0) * (logits[0] / 2).log_softmax(0)[:2]).sum() * 4
+    assert distil(logits, before).item() == pytest.approx(expected.item(), abs=1e-5)
+    assert distil(logits, before) > distil(logits[:, :2], before)
+    assert torch.isfinite(F.softmax(logits, 1)).all()

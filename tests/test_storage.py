@@ -1,0 +1,137 @@
+"""The model file: the same to the bit, nothing else inside, and no way to end up with half of one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from edge_dfcil import Learner, ModelFileError, privacy, storage
+from tests.conftest import same_weights, weights
+
+
+def test_round_trip_to_the_bit(learnt, test, tmp_path):
+    path = learnt.save(tmp_path / "model.safetensors")
+    loaded = Learner.load(path, "cpu")
+    assert same_weights(weights(learnt), loaded)
+    assert torch.equal(loaded.network(test.images), learnt.network(test.images))
+    assert (loaded.tasks, loaded.recipe, loaded.seed, loaded.method.name) == (learnt.tasks, learnt.recipe, learnt.seed, "abd")
+    assert loaded.settings() == learnt.settings()
+
+
+def test_learning_goes_on_from_a_file_as_from_memory(learnt, train, tmp_path):
+    loaded = Learner.load(learnt.save(tmp_path / "m"), "cpu")
+    for learner in (learnt, loaded):
+        learner.learn_task(train.of(("2", "3")), [*"0123456789"], progress=False)
+    assert same_weights(weights(learnt), loaded)
+
+
+def test_an_untaught_learner_can_be_kept(tmp_path):
+    loaded = Learner.load(Learner("resnet8", image_size=16).save(tmp_path / "m"), "cpu")
+    assert loaded.classes == ()
+
+
+def test_everything_in_the_file_is_accounted_for(learnt, train, tmp_path):
+    learnt.learn_task(train.of(("2", "3")), [*"0123456789"], progress=False)
+    path = learnt.save(tmp_path / "m")
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert set(metadata) == {"edge_dfcil", "settings"}
+    assert set(json.loads(metadata["edge_dfcil"])) == {"schema", "sha256"}
+    assert set(json.loads(metadata["settings"])) == {
+        *("version", "backbone", "architecture", "image_size", "mean", "std", "method", "recipe", "seed", "tasks")
+    }
+    kept = privacy.account(learnt.network, tensors)
+    assert {k.name for k in kept} == set(tensors) == set(learnt.network.state_dict())
+    assert {k.kind for k in kept} == {privacy.WEIGHT, privacy.STATISTIC, privacy.COUNTER}
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    assert path.stat().st_size == 8 + header + sum(k.bytes for k in kept), "bytes that belong to no tensor"
+    with pytest.raises(ModelFileError, match="keepsake"):
+        privacy.account(learnt.network, {**tensors, "keepsake": torch.zeros(1)})
+
+
+@pytest.fixture(scope="module")
+def content(_learnt, tmp_path_factory):
+    return _learnt.save(tmp_path_factory.mktemp("model") / "m").read_bytes()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_flipped_byte_is_noticed(content, tmp_path, data):
+    header = 8 + int.from_bytes(content[:8], "little")
+    # Half of the draws fall into the header, which is small but holds all the structure.
+    at = data.draw(st.one_of(st.integers(0, header - 1), st.integers(header, len(content) - 1)))
+    flipped = bytes([content[at] ^ data.draw(st.integers(1, 255))])
+    path = tmp_path / "m"
+    path.write_bytes(content[:at] + flipped + content[at + 1 :])
+    with pytest.raises(ModelFileError):
+        storage.read(path)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_cut_is_noticed(content, tmp_path, data):
+    path = tmp_path / "m"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    with pytest.raises(ModelFileError):
+        storage.read(path)
+
+
+def test_foreign_files_are_told(tmp_path):
+    with pytest.raises(ModelFileError, match="is not a file"):
+        Learner.load(tmp_path / "nothing")
+    with pytest.raises(ModelFileError, match="is not a file"):
+        Learner.load(tmp_path)
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(ModelFileError, match="not an edge-dfcil model file"):
+        Learner.load(tmp_path / "text")
+    save_file({"a": torch.zeros(2)}, tmp_path / "other")
+    with pytest.raises(ModelFileError, match="did not write it"):
+        Learner.load(tmp_path / "other")
+
+
+def test_a_later_schema_and_a_stranger_in_the_settings_are_told(learnt, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "SCHEMA", 99)
+    path = learnt.save(tmp_path / "m")
+    monkeypatch.undo()
+    with pytest.raises(ModelFileError, match="schema 99"):
+        Learner.load(path)
+    with pytest.raises(ModelFileError, match="does not fit"):
+        Learner.load(storage.write(tmp_path / "n", learnt.network.state_dict(), {"backbone": "resnet8"}))
+    with pytest.raises(ModelFileError, match="does not fit"):
+        Learner.load(storage.write(tmp_path / "o", learnt.network.state_dict(), {**learnt.settings(), "backbone": "resnet20"}))
+
+
+def test_no_such_folder(learnt, tmp_path):
+    with pytest.raises(ModelFileError, match="make it first"):
+        learnt.save(tmp_path / "nowhere" / "m")
+
+
+def test_a_full_disk_leaves_the_old_file(learnt, tmp_path):
+    """A real process whose files may not grow past 64 KiB, as on a full disk."""
+    path = learnt.save(tmp_path / "m")
+    before = path.read_bytes()
+    code = f"""
+        import resource, signal
+        from edge_dfcil import Learner, ModelFileError
+        learner = Learner.load({str(path)!r}, "cpu")
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+        try:
+            learner.save({str(path)!r})
+        except ModelFileError as error:
+            print("told:", error)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert "told:" in done.stdout
+    assert "untouched" in done.stdout
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path], "nothing is left aside"
