@@ -327,12 +327,15 @@ class Learner:
     ) -> Tensor:
         """`n` images (n, 3, S, S), uint8, of what the model remembers, sorted by class; made by a fresh generator.
 
+        There are fewer when the generator rarely comes upon the classes asked for.
+
         Parameters
         ----------
         classes
             Names to dream of, an even share each; None dreams of all.
 
-        Raises `ClassError` for a name that is not known, `NotLearnedError` before the first task.
+        Raises `ClassError` for a name that is not known, `NotLearnedError` before the first task, `DivergedError` when
+        no dream is of the classes asked for.
         """
         committed = self._answering()
         chosen = list(dict.fromkeys(classes)) if classes is not None else list(committed.classes)

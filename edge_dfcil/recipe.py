@@ -40,7 +40,6 @@ class Recipe:
     # The generator (ABD, supplement; "ours" after section 6 of our reference trials).
     latent: int = 1000  # length of z
     width: int = 128  # channels
-    conditional: bool = False  # ours: dreams are asked for by class, so that every class is in the pool
     generator_steps: int = 10_000
     generator_batch: int = 128
     generator_learning_rate: float = 1e-3  # Adam
@@ -61,9 +60,6 @@ class Recipe:
     importance: bool = True  # ABD, eq. 7: feature distillation weighted by the old head; False: plain
     distil_on: Literal["both", "real", "synthetic"] = "both"
 
-    label_smoothing: float = 0.0
-    freeze_batchnorm: bool = False
-    refine_smoothing: float = 0.0
     # Head refinement, a closing stage (ours, after R-DFCIL, Gao et al., ECCV 2022): backbone frozen in eval mode.
     refine_epochs: int = 0
     refine_min_steps: int = 0
@@ -109,21 +105,19 @@ EDGE = replace(
     PAPER,
     epochs=8,
     first_epochs=12,
-    min_steps=200,
+    min_steps=400,
     schedule="one_cycle",
     clip_gradient=5.0,
     drop_incomplete=False,
     latent=64,
     width=64,
-    conditional=True,
-    content_temperature=1.0,
     generator_steps=250,
-    generator_batch=128,
+    generator_batch=64,
     generator_learning_rate=2e-3,
     generator_schedule="one_cycle",
     pool=2560,
     refine_epochs=2,
-    refine_min_steps=60,
+    refine_min_steps=150,
     refine_learning_rate=0.05,
 )
 

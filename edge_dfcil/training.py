@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
 from edge_dfcil import devices
-from edge_dfcil.backbones import batchnorm_layers
 from edge_dfcil.errors import Cancelled, DataError, DivergedError
 from edge_dfcil.recipe import Recipe
 from edge_dfcil.results import StageReport, TaskReport
@@ -125,7 +124,6 @@ class Stage:
     scheduler: LRScheduler | None = None
     trains: Sequence[nn.Module] = ()
     clip_gradient: float | None = None
-    frozen: Sequence[nn.Module] = ()
 
     @property
     def epochs(self) -> int:
@@ -142,8 +140,6 @@ def fit(stage: Stage, device: torch.device, callbacks: Sequence[Callback], cance
         callback.on_stage_begin(stage)
     for module in stage.trains:
         module.train()
-    for layer in stage.frozen:
-        layer.eval()
     parameters = [p for group in stage.optimizer.param_groups for p in group["params"]]
     begin, images, losses = time.perf_counter(), 0, {}
     for step, batch in enumerate(islice(_endless(stage.batches), stage.steps), start=1):
@@ -217,17 +213,7 @@ def learning_stage(task: Task, method: Method) -> Stage:
     def loss(batch: Batch) -> Terms:
         return term(task, batch)
 
-    return Stage(
-        "learn",
-        task.batches,
-        steps,
-        loss,
-        optimizer,
-        scheduler,
-        [task.student],
-        recipe.clip_gradient,
-        batchnorm_layers(task.student) if recipe.freeze_batchnorm and task.remembers else (),
-    )
+    return Stage("learn", task.batches, steps, loss, optimizer, scheduler, [task.student], recipe.clip_gradient)
 
 
 def check_finite(network: nn.Module) -> None:

@@ -159,7 +159,7 @@ def test_the_published_recipe():
         1000,
     )
     assert (paper.content, paper.diversity, paper.statistics, paper.smoothness) == (1, 1, 50, 1e-3)
-    assert (paper.pool, paper.refine_epochs, paper.conditional, paper.clip_gradient) == (0, 0, False, None)
+    assert (paper.pool, paper.refine_epochs, paper.clip_gradient) == (0, 0, None)
     assert paper.drop_incomplete
 
 

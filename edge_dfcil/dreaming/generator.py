@@ -9,23 +9,20 @@ SMALLEST_MAP = 8  # the generator starts from a feature map of at most this side
 
 
 class Generator(nn.Module):
-    """z (N, latent), and labels (N,) when conditional, to images (N, 3, S, S).
+    """z (N, latent) to images (N, 3, S, S).
 
     With `latent` 1000, `width` 128 and 32 px this is the published generator of 8.42 M parameters: linear to
     128 x 8 x 8, two nearest-neighbour doublings, two BatchNorms of eps 0.8, tanh, a last BatchNorm without affine.
     64 px has one doubling more; 224 px starts from 7 x 7.
-
-    Conditional (ours): the label's embedding is added to the noise, so that a class can be asked for.
     """
 
-    def __init__(self, image_size: int, *, latent: int = 1000, width: int = 128, classes: int = 0) -> None:
+    def __init__(self, image_size: int, *, latent: int = 1000, width: int = 128) -> None:
         super().__init__()
         doublings = 0
         while image_size / 2**doublings > SMALLEST_MAP:
             doublings += 1
         self.image_size, self.latent, self.width = image_size, latent, width
         self.side = -(-image_size // 2**doublings)  # rounded up; forward crops
-        self.embedding = nn.Embedding(classes, latent) if classes else None
         self.linear = nn.Linear(latent, width * self.side**2)
         self.stem = nn.BatchNorm2d(width)
         blocks: list[nn.Module] = []
@@ -41,9 +38,7 @@ class Generator(nn.Module):
         channels = width // 2 if doublings else width
         self.blocks = nn.Sequential(*blocks, nn.Conv2d(channels, 3, 3, padding=1), nn.Tanh(), nn.BatchNorm2d(3, affine=False))
 
-    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        if self.embedding is not None:
-            z = z + self.embedding(labels)
+    def forward(self, z: Tensor) -> Tensor:
         x = self.linear(z).view(len(z), self.width, self.side, self.side)
         x = x.contiguous(memory_format=torch.channels_last)
         images: Tensor = self.blocks(self.stem(x))

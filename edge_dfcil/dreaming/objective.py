@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from edge_dfcil.backbones import batchnorm_layers
 
+LayerStatistics = tuple[Tensor, Tensor, Tensor, Tensor]  # running mean and variance, batch mean and variance: (C,) each
+
 # Smallest variance that a logarithm or a quotient is taken of; a dead channel has none at all.
 TINY = 1e-5
 
 
-def content(o: Tensor, labels: Tensor, temperature: float, smoothing: float = 0.0) -> Tensor:
+def content(o: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Cross-entropy of o / temperature against the label of each dream (eq. 1). The paper's label is argmax o."""
-    return F.cross_entropy(o / temperature, labels, label_smoothing=smoothing)
+    return F.cross_entropy(o / temperature, labels)
 
 
 def label_diversity(o: Tensor) -> Tensor:
@@ -37,7 +39,7 @@ def label_diversity(o: Tensor) -> Tensor:
     return 1 + torch.xlogy(p, p.clamp_min(torch.finfo(p.dtype).tiny)).sum() / math.log(classes)
 
 
-def statistics_alignment(statistics: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Tensor:
+def statistics_alignment(statistics: Sequence[LayerStatistics]) -> Tensor:
     """Mean over BatchNorm layers of the channel-mean of KL(N(m, r) || N(u, v)) (eq. 4).
 
     `statistics` holds, for each layer, running mean m, running variance r, batch mean u and batch variance v: (C,) each.
@@ -64,10 +66,10 @@ class BatchStatistics:
 
     def __init__(self, network: nn.Module) -> None:
         self._layers = batchnorm_layers(network)
-        self._seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._seen: list[LayerStatistics] = []
 
     @contextmanager
-    def recording(self) -> Iterator[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    def recording(self) -> Iterator[list[LayerStatistics]]:
         """Inside, each forward pass appends (m, r, u, v) a layer to the list that is yielded."""
         seen = self._seen
         handles = [layer.register_forward_pre_hook(self._record) for layer in self._layers]

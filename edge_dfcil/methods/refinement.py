@@ -33,7 +33,7 @@ def refine_head(task: Task) -> Iterator[Stage]:
         with torch.no_grad():
             features = student.backbone(torch.cat([batch.images, dream.images]))
         targets = torch.cat([batch.targets, dream.labels])
-        return {"refine": F.cross_entropy(student.head(features), targets, weights, label_smoothing=recipe.refine_smoothing)}
+        return {"refine": F.cross_entropy(student.head(features), targets, weights)}
 
     steps = max(recipe.refine_epochs * len(task.batches), recipe.refine_min_steps)
     optimizer = torch.optim.SGD(
