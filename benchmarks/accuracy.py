@@ -67,7 +67,7 @@ def run(
         seconds = time.perf_counter() - begin
         found = learner.evaluate(data.part("test", order[: (task + 1) * size], 500), data.names)
         result["accuracy"].append(found.accuracy)
-        result["matrix"].append(found.per_task)
+        result["matrix"].append(list(found.per_task))
         result["seconds"].append(seconds)
         result["stages"].append([stage.to_dict() for stage in report.stages])
         result["final_accuracy"] = found.accuracy

@@ -160,6 +160,15 @@ def check_split(classifier: nn.Module, parts: Split, image_size: int) -> None:
         )
 
 
+def check_name(backbone: nn.Module, name: str) -> None:
+    """Raises `BackboneError` unless the backbone has the tensors of the registered architecture of that name."""
+    shapes = {key: value.shape for key, value in backbone.state_dict().items()}
+    if shapes != {key: value.shape for key, value in build(name).state_dict().items()}:
+        raise BackboneError(
+            f"the classifier's tensors are not those of {name}; leave backbone=None, and pass the module to load()"
+        )
+
+
 def batchnorm_layers(module: nn.Module) -> list[nn.Module]:
     """The layers whose running statistics inversion matches."""
     return [m for m in module.modules() if isinstance(m, BATCHNORM) and m.running_mean is not None]

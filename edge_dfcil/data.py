@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from edge_dfcil.augment import augment
-from edge_dfcil.errors import DataError
+from edge_dfcil.errors import DataError, EdgeDfcilError
 from edge_dfcil.network import Network
 from edge_dfcil.recipe import Recipe
 
@@ -94,8 +95,16 @@ def read(loader: Any) -> Iterator[tuple[Tensor, list[Any]]]:
         raise DataError(
             f"a {type(loader).__name__} cannot be iterated over; pass a DataLoader or a list of (images, targets)"
         ) from error
-    for number, batch in enumerate(batches, start=1):
+    for number in itertools.count(1):
         where = f"batch {number}"
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except EdgeDfcilError:
+            raise
+        except Exception as error:  # whatever the caller's data set raises, a corrupt file for instance
+            raise DataError(f"{where}: the loader raised {type(error).__name__}: {error}") from error
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise DataError(f"{where}: a {type(batch).__name__} came; each batch must be a pair (images, targets)")
         images = check_images(batch[0], where)

@@ -35,10 +35,14 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Every draw inside follows `seed`; the caller's random state is as before afterwards."""
-    devices = [device] if device.type in ("cuda", "mps") else []
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        mps_state = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng does not know MPS
         torch.manual_seed(seed)
-        yield
+        try:
+            yield
+        finally:
+            if mps_state is not None:
+                torch.mps.set_rng_state(mps_state)
 
 
 def synchronize(device: torch.device) -> None:

@@ -49,7 +49,7 @@ class Learner:
     ----------
     backbone
         A registered name (`resnet20`, `resnet32`, ...), the name of a torchvision classifier (`mobilenet_v3_small`,
-        `resnet18`, ...), or an `nn.Module` from normalised images (N, 3, S, S) to features (N, F). At least three
+        `resnet18`, ...), or an `nn.Module` (it is copied) from normalised images (N, 3, S, S) to features (N, F). At least three
         BatchNorm layers are needed, for dreams are made by matching their statistics.
     image_size
         S, the side in pixels that the network sees. Images of other sizes are scaled and cropped to it.
@@ -62,7 +62,8 @@ class Learner:
     device
         "auto" (CUDA, else MPS, else CPU) or a torch device.
     seed
-        All draws of a task follow it and the task's number; on the CPU two runs are equal to the bit.
+        All draws of a task follow it and the task's number; on the CPU two runs are equal to the bit, unless another
+        thread draws from torch's global generator meanwhile.
     weights
         Pretrained torchvision weights, such as "DEFAULT"; torchvision loads them.
     mean, std
@@ -95,10 +96,10 @@ class Learner:
         name = backbone if isinstance(backbone, str) else None
         if not isinstance(image_size, int) or image_size < 8:
             raise SettingError(f"image_size={image_size!r}; it is the side in pixels, 8 or more")
-        if weights is not None:
-            mean, std = mean or backbones.IMAGENET_STATISTICS[0], std or backbones.IMAGENET_STATISTICS[1]
+        if weights is not None and mean is None and std is None:
+            mean, std = backbones.IMAGENET_STATISTICS
         with devices.seeded(seed, self.device):
-            module = backbones.build(backbone, weights) if isinstance(backbone, str) else backbone
+            module = backbones.build(backbone, weights) if isinstance(backbone, str) else copy.deepcopy(backbone)
             features = backbones.check_backbone(module, image_size)
             network = Network(module, features, image_size)
         self._adopt(name, network, (), _set_statistics(network, mean, std))
@@ -119,6 +120,7 @@ class Learner:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         head: str | None = None,
+        backbone: str | None = None,
         **settings: Any,
     ) -> Learner:
         """Adopts a classifier that somebody else trained, and goes on from there. The module is copied, not changed.
@@ -133,28 +135,34 @@ class Learner:
             What its images were normalised with, for images in [0, 1]; None takes ImageNet's.
         head
             The dotted name of the final linear layer; None takes the last one there is.
+        backbone
+            The registered name of the module's architecture, if it has one: its file then loads by itself, while that of
+            a nameless module needs `Learner.load(path, backbone=module)`.
         **settings
             As for `Learner`: method, recipe, memory_budget, device, seed.
 
         Raises
         ------
         BackboneError
-            When the module does not end in that linear layer, or has too few BatchNorm layers.
+            When the module does not end in that linear layer, has too few BatchNorm layers, or is not what it is named.
         ClassError
             When the names repeat, or are not as many as the outputs.
         """
         parts = backbones.split(module, head)
         backbones.check_split(module, parts, image_size)
+        if backbone is not None:
+            backbones.check_name(parts.backbone, backbone)
         names = tuple(labels.name_targets(range(len(classes)), None, list(classes)).values())
         if len(names) != parts.head.out_features:
             raise ClassError(f"{len(names)} names were given for a classifier with {parts.head.out_features} outputs")
-        default_mean, default_std = backbones.IMAGENET_STATISTICS
-        learner = cls(parts.backbone, image_size=image_size, mean=mean or default_mean, std=std or default_std, **settings)
+        if mean is None and std is None:
+            mean, std = backbones.IMAGENET_STATISTICS
+        learner = cls(parts.backbone, image_size=image_size, mean=mean, std=std, **settings)
         network = learner._committed.network.grown(len(names))
         with torch.no_grad():
             network.head.weight.copy_(parts.head.weight)
             network.head.bias.copy_(parts.head.bias if parts.head.bias is not None else torch.zeros(len(names)))
-        learner._adopt(None, network, (names,), normalizes=True)
+        learner._adopt(backbone, network, (names,), normalizes=True)
         return learner
 
     @property
@@ -347,7 +355,7 @@ class Learner:
             with devices.seeded(self._seed_of_task(), self.device):
                 outputs = torch.tensor(sorted(wanted.values()), device=self.device)
                 dreamer = Dreamer(committed.network.frozen(), outputs, self.recipe)
-                training.fit(dreamer.stage(), self.device, callbacks, self._cancel.is_set)
+                training.fit(dreamer.stage(), self.device, callbacks, cancelled=lambda: False)
                 pool = make_pool(dreamer, n)
         finally:
             for callback in callbacks:
@@ -408,7 +416,7 @@ class Learner:
                     "Learner.load(path, backbone=module)"
                 )
             learner = cls(
-                copy.deepcopy(backbone) if backbone is not None else name,
+                backbone if backbone is not None else name,
                 image_size=settings["image_size"],
                 method=method or settings["method"],
                 recipe=Recipe.from_dict(settings["recipe"]),

@@ -274,6 +274,21 @@ class TestAllOrNothing:
         with pytest.raises(DataError, match="later pass"):
             learnt.learn_task(Dry(), NAMES, progress=False)
 
+    def test_a_data_set_that_raises_is_told(self, learnt, tmp_path):
+        class Broken(Dataset):
+            classes = NAMES
+
+            def __len__(self):
+                return 4
+
+            def __getitem__(self, index):
+                raise OSError("image file is truncated")
+
+        before = weights(learnt)
+        with pytest.raises(DataError, match=r"batch 1: the loader raised OSError: image file is truncated"):
+            learnt.learn_task(DataLoader(Broken(), batch_size=2), progress=False)
+        assert same_weights(before, learnt)
+
     def test_predict_answers_from_the_committed_model_while_a_task_is_learnt(self, learnt, test):
         x = test.images[:8]
         before, answers = learnt.predict(x, top_k=5), []
@@ -376,6 +391,16 @@ class TestAdopting:
         module.classifier = nn.Identity()
         assert Learner.load(path, "cpu", backbone=module).predict(images(3)) == learner.predict(images(3))
 
+    def test_a_named_architecture_needs_no_module_again(self, tmp_path):
+        from torchvision.models import mobilenet_v3_small
+
+        theirs = mobilenet_v3_small(num_classes=3)
+        learner = Learner.from_classifier(theirs, ["a", "b", "c"], image_size=32, backbone="mobilenet_v3_small", device="cpu")
+        path = learner.save(tmp_path / "adopted.safetensors")
+        assert Learner.load(path, "cpu").predict(images(3)) == learner.predict(images(3))
+        with pytest.raises(BackboneError, match="not those of resnet18"):
+            Learner.from_classifier(theirs, ["a", "b", "c"], image_size=32, backbone="resnet18")
+
     def test_refusals(self):
         with pytest.raises(ClassError, match=r"2 names .* 3 outputs"):
             Learner.from_classifier(Plain(), ["a", "b"], image_size=16)
@@ -403,9 +428,12 @@ class TestBackbones:
 
     def test_an_own_module(self):
         body = Plain().body
+        before = {name: value.clone() for name, value in body.state_dict().items()}
         learner = Learner(body, image_size=16, recipe=QUICK, device="cpu")
         learner.learn_task(a_task(), NAMES, progress=False)
         assert learner.classes == ("2",)
+        assert body.training
+        assert all(torch.equal(value, before[name]) for name, value in body.state_dict().items()), "the caller's stays as it was"
 
     def test_refusals(self):
         with pytest.raises(BackboneError, match=r"'resnet33'.*resnet32"):

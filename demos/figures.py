@@ -1,0 +1,74 @@
+"""Makes the README's pictures and figures: runs the demo, then draws real digits beside what the model dreams of them.
+
+python demos/figures.py            writes docs/demo.json, docs/accuracy.png and docs/dreams.png
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from edge_dfcil import Learner
+from edge_dfcil.demo import NAMES, digits, run
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+COLUMNS = 6
+
+
+def draw(learner: Learner, path: Path) -> None:
+    """Real digits on the left, dreams on the right; a row a class."""
+    train, _ = digits()
+    images = learner.dream(100 * len(learner.classes))
+    labels = [prediction.label for prediction in learner.predict(images)]
+    dreams = {name: images[[label == name for label in labels]] for name in NAMES}
+    figure = Figure(figsize=(7, 5.4), layout="constrained")
+    real_side, dream_side = figure.subfigures(1, 2, wspace=0.06)
+    real = {name: train.of((name,)).images for name in NAMES}
+    for side, title, pictures in ((real_side, "real, seen once", real), (dream_side, "dreamt from the weights", dreams)):
+        side.suptitle(title)
+        grid = side.subplots(len(NAMES), COLUMNS)
+        for row, name in enumerate(NAMES):
+            for column, axes in enumerate(grid[row]):
+                axes.axis("off")
+                if column < len(pictures[name]):
+                    axes.imshow(pictures[name][column].permute(1, 2, 0).numpy())
+    figure.savefig(path, dpi=110)
+
+
+def table(result: dict) -> str:
+    """The demo's figures as the README shows them."""
+    seen = [f"{2 * (task + 1)} digits" for task in range(len(result["accuracy_after_task"]["abd"]))]
+    lines = ["| accuracy on all digits so far, % | " + " | ".join(seen) + " |", "|---|" + "---|" * len(seen)]
+    for method, accuracies in result["accuracy_after_task"].items():
+        lines.append(f"| {method} | " + " | ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies) + " |")
+    lines.append("| trained on everything |" + " |" * (len(seen) - 1) + f" {100 * result['final_accuracy']['upper_bound']:.1f} |")
+    where = f"One run, seed {result['seed']}, torch {result['torch']}, {result['threads']} CPU threads"
+    return "\n".join([*lines, "", f"{where}; all learning took {result['seconds']:.0f} s ([docs/demo.json](docs/demo.json))."])
+
+
+def write_table(readme: Path, result: dict) -> None:
+    """Replaces what stands between the README's demo marks."""
+    text = readme.read_text()
+    begin, end = text.index("-->", text.index("<!-- demo:")) + 3, text.index("<!-- /demo -->")
+    readme.write_text(text[:begin] + "\n" + table(result) + "\n" + text[end:])
+
+
+def main() -> None:
+    DOCS.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        run(out)
+        for name in ("demo.json", "accuracy.png"):
+            shutil.copy(out / name, DOCS / name)
+        write_table(ROOT / "README.md", json.loads((out / "demo.json").read_text()))
+        draw(Learner.load(out / "digits.safetensors"), DOCS / "dreams.png")
+    print(f"{DOCS} holds demo.json, accuracy.png and dreams.png, and the README's table is new")
+
+
+if __name__ == "__main__":
+    main()
