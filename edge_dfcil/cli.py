@@ -155,12 +155,11 @@ def inspect(model: Path, as_json: bool) -> None:
 @json_option
 def dream(model: Path, out: Path, per_class: int, device: str, as_json: bool) -> None:
     """Draw what MODEL remembers: a contact sheet, a row of dreams a class."""
-    from edge_dfcil.folders import contact_sheet
+    from edge_dfcil.folders import check_drawable, contact_sheet
     from edge_dfcil.learner import Learner
 
+    check_drawable(out)
     learner = Learner.load(model, device)
-    if not out.parent.is_dir():
-        raise SettingError(f"{out.parent} is not a folder; make it first")
     images = learner.dream(per_class * len(learner.classes))
     labels = [prediction.label for prediction in learner.predict(images)]
     contact_sheet(images, labels, per_class).save(out)

@@ -15,7 +15,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as T
 
-from edge_dfcil.errors import DataError
+from edge_dfcil.errors import DataError, SettingError
 from edge_dfcil.network import fit
 
 
@@ -87,6 +87,14 @@ def open_folder(
 
 def _to_image(picture: Image.Image, size: int) -> Tensor:
     return fit(T.pil_to_tensor(picture), size)
+
+
+def check_drawable(path: Path) -> None:
+    """Raises `SettingError` for a path that no picture can be written to, before any is made."""
+    if not path.parent.is_dir():
+        raise SettingError(f"{path.parent} is not a folder; make it first")
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise SettingError(f"{path} does not end like a picture; name it .png")
 
 
 def contact_sheet(images: Tensor, labels: Sequence[str], columns: int) -> Image.Image:

@@ -40,7 +40,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], settings: Mapping[str
     path = Path(path)
     if not path.parent.is_dir():
         raise ModelFileError(f"{path.parent} is not a folder; make it first")
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {
         "edge_dfcil": json.dumps({"schema": SCHEMA, "sha256": digest(plain, settings)}),
         "settings": _canonical(settings).decode(),

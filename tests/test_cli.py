@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -120,6 +123,7 @@ def test_damaged_pictures_are_named_skipped_and_counted_or_refused(learnt, train
         (["evaluate", "{model}", "{pictures2}"], "does not know '2', '3'"),
         (["inspect", "{pictures}/0/0.png"], "not an edge-dfcil model file"),
         (["dream", "{model}", "{tmp}/no/dreams.png"], "make it first"),
+        (["dream", "{model}", "{tmp}/dreams"], "does not end like a picture"),
         (["export", "{model}", "{tmp}/no/m.onnx"], "make it first"),
     ],
 )
@@ -212,6 +216,27 @@ def test_killed_at_any_moment_of_writing_the_file_is_the_old_or_the_new(tmp_path
 
 def test_progress_is_quiet_when_nobody_watches(pictures, model):
     assert cli("learn", pictures[1], "--model", model).stderr == ""
+
+
+def test_progress_is_shown_to_a_terminal(pictures, model):
+    """On a pseudo-terminal: stage, epoch, losses, images a second."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*ENTRY, "learn", pictures[1], "--model", model],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "180"},
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a pseudo-terminal says that the other side is closed
+        while chunk := os.read(ours, 65536):
+            shown += chunk
+    os.close(ours)
+    process.communicate()
+    assert process.returncode == 0
+    for word in ("dream", "learn", "refine", "epoch 1/", "statistics", "images/s"):
+        assert word in shown.decode()
 
 
 def test_names_are_those_of_the_folders(pictures, model):

@@ -8,7 +8,7 @@ import pkgutil
 from edge_dfcil.errors import SettingError
 from edge_dfcil.methods.base import Method
 
-_SHARED = {"base", "distillation", "dreamt", "refinement"}  # files here that are no method
+_SHARED = {"base", "distillation", "dreaming", "refinement"}  # files here that are no method
 
 
 def names() -> list[str]:

@@ -14,18 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edge_dfcil.data import Batch
-from edge_dfcil.methods import dreamt
-from edge_dfcil.methods.base import Method
+from edge_dfcil.dreaming.inversion import Dream
+from edge_dfcil.methods.dreaming import DreamingMethod
 from edge_dfcil.methods.refinement import refine_head
 from edge_dfcil.training import Stage, Task, Terms
 
 
-class ABD(Method):
+class ABD(DreamingMethod):
     name = "abd"
     mu = 0.1  # published weight of the distillation
-
-    def prepare(self, task: Task) -> Iterator[Stage]:
-        yield from dreamt.prepare(task)
 
     def loss(self, task: Task, batch: Batch) -> Terms:
         teacher, dreams = task.memory
@@ -47,7 +44,7 @@ class ABD(Method):
         terms["distillation"] = self.weight(task) * self.distillation(task, features, features_before, dream)
         return terms
 
-    def distillation(self, task: Task, features: Tensor, features_before: Tensor, dream: dreamt.Dream) -> Tensor:
+    def distillation(self, task: Task, features: Tensor, features_before: Tensor, dream: Dream) -> Tensor:
         """Mean squared difference of W f and W f_teacher, W the teacher's frozen head (eq. 7).
 
         Its bias cancels in the difference, so that the dreams' stored logits serve as W f_teacher.

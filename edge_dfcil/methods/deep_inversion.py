@@ -3,24 +3,18 @@ distil on real images over the old classes, and on dreams over all classes, new 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 
 from edge_dfcil.data import Batch
-from edge_dfcil.methods import dreamt
-from edge_dfcil.methods.base import Method
 from edge_dfcil.methods.distillation import distil
-from edge_dfcil.training import Stage, Task, Terms
+from edge_dfcil.methods.dreaming import DreamingMethod
+from edge_dfcil.training import Task, Terms
 
 
-class DeepInversion(Method):
+class DeepInversion(DreamingMethod):
     name = "deep_inversion"
     mu = 1.0
-
-    def prepare(self, task: Task) -> Iterator[Stage]:
-        yield from dreamt.prepare(task)
 
     def loss(self, task: Task, batch: Batch) -> Terms:
         teacher, dreams = task.memory

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 
 from edge_dfcil.data import Batch
-from edge_dfcil.methods import dreamt
-from edge_dfcil.methods.base import Method
 from edge_dfcil.methods.distillation import distil
-from edge_dfcil.training import Stage, Task, Terms
+from edge_dfcil.methods.dreaming import DreamingMethod
+from edge_dfcil.training import Task, Terms
 
 
-class LwFSynthetic(Method):
+class LwFSynthetic(DreamingMethod):
     name = "lwf_synthetic"
     mu = 0.1
-
-    def prepare(self, task: Task) -> Iterator[Stage]:
-        yield from dreamt.prepare(task)
 
     def loss(self, task: Task, batch: Batch) -> Terms:
         teacher, dreams = task.memory
