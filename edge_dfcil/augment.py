@@ -21,19 +21,28 @@ def augment(pixels: Tensor, recipe: Recipe) -> Tensor:
 
 
 def jitter(pixels: Tensor, brightness: float, contrast: float) -> Tensor:
-    """Brightness and contrast factors drawn from 1 -/+ their argument; contrast mixes with the image's mean grey."""
+    """Brightness and contrast by factors drawn from 1 -/+ their argument, in an order that each image draws as well."""
+    if not brightness and not contrast:
+        return pixels
+    light, depth = _factors(pixels, brightness), _factors(pixels, contrast)
+    light_first = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < 0.5
+    return torch.where(light_first, _contrast(_brighten(pixels, light), depth), _brighten(_contrast(pixels, depth), light))
 
-    def factor(spread: float) -> Tensor:
-        low = max(0.0, 1 - spread)
-        return low + (1 + spread - low) * torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
 
-    if brightness:
-        pixels = (pixels * factor(brightness)).clamp(0, 1)
-    if contrast:
-        weights = torch.tensor(GREY, device=pixels.device).view(1, 3, 1, 1)
-        grey = (pixels * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-        pixels = torch.lerp(grey.expand_as(pixels), pixels, factor(contrast)).clamp(0, 1)
-    return pixels
+def _factors(pixels: Tensor, spread: float) -> Tensor:
+    low = max(0.0, 1 - spread)
+    return low + (1 + spread - low) * torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
+
+
+def _brighten(pixels: Tensor, factor: Tensor) -> Tensor:
+    return (pixels * factor).clamp(0, 1)
+
+
+def _contrast(pixels: Tensor, factor: Tensor) -> Tensor:
+    """Mixes images with the mean of their grey."""
+    weights = torch.tensor(GREY, device=pixels.device).view(1, 3, 1, 1)
+    grey = (pixels * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    return torch.lerp(grey.expand_as(pixels), pixels, factor).clamp(0, 1)
 
 
 def crop(pixels: Tensor, padding: int) -> Tensor:

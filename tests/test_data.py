@@ -52,6 +52,15 @@ def test_jitter_stays_in_range_and_differs_by_image(seed, brightness, contrast):
         assert not torch.equal(out[0], out[1])
 
 
+def test_jitter_by_hand_for_a_grey_image():
+    """Contrast leaves one flat grey alone, so that brightness is all there is."""
+    torch.manual_seed(0)
+    out = jitter(torch.full((200, 3, 4, 4), 0.5), 0.2, 0.9)
+    assert out.std((1, 2, 3)).max() < 1e-6
+    assert 0.4 <= out.min() < 0.41
+    assert 0.59 < out.max() <= 0.6
+
+
 def test_crop_moves_pixels_and_pads_with_zeros():
     torch.manual_seed(0)
     images = torch.ones(64, 3, 8, 8)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -148,6 +150,25 @@ class TestLearning:
         learnt.predict(images(2))
         learnt.dream(4, progress=False)
         assert loader.passes == passes
+
+    def test_no_more_of_the_data_is_held_than_the_batch_in_flight(self, learnt):
+        """While a batch is being read, of all those before it only the last may still be there."""
+        alive, most = weakref.WeakSet(), []
+
+        class Stream:
+            def __iter__(self):
+                for _ in range(6):
+                    gc.collect()
+                    most.append(len(alive))
+                    batch = images(8).clone()
+                    alive.add(batch)
+                    yield batch, torch.full((8,), 2)
+                    del batch
+
+        learnt.learn_task(Stream(), NAMES, progress=False)
+        gc.collect()
+        assert max(most) <= 1
+        assert not alive
 
     def test_fresh_dreams_at_every_step_as_published(self, learnt):
         learnt.recipe = replace(QUICK, pool=0, refine_epochs=0, schedule="step")
