@@ -48,10 +48,11 @@ class Batches:
 def digits() -> tuple[Batches, Batches]:
     """1,347 digits to learn from and 450 to measure with, as uint8 images (N, 3, 16, 16)."""
     try:
+        import matplotlib  # noqa: F401  told missing before anything is trained, not when it is time to draw
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise SettingError("the demo needs scikit-learn and matplotlib: pip install 'edge-dfcil[demo]'") from error
+        raise SettingError(f"the demo needs scikit-learn and matplotlib ({error}): pip install 'edge-dfcil[demo]'") from error
     data = load_digits()
     grey = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
     images = F.interpolate(grey, (SIZE, SIZE), mode="bilinear")
@@ -63,8 +64,6 @@ def digits() -> tuple[Batches, Batches]:
 
 def run(out: Path, *, device: str = "auto", seed: int = 0, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Runs the demo and leaves its plot, model file, ONNX file and figures in `out`."""
-    from matplotlib.figure import Figure  # noqa: F401  told missing before anything is trained, not after
-
     train, test = digits()
     out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()

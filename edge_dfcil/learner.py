@@ -49,8 +49,8 @@ class Learner:
     ----------
     backbone
         A registered name (`resnet20`, `resnet32`, ...), the name of a torchvision classifier (`mobilenet_v3_small`,
-        `resnet18`, ...), or an `nn.Module` (it is copied) from normalised images (N, 3, S, S) to features (N, F). At least three
-        BatchNorm layers are needed, for dreams are made by matching their statistics.
+        `resnet18`, ...), or an `nn.Module` (it is copied) from normalised images (N, 3, S, S) to features (N, F). At
+        least three BatchNorm layers are needed, for dreams are made by matching their statistics.
     image_size
         S, the side in pixels that the network sees. Images of other sizes are scaled and cropped to it.
     method
@@ -70,9 +70,16 @@ class Learner:
         What images in [0, 1] are normalised with, per channel. None takes ImageNet's with pretrained weights; else they
         are measured over all pixels of the first task, because dreams are made with mean 0 and deviation 1.
 
+    Attributes
+    ----------
+    classes, tasks
+        The names learnt, in the order of the outputs; and task by task.
+    device, backbone, method, recipe, seed
+        As given; `device` is the one found, `backbone` is None for an own module.
+
     Raises
     ------
-    SettingError, BackboneError
+    SettingError, BackboneError, BudgetError
         Before anything is built that cannot work.
     """
 

@@ -90,7 +90,9 @@ class TaskReport:
     Attributes
     ----------
     task
-        Its number, from 1.
+        Its number, from 1; that of the last task when classes were only refreshed.
+    method
+        The method's name.
     new_classes, relearned_classes
         Names learnt for the first time, and names refreshed.
     classes
