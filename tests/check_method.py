@@ -20,6 +20,7 @@ def check_method(make, train, test, folder, keeps_no_sample: bool = True) -> Non
     It learns a second task, grows with unequal task sizes, is equal to the bit under one seed on the CPU, keeps no
     sample, saves, loads and exports.
     """
+    before = images_alive()
     learner = learn(make(), train)
     assert learner.tasks == TASKS
     assert learner.network.n_classes == 6
@@ -27,7 +28,7 @@ def check_method(make, train, test, folder, keeps_no_sample: bool = True) -> Non
     assert all(torch.equal(value, again[name]) for name, value in weights(learner).items()), "two runs differ under one seed"
 
     if keeps_no_sample:
-        check_keeps_no_sample(learner)
+        check_keeps_no_sample(learner, before)
 
     path = learner.save(folder / "model.safetensors")
     loaded = Learner.load(path, "cpu", method=make() if isinstance(make(), Method) else None)
@@ -46,8 +47,15 @@ def learn(method, train) -> Learner:
     return learner
 
 
-def check_keeps_no_sample(learner: Learner) -> None:
-    """No tensor hangs on to the learner but the model's own, and none shaped like images is alive at all."""
+def images_alive() -> set[int]:
+    """The float tensors in memory that have the shape of images."""
+    gc.collect()
+    alive = (thing for thing in gc.get_objects() if type(thing) is torch.Tensor)
+    return {id(t) for t in alive if t.dim() == 4 and t.shape[1:] == (3, 16, 16) and t.is_floating_point()}
+
+
+def check_keeps_no_sample(learner: Learner, before: set[int]) -> None:
+    """No tensor hangs on to the learner but the model's own, and no image that the tasks made is alive at all."""
     own = {id(tensor) for tensor in learner.network.state_dict(keep_vars=True).values()}
     own |= {id(learner.network.mean), id(learner.network.std)}
     seen, queue = set(), [learner, learner.method]
@@ -61,6 +69,4 @@ def check_keeps_no_sample(learner: Learner) -> None:
             for item in values:
                 assert not isinstance(item, torch.Tensor) or id(item) in own, f"{type(thing).__name__} keeps a tensor"
                 queue.append(item)
-    gc.collect()
-    alive = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.dim() == 4 and t.shape[1:] == (3, 16, 16)]
-    assert not [t for t in alive if t.is_floating_point()], "images of the task are still in memory"
+    assert not images_alive() - before, "images of the tasks are still in memory"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from edge_dfcil import SettingError
 from edge_dfcil.methods import find_method, names
 from edge_dfcil.methods.distillation import distil
+from edge_dfcil.methods.finetune import Finetune
 from tests.check_method import check_method
 
 
@@ -19,6 +20,38 @@ def test_method(name, train, test, tmp_path):
 
 def test_the_published_methods_are_there():
     assert set(names()) == {"abd", "deep_inversion", "finetune", "lwf", "lwf_mc", "lwf_synthetic"}
+
+
+class Hoarder(Finetune):
+    """What the sample rule forbids."""
+
+    name = "hoarder"
+
+    def loss(self, task, batch):
+        self.kept = batch.images
+        return super().loss(task, batch)
+
+
+class SecretHoarder(Finetune):
+    """The same, where walking the learner's attributes does not find it."""
+
+    name = "secret_hoarder"
+
+    def loss(self, task, batch):
+        SECRET.append(batch.images)
+        return super().loss(task, batch)
+
+
+SECRET: list[torch.Tensor] = []
+
+
+@pytest.mark.parametrize("method", [Hoarder, SecretHoarder])
+def test_the_suite_catches_a_method_that_keeps_samples(method, train, test, tmp_path):
+    with pytest.raises(AssertionError, match="keeps a tensor|still in memory"):
+        check_method(method, train, test, tmp_path)
+    SECRET.clear()
+    check_method(method, train, test, tmp_path, keeps_no_sample=False)
+    SECRET.clear()
 
 
 def test_unknown_method_is_told_with_the_known_ones():
