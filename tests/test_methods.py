@@ -47,7 +47,7 @@ SECRET: list[torch.Tensor] = []
 
 @pytest.mark.parametrize("method", [Hoarder, SecretHoarder])
 def test_the_suite_catches_a_method_that_keeps_samples(method, train, test, tmp_path):
-    with pytest.raises(AssertionError, match="keeps a tensor|still in memory"):
+    with pytest.raises(AssertionError, match=r"keeps a tensor|still in memory"):
         check_method(method, train, test, tmp_path)
     SECRET.clear()
     check_method(method, train, test, tmp_path, keeps_no_sample=False)
