@@ -169,7 +169,7 @@ def check_name(backbone: nn.Module, name: str) -> None:
         )
 
 
-def batchnorm_layers(module: nn.Module) -> list[nn.Module]:
+def batchnorm_layers(module: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm]:
     """The layers whose running statistics inversion matches."""
     return [m for m in module.modules() if isinstance(m, BATCHNORM) and m.running_mean is not None]
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
 from edge_dfcil import devices
+from edge_dfcil.backbones import batchnorm_layers
 from edge_dfcil.errors import Cancelled, DataError, DivergedError
 from edge_dfcil.recipe import Recipe
 from edge_dfcil.results import StageReport, TaskReport
@@ -208,6 +209,9 @@ def learning_stage(task: Task, method: Method) -> Stage:
         scheduler = MultiStepLR(optimizer, [round(share * epochs) * per_epoch for share in recipe.milestones])
     else:
         scheduler = OneCycleLR(optimizer, recipe.learning_rate, total_steps=max(2, steps), cycle_momentum=False)
+    if recipe.batchnorm_momentum is not None:
+        for layer in batchnorm_layers(task.student):
+            layer.momentum = recipe.batchnorm_momentum
     term = method.loss if task.remembers else method.first_loss
 
     def loss(batch: Batch) -> Terms:

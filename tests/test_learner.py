@@ -26,6 +26,7 @@ from edge_dfcil import (
     NotLearnedError,
     SettingError,
 )
+from edge_dfcil.backbones import batchnorm_layers
 from tests.conftest import NAMES, QUICK, quick_learner, same_weights, weights
 
 
@@ -442,6 +443,20 @@ class TestBackbones:
         learner.learn_task([(images(4, 32), torch.tensor([0, 0, 1, 1]))], NAMES, progress=False)
         learner.learn_task([(images(4, 32), torch.tensor([2, 2, 3, 3]))], NAMES, progress=False)
         assert learner.predict(images(1, 32))[0].label in learner.classes
+
+    def test_running_statistics_keep_up_with_a_short_schedule(self, train):
+        """torchvision's MobileNetV3 has a momentum of 0.01: after 40 steps its statistics would be near their start."""
+        task, behind = train.of(("0", "1")), []
+        for momentum in (0.1, None):
+            recipe = replace(QUICK, min_steps=40, batchnorm_momentum=momentum)
+            learner = Learner("mobilenet_v3_small", image_size=32, recipe=recipe, device="cpu")
+            learner.learn_task(task, NAMES, progress=False)
+            first, seen = batchnorm_layers(learner.network)[0], []
+            first.register_forward_pre_hook(lambda layer, inputs, seen=seen: seen.append(inputs[0].mean((0, 2, 3))))
+            learner.predict(task.images)
+            mean = torch.stack(seen).mean(0)
+            behind.append(((first.running_mean - mean).norm() / mean.norm()).item())
+        assert behind[0] < 0.5 * behind[1]
 
     @pytest.mark.parametrize("name", ["mobilenet_v3_large", "resnet50", "resnet32"])
     def test_the_larger_ones_are_built(self, name):
