@@ -444,19 +444,13 @@ class TestBackbones:
         learner.learn_task([(images(4, 32), torch.tensor([2, 2, 3, 3]))], NAMES, progress=False)
         assert learner.predict(images(1, 32))[0].label in learner.classes
 
-    def test_running_statistics_keep_up_with_a_short_schedule(self, train):
-        """torchvision's MobileNetV3 has a momentum of 0.01: after 40 steps its statistics would be near their start."""
-        task, behind = train.of(("0", "1")), []
-        for momentum in (0.1, None):
-            recipe = replace(QUICK, min_steps=40, batchnorm_momentum=momentum)
-            learner = Learner("mobilenet_v3_small", image_size=32, recipe=recipe, device="cpu")
-            learner.learn_task(task, NAMES, progress=False)
-            first, seen = batchnorm_layers(learner.network)[0], []
-            first.register_forward_pre_hook(lambda layer, inputs, seen=seen: seen.append(inputs[0].mean((0, 2, 3))))
-            learner.predict(task.images)
-            mean = torch.stack(seen).mean(0)
-            behind.append(((first.running_mean - mean).norm() / mean.norm()).item())
-        assert behind[0] < 0.5 * behind[1]
+    @pytest.mark.parametrize(("given", "momentum"), [(0.1, 0.1), (None, 0.01)])
+    def test_running_statistics_keep_up_with_a_short_schedule(self, train, given, momentum):
+        """torchvision's MobileNetV3 has a momentum of 0.01, which is kept only where the recipe says so."""
+        recipe = replace(QUICK, min_steps=2, batchnorm_momentum=given)
+        learner = Learner("mobilenet_v3_small", image_size=32, recipe=recipe, device="cpu")
+        learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
+        assert {layer.momentum for layer in batchnorm_layers(learner.network)} == {momentum}
 
     @pytest.mark.parametrize("name", ["mobilenet_v3_large", "resnet50", "resnet32"])
     def test_the_larger_ones_are_built(self, name):
