@@ -80,6 +80,12 @@ def test_the_table_is_that_of_the_result_file():
     assert f"{100 * result['final_accuracy']['upper_bound']:.1f}" in shown
 
 
+def test_the_figures_on_photographs_are_those_of_the_result_files():
+    for method in ("abd", "deep_inversion", "finetune"):
+        result = json.loads((ROOT / "benchmarks" / "results" / f"edge-5x4-{method}-seed0.json").read_text())
+        assert f"{100 * result['final_accuracy']:.1f} %" in README
+
+
 def test_the_readme_promises_what_is_true():
     assert "keeps no samples" in README
     assert "derived from" in README, "weights and dreams are derived from data, and it says so"
