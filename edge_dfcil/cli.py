@@ -162,7 +162,7 @@ def dream(model: Path, out: Path, per_class: int, device: str, as_json: bool) ->
     learner = Learner.load(model, device)
     images = learner.dream(per_class * len(learner.classes))
     labels = [prediction.label for prediction in learner.predict(images)]
-    contact_sheet(images, labels, per_class).save(out)
+    contact_sheet(images, labels, learner.classes, per_class).save(out)
     counts = {name: labels.count(name) for name in learner.classes}
     _answer({"image": str(out), "dreams": counts}, as_json, [f"{out} shows {len(labels)} dreams"])
 

@@ -97,14 +97,13 @@ def check_drawable(path: Path) -> None:
         raise SettingError(f"{path} does not end like a picture; name it .png")
 
 
-def contact_sheet(images: Tensor, labels: Sequence[str], columns: int) -> Image.Image:
-    """One picture of uint8 images (N, 3, S, S): a row a class, its name in front, at most `columns` images a row."""
+def contact_sheet(images: Tensor, labels: Sequence[str], names: Sequence[str], columns: int) -> Image.Image:
+    """One picture of uint8 images (N, 3, S, S): a row a name, which stands in front, at most `columns` images a row."""
     from PIL import ImageDraw, ImageFont
 
     side, gap, zoom = images.shape[-1], 2, max(1, 64 // images.shape[-1])
     cell = side * zoom + gap
     font = ImageFont.load_default(14)
-    names = list(dict.fromkeys(labels))
     margin = int(max(font.getlength(name) for name in names)) + 12
     sheet = Image.new("RGB", (margin + columns * cell, len(names) * cell), "white")
     draw = ImageDraw.Draw(sheet)
