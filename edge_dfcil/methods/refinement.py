@@ -21,11 +21,11 @@ def refine_head(task: Task) -> Iterator[Stage]:
     recipe = task.recipe
     if not recipe.refine_epochs:
         return
-    student, dreams = task.student, task.dreams
-    assert dreams is not None
+    student = task.student
+    teacher, dreams = task.memory
     # Expected share of each class in a step of B real images and B dreams; its inverse weighs all classes alike.
     share = task.counts / task.counts.sum()
-    share[: task.teacher.n_classes] += dreams.class_shares(task.teacher.n_classes)  # type: ignore[union-attr]
+    share[: teacher.n_classes] += dreams.class_shares(teacher.n_classes)
     weights = 1 / share.clamp_min(1e-3)
 
     def loss(batch: Batch) -> Terms:
