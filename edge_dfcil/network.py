@@ -46,9 +46,7 @@ class Network(nn.Module):
         super().__init__()
         self.image_size = image_size
         self.backbone = backbone
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns that there is nothing to initialise: no class is known yet
-            self.head = nn.Linear(features, 0)
+        self.head = _linear(features, 0)
         # Settings, not weights: they are stored with the learner's settings.
         self.register_buffer("mean", torch.zeros(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.ones(3, 1, 1), persistent=False)
@@ -89,7 +87,7 @@ class Network(nn.Module):
         """A copy with `n_new` more classes; the rows of known classes are kept to the bit."""
         network = copy.deepcopy(self)
         old = self.head
-        head = nn.Linear(old.in_features, old.out_features + n_new).to(old.weight.device)
+        head = _linear(old.in_features, old.out_features + n_new).to(old.weight.device)
         with torch.no_grad():
             head.weight[: old.out_features] = old.weight
             head.bias[: old.out_features] = old.bias
@@ -99,3 +97,10 @@ class Network(nn.Module):
     def frozen(self) -> Network:
         """A copy in eval mode without gradients: a teacher."""
         return copy.deepcopy(self).eval().requires_grad_(False)
+
+
+def _linear(features: int, classes: int) -> nn.Linear:
+    """A new head; where no class is known yet, torch would warn that there is nothing to initialise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.Linear(features, classes)
