@@ -374,7 +374,9 @@ class Learner:
 
     def settings(self) -> dict[str, Any]:
         """What the model file holds beside its tensors, as JSON takes it."""
-        committed = self._committed
+        return self._settings_of(self._committed)
+
+    def _settings_of(self, committed: Committed) -> dict[str, Any]:
         network = committed.network
         return {
             "version": __version__,
@@ -391,7 +393,8 @@ class Learner:
 
     def save(self, path: str | Path) -> Path:
         """Writes the committed model to one file, all or nothing. Raises `ModelFileError` when that fails."""
-        return storage.write(path, self._committed.network.state_dict(), self.settings())
+        committed = self._committed  # read once: a task that commits meanwhile must not mix two models in one file
+        return storage.write(path, committed.network.state_dict(), self._settings_of(committed))
 
     @classmethod
     def load(
@@ -460,7 +463,7 @@ class Learner:
             path,
             classes=committed.classes,
             image_size=network.image_size,
-            source_sha256=storage.digest(network.state_dict(), self.settings()),
+            source_sha256=storage.digest(network.state_dict(), self._settings_of(committed)),
             version=__version__,
         )
 

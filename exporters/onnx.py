@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import time
@@ -132,9 +131,8 @@ def _graph(classifier: nn.Module, image_size: int, metadata: dict[str, str]) -> 
     model = program.model_proto
     for key, value in {"format": FORMAT, "image_size": str(image_size), **metadata}.items():
         model.metadata_props.add(key=key, value=value)
-    buffer = io.BytesIO()
-    buffer.write(model.SerializeToString())
-    return buffer.getvalue()
+    content: bytes = model.SerializeToString()
+    return content
 
 
 def _disagreement(content: bytes, classifier: nn.Module, image_size: int) -> float:
