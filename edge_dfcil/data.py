@@ -173,14 +173,22 @@ class RealBatches:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
+        for pixels, outputs in self._read():
+            if len(pixels) >= self._smallest:
+                yield Batch(self._network.normalize(augment(pixels, self._recipe)), outputs)
+
+    def plain(self) -> Iterator[Batch]:
+        """One pass over every image, normalised but not augmented."""
+        for pixels, outputs in self._read():
+            yield Batch(self._network.normalize(pixels), outputs)
+
+    def _read(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, targets in read(self._loader):
-            if len(images) < self._smallest:
-                continue
-            pixels = augment(self._network.pixels(images), self._recipe)
+            pixels = self._network.pixels(images)
             try:
                 outputs = [self._outputs[target] for target in targets]
             except KeyError as error:
                 raise DataError(
                     f"target {error.args[0]!r} appeared on a later pass over the loader but not on the first"
                 ) from error
-            yield Batch(self._network.normalize(pixels), torch.tensor(outputs, device=pixels.device))
+            yield pixels, torch.tensor(outputs, device=pixels.device)

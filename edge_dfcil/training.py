@@ -71,7 +71,7 @@ class Task:
     counts
         Real images by output (n_seen,) in one pass.
     batches
-        The real images: augmented, normalised, on the device; one pass is an epoch.
+        The real images: augmented, normalised, on the device; one pass is an epoch. `plain()` gives them as they are.
     dreams
         What `prepare` left for `loss`.
     """
@@ -189,11 +189,9 @@ def _endless(batches: Iterable[Any]) -> Iterator[Any]:
 
 def stages(task: Task, method: Method) -> Iterator[Stage]:
     """The stages of a task, each made when the one before has been run."""
-    if task.remembers:
-        yield from method.prepare(task)
+    yield from method.prepare(task)
     yield learning_stage(task, method)
-    if task.remembers:
-        yield from method.refine(task)
+    yield from method.refine(task)
 
 
 def learning_stage(task: Task, method: Method) -> Stage:

@@ -81,6 +81,33 @@ class BatchStatistics:
             self._seen = []
 
     def _record(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].float()
-        v, u = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+        u, v = batch_statistics(inputs[0].float())
         self._seen.append((layer.running_mean, layer.running_var, u, v))
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) of each channel of (N, C, ...), with gradients."""
+    if x.device.type == "cpu":
+        u, v = _BatchStatistics.apply(x)
+        return u, v
+    v, u = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+    return u, v
+
+
+class _BatchStatistics(torch.autograd.Function):
+    """`var_mean` by way of BatchNorm's own kernel: on the CPU, forward and backward take a tenth of the time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        u, v = torch.batch_norm_update_stats(x, None, None, 0.0)
+        ctx.save_for_backward(x, u)
+        return u, v
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x, u), (du, dv) = ctx.saved_tensors, gradients
+        n = x.numel() / x.shape[1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        # d/dx of mean and variance is 1/n and 2 (x - u)/n: one pass over x.
+        scale = 2 * dv / n
+        return torch.addcmul((du / n - scale * u).view(shape), x, scale.view(shape))

@@ -19,7 +19,7 @@ class Method(ABC):
     mu: ClassVar[float] = 1.0  # the published weight of the term that remembers
 
     def prepare(self, task: Task) -> Iterator[Stage]:
-        """Stages before the learning, from the second task on; what they make is left in `task`."""
+        """Stages before the learning; what they make is left in `task`. The first task, with nothing to remember, has it too."""
         return iter(())
 
     def first_loss(self, task: Task, batch: Batch) -> Terms:
@@ -35,5 +35,5 @@ class Method(ABC):
         return self.mu if task.recipe.mu is None else task.recipe.mu
 
     def refine(self, task: Task) -> Iterator[Stage]:
-        """Stages after the learning, from the second task on."""
+        """Stages after the learning, at every task."""
         return iter(())

@@ -13,6 +13,8 @@ class DreamingMethod(Method):
     """Trains a generator on the teacher before a task and leaves its dreams in the task; both are gone with it."""
 
     def prepare(self, task: Task) -> Iterator[Stage]:
+        if not task.remembers:
+            return
         assert task.teacher is not None
         dreamer = Dreamer(task.teacher, task.old, task.recipe)
         yield dreamer.stage()

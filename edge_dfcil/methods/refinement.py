@@ -17,9 +17,9 @@ from edge_dfcil.training import Stage, Task, Terms
 
 
 def refine_head(task: Task) -> Iterator[Stage]:
-    """One stage, if the recipe asks for it."""
+    """One stage, if the recipe asks for it and there is something to remember."""
     recipe = task.recipe
-    if not recipe.refine_epochs:
+    if not (task.remembers and recipe.refine_epochs):
         return
     student = task.student
     teacher, dreams = task.memory

@@ -1,0 +1,38 @@
+"""Methods that keep what the product promises not to: images, or a generator. They show what that promise costs.
+
+They live under the same contract and the same loop as the product's methods; only the sample rule is lifted.
+"""
+
+from __future__ import annotations
+
+from benchmarks.yardsticks.base import Yardstick
+from benchmarks.yardsticks.bic import BiC
+from benchmarks.yardsticks.coreset import CoresetMethod
+from benchmarks.yardsticks.dgr import DGR
+from benchmarks.yardsticks.e2e import E2E
+from benchmarks.yardsticks.icarl import ICaRL
+from benchmarks.yardsticks.lwf_coreset import LwFCoreset
+from benchmarks.yardsticks.rehearsal import Rehearsal
+from benchmarks.yardsticks.upper_bound import UpperBound
+from edge_dfcil.errors import SettingError
+from edge_dfcil.methods import Method
+from edge_dfcil.methods import names as product_names
+
+YARDSTICKS: dict[str, type[Yardstick]] = {kind.name: kind for kind in (Rehearsal, LwFCoreset, E2E, BiC, ICaRL, DGR, UpperBound)}
+
+
+def find(name: str) -> str | Yardstick:
+    """A method by name: the product's as they are; a yardstick as a new instance.
+
+    A coreset's size may follow: "bic-400" keeps 400 images, "bic-1MB" as many as a megabyte holds; else 2,000 images.
+    Raises `SettingError` for an unknown name or a size that is none.
+    """
+    if name in product_names():
+        return name
+    kind, _, size = name.partition("-")
+    if kind not in YARDSTICKS or (size and not issubclass(YARDSTICKS[kind], CoresetMethod)):
+        raise SettingError(f"no method is called {name!r}; choose one of {', '.join([*product_names(), *YARDSTICKS])}")
+    return YARDSTICKS[kind](size) if size else YARDSTICKS[kind]()
+
+
+__all__ = ["YARDSTICKS", "Method", "Yardstick", "find"]

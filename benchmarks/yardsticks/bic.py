@@ -1,0 +1,78 @@
+"""BiC, Large Scale Incremental Learning (Wu et al., CVPR 2019): distillation, then a correction of the bias to new classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.yardsticks.coreset import CoresetMethod, Images, herding
+from edge_dfcil.data import Batch
+from edge_dfcil.methods.distillation import distil
+from edge_dfcil.training import Stage, Task, Terms
+
+HELD_OUT = 0.1  # of the coreset, for the correction
+STEPS, LEARNING_RATE = 200, 0.05  # of Adam on two numbers, over all held-out images at once
+
+
+class BiC(CoresetMethod):
+    name = "bic"
+
+    def prepare(self, task: Task) -> Iterator[Stage]:
+        """Holds out a tenth of each old class's stored images, and as many images of each new class."""
+        yield from super().prepare(task)
+        self._held: Images | None = None
+        if not task.remembers:
+            return
+        images: Images = task.batches
+        stored = self.kept["outputs"]
+        n = max(1, round(HELD_OUT * len(stored) / len(stored.unique())))
+        held = torch.zeros(len(images.images), dtype=torch.bool)
+        for output in images.outputs.unique().tolist():
+            index = torch.nonzero(images.outputs == output).flatten()
+            held[index[torch.randperm(len(index))[:n]]] = len(index) > n  # a class of too few is all learnt from
+        self._held = images.take(torch.nonzero(held).flatten())
+        self._all, task.batches = images, images.take(torch.nonzero(~held).flatten())
+
+    def loss(self, task: Task, batch: Batch) -> Terms:
+        assert task.teacher is not None
+        with torch.no_grad():
+            before = task.teacher.classify(batch.images)  # (B, K)
+        logits = task.student.classify(batch.images)  # (B, C)
+        old = before.shape[1] / logits.shape[1]
+        return {
+            "cross_entropy": (1 - old) * F.cross_entropy(logits, batch.targets),
+            "distillation": old * distil(logits[:, : before.shape[1]], before),
+        }
+
+    def refine(self, task: Task) -> Iterator[Stage]:
+        if self._held is not None and len(self._held.images):
+            yield from self._correct(task, self._held)
+            task.batches = self._all
+        self.keep(task.batches)
+        self._held = self._all = None
+
+    def _correct(self, task: Task, held: Images) -> Iterator[Stage]:
+        """Fits alpha and beta of alpha o + beta for the new outputs o, and writes them into the head's rows, where they
+        correct every later answer."""
+        head, n_old = task.student.head, task.teacher.n_classes
+        with torch.no_grad():
+            logits = head(held.features().to(head.weight.device))
+        targets = held.outputs.to(logits.device)
+        correction = nn.ParameterDict(
+            {"alpha": torch.ones((), device=logits.device), "beta": torch.zeros((), device=logits.device)}
+        )
+
+        def loss(_: Tensor) -> Terms:
+            new = correction["alpha"] * logits[:, n_old:] + correction["beta"]
+            return {"correction": F.cross_entropy(torch.cat([logits[:, :n_old], new], 1), targets)}
+
+        yield Stage("correct", [targets], STEPS, loss, torch.optim.Adam(correction.parameters(), LEARNING_RATE))
+        with torch.no_grad():
+            head.weight[n_old:] *= correction["alpha"]
+            head.bias[n_old:] = correction["alpha"] * head.bias[n_old:] + correction["beta"]
+
+    def order(self, features: Tensor) -> Tensor:
+        return herding(features)

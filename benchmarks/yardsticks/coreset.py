@@ -1,0 +1,162 @@
+"""A coreset: some images of every class seen, stored as uint8 and learnt again with every task."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.yardsticks.base import Yardstick
+from edge_dfcil.augment import augment
+from edge_dfcil.data import Batch
+from edge_dfcil.errors import SettingError
+from edge_dfcil.methods import Method
+from edge_dfcil.network import Network
+from edge_dfcil.recipe import Recipe
+from edge_dfcil.training import Stage, Task, Terms
+
+Order = Callable[[Tensor], Tensor]  # features (N, F) of a class to the order (N,) in which its images are worth keeping
+
+
+class Images:
+    """Stored images as a task's batches: shuffled, augmented, normalised, on the device.
+
+    Parameters
+    ----------
+    images, outputs
+        uint8 (N, 3, S, S) at the network's size, and (N,).
+    """
+
+    def __init__(self, images: Tensor, outputs: Tensor, network: Network, recipe: Recipe, batch_size: int) -> None:
+        self.images, self.outputs, self.network, self.recipe, self.batch_size = images, outputs, network, recipe, batch_size
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.images), self.batch_size)
+        return max(1, whole + (rest >= self._smallest))
+
+    def __iter__(self) -> Iterator[Batch]:
+        chunks = torch.randperm(len(self.images)).split(self.batch_size)
+        for index in chunks:
+            if len(index) >= self._smallest or len(chunks) == 1:
+                pixels = augment(self.network.pixels(self.images[index]), self.recipe)
+                yield self._batch(pixels, index)
+
+    def plain(self) -> Iterator[Batch]:
+        """One pass in order, not augmented."""
+        for index in torch.arange(len(self.images)).split(self.batch_size):
+            yield self._batch(self.network.pixels(self.images[index]), index)
+
+    def take(self, index: Tensor) -> Images:
+        """Some of them, by number."""
+        return Images(self.images[index], self.outputs[index], self.network, self.recipe, self.batch_size)
+
+    def features(self) -> Tensor:
+        """Of the network as it is now, (N, F) on the CPU."""
+        with torch.no_grad():
+            return torch.cat([self.network.backbone(batch.images).float().cpu() for batch in self.plain()])
+
+    @property
+    def _smallest(self) -> int:
+        return self.batch_size if self.recipe.drop_incomplete else 2
+
+    def _batch(self, pixels: Tensor, index: Tensor) -> Batch:
+        return Batch(self.network.normalize(pixels), self.outputs[index].to(pixels.device))
+
+
+class CoresetMethod(Yardstick):
+    """Learns from new and stored images together, shuffled, and keeps some of each class afterwards.
+
+    Parameters
+    ----------
+    size
+        Images (2000 or "2000") or bytes ("6MB", of uint8 pixels), shared evenly by all classes seen.
+    """
+
+    def __init__(self, size: int | str = 2000) -> None:
+        super().__init__()
+        self.size = size
+        capacity(size, 1)  # refuses what is no size now rather than after a task
+
+    def prepare(self, task: Task) -> Iterator[Stage]:
+        new = read(task)
+        old = self.stored(task, new)
+        task.batches = joined(old, new) if old is not None else new
+        return iter(())
+
+    def loss(self, task: Task, batch: Batch) -> Terms:
+        return self.first_loss(task, batch)
+
+    def refine(self, task: Task) -> Iterator[Stage]:
+        self.keep(task.batches)
+        return iter(())
+
+    def stored(self, task: Task, like: Images) -> Images | None:
+        """What was kept, ready for this task."""
+        if "images" not in self.kept:
+            return None
+        return Images(self.kept["images"], self.kept["outputs"], task.student, task.recipe, like.batch_size)
+
+    def keep(self, images: Images) -> None:
+        """Keeps an even share of each class. Images kept before stand in their order and are cut from the end."""
+        quota = capacity(self.size, images.images[0].nbytes) // images.network.n_classes
+        features, chosen = images.features(), []
+        stored = set(self.kept["outputs"].tolist()) if "outputs" in self.kept else set()
+        for output in images.outputs.unique().tolist():
+            index = torch.nonzero(images.outputs == output).flatten()
+            if output not in stored:
+                index = index[self.order(features[index])]
+            chosen.append(index[:quota])
+        kept = images.take(torch.cat(chosen))
+        self.kept["images"], self.kept["outputs"] = kept.images.clone(), kept.outputs.clone()
+
+    def order(self, features: Tensor) -> Tensor:
+        """In which order a class's images are worth keeping; random unless overridden."""
+        return torch.randperm(len(features))
+
+
+def read(task: Task) -> Images:
+    """A task's own images, as they came."""
+    images, outputs, largest = [], [], 0
+    for batch in task.batches.plain():
+        images.append(task.student.denormalize(batch.images).cpu())
+        outputs.append(batch.targets.cpu())
+        largest = max(largest, len(batch))
+    return Images(torch.cat(images), torch.cat(outputs), task.student, task.recipe, largest)
+
+
+def joined(one: Images, other: Images) -> Images:
+    images, outputs = torch.cat([one.images, other.images]), torch.cat([one.outputs, other.outputs])
+    return Images(images, outputs, other.network, other.recipe, other.batch_size)
+
+
+def herding(features: Tensor) -> Tensor:
+    """Greedy: each next image brings the mean of those kept nearest to the class mean (iCaRL, algorithm 4)."""
+    features = torch.nn.functional.normalize(features)
+    mean, total = features.mean(0), torch.zeros(features.shape[1])
+    order: list[int] = []
+    left = torch.ones(len(features), dtype=torch.bool)
+    for count in range(1, len(features) + 1):
+        distance = (mean - (total + features) / count).norm(dim=1)
+        best = int(distance.where(left, torch.inf).argmin())
+        order.append(best)
+        left[best], total = False, total + features[best]
+    return torch.tensor(order)
+
+
+def nearest_to_mean(features: Tensor) -> Tensor:
+    """Nearest to the class mean first (E2E)."""
+    return (features - features.mean(0)).norm(dim=1).argsort()
+
+
+def capacity(size: int | str, bytes_an_image: int) -> int:
+    """How many images a size allows. Raises `SettingError` for text that is none."""
+    found = re.fullmatch(r"(\d+)(kB|MB|GB|B)?", str(size).strip())
+    if not found:
+        raise SettingError(f"{size!r} is no coreset size; pass images such as 400, or bytes such as '80kB' or '6MB'")
+    number, unit = int(found[1]), found[2]
+    return number if unit is None else number * {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}[unit] // bytes_an_image
+
+
+__all__ = ["CoresetMethod", "Images", "Method", "capacity", "herding", "joined", "nearest_to_mean", "read"]

@@ -1,0 +1,55 @@
+"""E2E, End-to-End Incremental Learning (Castro et al., ECCV 2018): distillation task by task, then a balanced fine-tune."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.yardsticks.coreset import CoresetMethod, nearest_to_mean
+from edge_dfcil.data import Batch
+from edge_dfcil.methods.distillation import distil
+from edge_dfcil.training import Stage, Task, Terms
+
+
+class E2E(CoresetMethod):
+    name = "e2e"
+
+    def loss(self, task: Task, batch: Batch) -> Terms:
+        assert task.teacher is not None
+        with torch.no_grad():
+            before = task.teacher.classify(batch.images)  # (B, K)
+        logits = task.student.classify(batch.images)  # (B, C)
+        sizes = self.kept["sizes"].tolist()
+        old = zip(logits[:, : sum(sizes)].split(sizes, 1), before.split(sizes, 1), strict=True)
+        distillation = torch.stack([distil(after, teacher) for after, teacher in old]).sum()
+        return {"cross_entropy": F.cross_entropy(logits, batch.targets), "distillation": self.weight(task) * distillation}
+
+    def refine(self, task: Task) -> Iterator[Stage]:
+        """Selects first: the fine-tune of the head sees as many images of each new class as of each old one."""
+        self.keep(task.batches)
+        if task.remembers:
+            yield self._balanced(task)
+        known = self.kept.get("sizes", torch.zeros(0, dtype=torch.long))
+        new = torch.tensor([task.student.n_classes - int(known.sum())])
+        self.kept["sizes"] = torch.cat([known, new])
+
+    def _balanced(self, task: Task) -> Stage:
+        student, recipe = task.student, task.recipe
+        batches = self.stored(task, task.batches)
+        assert batches is not None
+
+        def loss(batch: Batch) -> Terms:
+            with torch.no_grad():
+                features = student.backbone(batch.images)
+            return {"balanced": F.cross_entropy(student.head(features), batch.targets)}
+
+        optimizer = torch.optim.SGD(
+            student.head.parameters(), recipe.learning_rate / 100, recipe.momentum, weight_decay=recipe.weight_decay
+        )
+        return Stage("balance", batches, recipe.epochs * len(batches), loss, optimizer, None, [student.head])
+
+    def order(self, features: Tensor) -> Tensor:
+        return nearest_to_mean(features)

@@ -1,0 +1,55 @@
+"""iCaRL (Rebuffi et al., CVPR 2017): sigmoid outputs with distillation, and answers by the nearest mean of exemplars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.yardsticks.coreset import CoresetMethod, herding
+from edge_dfcil.data import Batch
+from edge_dfcil.methods.lwf_mc import LwFMC
+from edge_dfcil.network import Network
+from edge_dfcil.training import Stage, Task, Terms
+
+
+class ICaRL(CoresetMethod):
+    """The nearest of unit means m_c to a feature f is the largest m_c . f, so that the model that answers has the means
+    as its head. The trained head is kept apart, and put back to learn the next task with."""
+
+    name = "icarl"
+
+    def prepare(self, task: Task) -> Iterator[Stage]:
+        if task.teacher is not None:
+            for network in (task.student, task.teacher):
+                self._put_back(network)
+        return super().prepare(task)
+
+    def first_loss(self, task: Task, batch: Batch) -> Terms:
+        return LwFMC().first_loss(task, batch)
+
+    def loss(self, task: Task, batch: Batch) -> Terms:
+        return LwFMC().loss(task, batch)
+
+    def refine(self, task: Task) -> Iterator[Stage]:
+        head = task.student.head
+        self.kept["head.weight"], self.kept["head.bias"] = head.weight.detach().clone(), head.bias.detach().clone()
+        yield from super().refine(task)
+        exemplars = self.stored(task, task.batches)
+        features = F.normalize(exemplars.features())
+        with torch.no_grad():
+            head.bias.zero_()
+            for output in range(task.student.n_classes):
+                mean = features[exemplars.outputs == output].mean(0)
+                head.weight[output] = F.normalize(mean, dim=0).to(head.weight.device)
+
+    def _put_back(self, network: Network) -> None:
+        known = len(self.kept["head.weight"])
+        with torch.no_grad():
+            network.head.weight[:known] = self.kept["head.weight"].to(network.head.weight.device)
+            network.head.bias[:known] = self.kept["head.bias"].to(network.head.bias.device)
+
+    def order(self, features: Tensor) -> Tensor:
+        return herding(features)

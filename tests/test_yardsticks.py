@@ -1,0 +1,130 @@
+"""The benchmarks' own methods: the shared suite less the sample rule, and what each of them is known for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.yardsticks import YARDSTICKS, find
+from benchmarks.yardsticks.coreset import capacity, herding, nearest_to_mean
+from benchmarks.yardsticks.dgr import VAE
+from edge_dfcil import Callback, SettingError
+from tests.check_method import check_method
+from tests.conftest import NAMES, quick_learner
+
+CORESETS = sorted(set(YARDSTICKS) - {"dgr", "upper_bound"})
+
+
+def make(name):
+    return find(f"{name}-24") if name in CORESETS else find(name)
+
+
+@pytest.mark.parametrize("name", sorted(YARDSTICKS))
+def test_method(name, train, test, tmp_path):
+    check_method(lambda: make(name), train, test, tmp_path, keeps_no_sample=False)
+
+
+@pytest.mark.parametrize("name", CORESETS)
+def test_a_coreset_holds_real_images_of_every_class_and_no_more_than_its_size(name, train):
+    method = make(name)
+    learner = quick_learner(method=method)
+    for tasks, names in enumerate((("0", "1"), ("2", "3", "4")), start=1):
+        learner.learn_task(train.of(names), NAMES, progress=False)
+        outputs = method.kept["outputs"]
+        seen = 2 if tasks == 1 else 5
+        assert torch.bincount(outputs).tolist() == [24 // seen] * seen
+    real = {tuple(image.flatten().tolist()): int(target) for image, target in zip(train.images, train.targets, strict=True)}
+    for image, output in zip(method.kept["images"], outputs, strict=True):
+        assert real[tuple(image.flatten().tolist())] == output
+    assert method.bytes_kept >= 20 * 3 * 16 * 16
+
+
+def test_a_coreset_in_bytes():
+    assert capacity("400", 3072) == capacity(400, 3072) == 400
+    assert capacity("1MB", 3072) == 325
+    assert capacity("80kB", 3072) == 26
+    with pytest.raises(SettingError, match="no coreset size"):
+        find("bic-many")
+
+
+def test_names_are_found_or_told():
+    assert find("abd") == "abd"
+    assert find("bic-80").size == "80"
+    assert find("bic").size == 2000
+    for unknown in ("magic", "dgr-400", "abd-400"):
+        with pytest.raises(SettingError, match=unknown):
+            find(unknown)
+
+
+@given(st.integers(2, 12), st.integers(0, 1000))
+def test_selections_are_orders_that_begin_well(n, seed):
+    features = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed))
+    for rule in (herding, nearest_to_mean):
+        assert sorted(rule(features).tolist()) == list(range(n))
+    assert nearest_to_mean(features)[0] == (features - features.mean(0)).norm(dim=1).argmin()
+    unit = torch.nn.functional.normalize(features)
+    assert herding(features)[0] == (unit - unit.mean(0)).norm(dim=1).argmin()
+
+
+def test_herding_keeps_the_mean_better_than_the_nearest():
+    features = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) + 1
+    unit = torch.nn.functional.normalize(features)
+    by_herding, by_nearest = (unit[rule(features)[:10]].mean(0) for rule in (herding, nearest_to_mean))
+    assert (by_herding - unit.mean(0)).norm() < (by_nearest - unit.mean(0)).norm() / 2
+
+
+class HeadAfterEachStage(Callback):
+    def on_task_begin(self, task):
+        self.task, self.weights = task, {}
+
+    def on_stage_end(self, stage, report):
+        self.weights[stage.name] = self.task.student.head.weight.detach().clone()
+
+
+def test_bic_corrects_the_new_classes_and_them_only(train):
+    method = make("bic")
+    learner = quick_learner(method=method)
+    learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
+    watch = HeadAfterEachStage()
+    report = learner.learn_task(train.of(("2", "3")), NAMES, callbacks=[watch], progress=False)
+    assert [stage.name for stage in report.stages] == ["learn", "correct"]
+    weight, head = watch.weights["learn"], learner.network.head
+    assert torch.equal(head.weight[:2], weight[:2])
+    alpha = head.weight[2:] / weight[2:]
+    assert alpha.std() < 1e-4
+    assert abs(alpha.mean() - 1) > 1e-3
+
+
+def test_icarl_answers_by_the_nearest_mean_of_its_exemplars(train, test):
+    method = make("icarl")
+    learner = quick_learner(method=method)
+    for names in (("0", "1"), ("2",)):
+        learner.learn_task(train.of(names), NAMES, progress=False)
+    network = learner.network
+
+    def unit(images):
+        with torch.no_grad():
+            return torch.nn.functional.normalize(network.backbone(network.normalize(network.pixels(images))))
+
+    exemplars = unit(method.kept["images"])
+    means = torch.stack([exemplars[method.kept["outputs"] == output].mean(0) for output in range(3)])
+    nearest = torch.cdist(unit(test.images[:64]), torch.nn.functional.normalize(means)).argmin(1)
+    assert [answer.label for answer in learner.predict(test.images[:64])] == [learner.classes[i] for i in nearest.tolist()]
+
+
+def test_the_upper_bound_starts_anew_with_every_image(train):
+    method = make("upper_bound")
+    learner = quick_learner(method=method)
+    learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
+    learner.learn_task(train.of(("2",)), NAMES, progress=False)
+    assert len(method.kept["images"]) == len(train.of(("0", "1", "2")).images)
+
+
+def test_the_vae_of_dgr_is_about_as_large_as_published():
+    vae = VAE(32, latent=1000, width=128)
+    assert sum(p.numel() for p in vae.parameters()) == pytest.approx(28.7e6, rel=0.02)
+    reconstruction, kl = vae.loss(torch.rand(2, 3, 32, 32))
+    assert reconstruction.shape == kl.shape == (2,)
+    assert (kl >= 0).all()
