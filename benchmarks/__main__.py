@@ -2,51 +2,142 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
 from benchmarks import accuracy, datasets
 from benchmarks import report as reports
+from benchmarks import speed as speeds
+from edge_dfcil.errors import EdgeDfcilError
+
+RESULTS = click.option(
+    "--out", default=accuracy.RESULTS, type=click.Path(file_okay=False, path_type=Path), help="Folder of result files."
+)
+DATA = click.option(
+    "--data",
+    required=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="An .npz, a folder that holds it, or train/ and test/.",
+)
+DEVICE = click.option("--device", default="auto", show_default=True)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Told(click.Group):
+    """Ends with the message of an error that was told on purpose."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgeDfcilError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=Told, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Is it as good as we say."""
 
 
 @main.command("accuracy")
-@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path), help="cifar100.npz, or its folder.")
-@click.option("--protocol", default="edge-5x4", show_default=True, type=click.Choice(list(accuracy.PROTOCOLS)))
-@click.option("--methods", default="finetune,deep_inversion,abd", show_default=True, help="Names, with commas between.")
-@click.option("--seeds", default="0", show_default=True, help="Numbers, with commas between.")
-@click.option("--out", default=accuracy.RESULTS, type=click.Path(file_okay=False, path_type=Path), help="Folder of result files.")
-@click.option("--device", default="auto", show_default=True)
+@DATA
+@click.option("--preset", default="edge-5x4", show_default=True, type=click.Choice(list(accuracy.PRESETS)))
+@click.option(
+    "--methods",
+    default="finetune,deep_inversion,abd",
+    show_default=True,
+    help="Names with commas between: a method, a yardstick with its coreset (bic-400, bic-1MB), or ablations.",
+)
+@click.option("--seeds", default="0", show_default=True, help="Numbers, with commas between; the class order follows them.")
+@click.option("--dataset", type=click.Choice(datasets.DATASETS), help="Other than the preset's.")
+@click.option("--classes", type=int, help="How many, from the start of the order.")
+@click.option("--tasks", type=int)
+@click.option("--backbone")
+@click.option("--recipe")
+@click.option("--image-size", type=int)
+@click.option("--batch-size", type=int)
 @click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change a number of the recipe; kept in the result.")
-def run_accuracy(data: Path, protocol: str, methods: str, seeds: str, out: Path, device: str, changes: tuple[str, ...]) -> None:
+@click.option("--minutes", type=float, help="Begin no task that would not end in this time.")
+@RESULTS
+@DEVICE
+def run_accuracy(
+    data: Path,
+    preset: str,
+    methods: str,
+    seeds: str,
+    changes: tuple[str, ...],
+    minutes: float | None,
+    out: Path,
+    device: str,
+    **other: Any,
+) -> None:
     """Accuracy after each task. Stopped, it goes on from the last finished task when run again."""
-    import ast
-
-    loaded = datasets.load(data)
+    protocol = changed(accuracy.PRESETS[preset], {name: value for name, value in other.items() if value is not None})
+    loaded = datasets.load(data, protocol.dataset, protocol.image_size)
     out.mkdir(parents=True, exist_ok=True)
-    changed = {name: ast.literal_eval(value) for name, _, value in (change.partition("=") for change in changes)}
-    for method in methods.split(","):
+    numbers = {name: _value(value) for name, _, value in (change.partition("=") for change in changes)}
+    end = time.monotonic() + 60 * minutes if minutes else float("inf")
+    try:
         for seed in map(int, seeds.split(",")):
-            result = accuracy.run(accuracy.PROTOCOLS[protocol], method, seed, loaded, out, device, changed)
-            each = " ".join(f"{100 * value:.1f}" for value in result["accuracy"])
-            click.echo(f"{protocol} {method} seed {seed}: {each} %, {sum(result['seconds']) / 60:.1f} minutes")
+            for method in accuracy.expand(methods):
+                result = accuracy.run(
+                    protocol, method, seed, loaded, out, device, numbers, lambda seconds: time.monotonic() + 1.1 * seconds < end
+                )
+                each = " ".join(f"{100 * value:.1f}" for value in result["accuracy"])
+                click.echo(f"{protocol.name} {method} seed {seed}: {each} %, {sum(result['seconds']) / 60:.1f} minutes")
+    except accuracy.Stopped:
+        click.echo(f"stopped before {minutes:g} minutes were over; run the same command again to go on")
+    else:
+        click.echo("all of it has been run")
+
+
+def changed(protocol: accuracy.Protocol, other: dict[str, Any]) -> accuracy.Protocol:
+    """A preset with other settings, and a name that tells them."""
+    if not other:
+        return protocol
+    name = "-".join([protocol.name, *(f"{key}={value}" for key, value in other.items())])
+    return replace(protocol, name=name, **other)
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+@main.command("pack")
+@DATA
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--limit", default=60.0, show_default=True, help="MiB.")
+def run_pack(data: Path, out: Path, limit: float) -> None:
+    """Packs CIFAR-100 into a smaller file, for a machine that takes no larger one; results say how."""
+    click.echo(f"{out}: {datasets.pack(datasets.load(data), out, int(limit * 2**20))}")
+
+
+@main.command("speed")
+@click.option("--json", "as_json", is_flag=True, help="Print figures for machines.")
+@click.option("--quick", is_flag=True, help="A tiny network: whether it runs, not how fast.")
+@RESULTS
+@DEVICE
+def run_speed(as_json: bool, quick: bool, out: Path, device: str) -> None:
+    """Our steps against the published ones, in turns and in one run, and where the time goes."""
+    found = speeds.run(device, speeds.QUICK if quick else speeds.FULL, lambda line: click.echo(line, err=True))
+    if not quick:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / speeds.FILE).write_text(json.dumps(found, indent=1) + "\n")
+    click.echo(json.dumps(found) if as_json else speeds.describe(found))
 
 
 @main.command("report")
-@click.option("--out", default=accuracy.RESULTS, type=click.Path(file_okay=False, path_type=Path), help="Folder of result files.")
+@RESULTS
 def run_report(out: Path) -> None:
-    """Writes README.md and a plot a protocol into the folder of results."""
-    (out / "README.md").write_text(
-        "# Results\n\nMade by `python -m benchmarks report` from the JSON files here.\n\n" + reports.table(out)
-    )
-    for protocol in {name for name, _ in reports.read(out)}:
-        reports.plot(out, protocol, out / f"{protocol}.png")
-    click.echo((out / "README.md").read_text())
+    """Writes README.md and the plots of every protocol into the folder of results."""
+    click.echo(reports.write(out))
 
 
 if __name__ == "__main__":

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
+from safetensors.torch import load_file, save_file
 
-import edge_dfcil
+from benchmarks import embedding, machine, yardsticks
 from benchmarks.datasets import Data, class_order
 from edge_dfcil import Learner, metrics
-from edge_dfcil.recipe import find_recipe
+from edge_dfcil.recipe import Recipe, find_recipe
 
 RESULTS = Path(__file__).parent / "results"
+UPPER_BOUND = "upper_bound"
 
 
 @dataclass(frozen=True)
@@ -29,80 +30,171 @@ class Protocol:
     tasks: int
     backbone: str
     recipe: str
+    dataset: str = "cifar100"
     image_size: int = 32
     batch_size: int = 128
+    mean: tuple[float, float, float] | None = None  # None: measured on the first task
+    std: tuple[float, float, float] | None = None
 
 
-PROTOCOLS = {p.name: p for p in (Protocol("edge-5x4", 20, 5, "resnet20", "edge"),)}
+# As published (ABD, supplement; REFERENCE: 250 epochs, batch 128, CIFAR-100's own mean and deviation).
+PAPER = Protocol("paper-5", 100, 5, "resnet32", "paper", mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
+PRESETS = {
+    p.name: p
+    for p in (
+        PAPER,
+        replace(PAPER, name="paper-10", tasks=10),
+        replace(PAPER, name="paper-20", tasks=20),
+        Protocol("edge-5x4", 20, 5, "resnet20", "edge", batch_size=64),
+        Protocol("edge-5x20", 100, 5, "resnet32", "edge"),
+    )
+}
+
+# ABD less one part each. The head refinement, which is ours and would make up for some of it, is off in all of them.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "abd:published": {"refine_epochs": 0},
+    "abd:no_head_finetuning": {"refine_epochs": 0, "head_finetuning": False},
+    "abd:distil_real": {"refine_epochs": 0, "distil_on": "real"},
+    "abd:distil_synthetic": {"refine_epochs": 0, "distil_on": "synthetic"},
+    "abd:plain_distillation": {"refine_epochs": 0, "importance": False},
+    "abd:standard_cross_entropy": {"refine_epochs": 0, "local_cross_entropy": False},
+}
+
+
+def expand(methods: str) -> list[str]:
+    """Names with commas between; "ablations" stands for all of them."""
+    return [name for given in methods.split(",") for name in (ABLATIONS if given == "ablations" else [given])]
+
+
+class Stopped(Exception):
+    """The next task would not end in time; what is done is on disk."""
 
 
 def run(
-    protocol: Protocol, method: str, seed: int, data: Data, out: Path, device: str = "auto", changes: dict[str, Any] | None = None
-):
+    protocol: Protocol,
+    method: str,
+    seed: int,
+    data: Data,
+    out: Path,
+    device: str = "auto",
+    changes: dict[str, Any] | None = None,
+    in_time: Callable[[float], bool] = lambda seconds: True,
+) -> dict[str, Any]:
     """Runs a protocol with a method, from the first task that `out` does not hold yet, and returns the result.
 
-    `changes` replaces numbers of the recipe; they are part of the result and of its file's name.
+    Parameters
+    ----------
+    method
+        A method's name, a yardstick's with the size of its coreset ("bic-400"), or an ablation's.
+    changes
+        Numbers of the recipe to replace; they are part of the result and of its file's name.
+    in_time
+        Asked before each task, with the seconds of the longest so far; False raises `Stopped`.
     """
-    from dataclasses import replace
-
-    recipe = replace(find_recipe(protocol.recipe), **(changes or {}))
-    tag = "".join(f"-{name}={value}" for name, value in (changes or {}).items())
-    path = out / f"{protocol.name}-{method}{tag}-seed{seed}.json"
-    model = out / f".{path.stem}.safetensors"
-    result = json.loads(path.read_text()) if path.exists() else _begin(protocol, method, seed, recipe.to_dict())
-    done = len(result["matrix"])
-    if done == protocol.tasks:
+    name, parts = (method.split(":")[0], ABLATIONS[method]) if method in ABLATIONS else (method, {})
+    recipe = replace(find_recipe(protocol.recipe), **parts, **(changes or {}))
+    tag = "".join(f"-{key}={value}" for key, value in (changes or {}).items())
+    path = out / f"{protocol.name}-{method.replace(':', '.')}{tag}-seed{seed}.json"
+    result = json.loads(path.read_text()) if path.exists() else None
+    if result is not None and len(result["matrix"]) == protocol.tasks:
         return result
-    if done:
-        learner = Learner.load(model, device)
-    else:
-        learner = Learner(
-            protocol.backbone, image_size=protocol.image_size, method=method, recipe=recipe, device=device, seed=seed
-        )
+    learner, state = _learner(protocol, name, seed, recipe, device, path, resumes=result is not None)
+    if result is None:
+        result = _begin(protocol, method, seed, recipe, learner, data)
     order = class_order(len(data.names), seed)[: protocol.classes]
     size = protocol.classes // protocol.tasks
-    for task in range(done, protocol.tasks):
+    for task in range(len(result["matrix"]), protocol.tasks):
+        if not in_time(max(result["seconds"], default=0)):
+            raise Stopped
+        new, seen = order[task * size : (task + 1) * size], order[: (task + 1) * size]
+        probe = embedding.Probe(data.part("test", seen[: task * size], 500), data.part("test", new, 500))
+        machine.reset_peak(learner.device)
         begin = time.perf_counter()
-        report = learner.learn_task(data.part("train", order[task * size : (task + 1) * size], protocol.batch_size), data.names)
-        seconds = time.perf_counter() - begin
-        found = learner.evaluate(data.part("test", order[: (task + 1) * size], 500), data.names)
+        report = learner.learn_task(data.part("train", new, protocol.batch_size), data.names, callbacks=[probe])
+        seconds = time.perf_counter() - begin - probe.seconds
+        found = learner.evaluate(data.part("test", seen, 500), data.names)
         result["accuracy"].append(found.accuracy)
         result["matrix"].append(list(found.per_task))
         result["seconds"].append(seconds)
+        result["peak_bytes"].append(machine.peak(learner.device))
         result["stages"].append([stage.to_dict() for stage in report.stages])
+        if probe.mid:
+            result["mid"].append(probe.mid)
+            if task == 1:
+                probe.save(out / f"{path.stem}-features.npz")
         result["final_accuracy"] = found.accuracy
         result["average_incremental_accuracy"] = metrics.average_incremental_accuracy(result["accuracy"])
         result["forgetting"] = metrics.forgetting(result["matrix"])
-        learner.save(model)
-        result["bytes_kept"] = model.stat().st_size
+        result["omega"] = omega(result, out)
+        result["bytes_kept"] = _save(learner, state, path)
         path.write_text(json.dumps(result, indent=1) + "\n")
-    model.unlink()
+    _model(path).unlink()
+    _kept(path).unlink(missing_ok=True)
     return result
 
 
-def _begin(protocol: Protocol, method: str, seed: int, recipe: dict[str, Any]) -> dict[str, Any]:
+def omega(result: dict[str, Any], out: Path) -> float | None:
+    """Omega so far against the upper bound of the same protocol and seed, if `out` holds that run."""
+    path = out / f"{result['protocol']['name']}-{UPPER_BOUND}-seed{result['seed']}.json"
+    offline = json.loads(path.read_text())["accuracy"] if path.exists() else []
+    done = len(result["accuracy"])
+    return metrics.omega(result["accuracy"], offline[:done]) if len(offline) >= done else None
+
+
+def _learner(
+    protocol: Protocol, name: str, seed: int, recipe: Recipe, device: str, path: Path, resumes: bool
+) -> tuple[Learner, yardsticks.Yardstick | None]:
+    """A learner, new or as the last finished task left it, and its method where that keeps something."""
+    method = yardsticks.find(name)
+    state = method if isinstance(method, yardsticks.Yardstick) else None
+    if resumes:
+        if state is not None and _kept(path).exists():
+            state.kept = load_file(_kept(path))
+        return Learner.load(_model(path), device, method=state), state
+    learner = Learner(
+        protocol.backbone,
+        image_size=protocol.image_size,
+        method=method,
+        recipe=recipe,
+        device=device,
+        seed=seed,
+        mean=protocol.mean,
+        std=protocol.std,
+    )
+    return learner, state
+
+
+def _save(learner: Learner, state: yardsticks.Yardstick | None, path: Path) -> int:
+    """Leaves all that the next task needs beside the result; returns the bytes of it, which is what the method keeps."""
+    learner.save(_model(path))
+    if state is None:
+        return _model(path).stat().st_size
+    if state.kept:
+        save_file({key: value.contiguous() for key, value in state.kept.items()}, _kept(path))
+    return _model(path).stat().st_size + state.bytes_kept
+
+
+def _model(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.safetensors")
+
+
+def _kept(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.kept.safetensors")
+
+
+def _begin(protocol: Protocol, method: str, seed: int, recipe: Recipe, learner: Learner, data: Data) -> dict[str, Any]:
     return {
         "protocol": asdict(protocol),
         "method": method,
         "seed": seed,
-        "recipe": recipe,
-        "versions": {
-            "edge_dfcil": edge_dfcil.__version__,
-            "torch": torch.__version__,
-            "numpy": numpy.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()},
+        "recipe": recipe.to_dict(),
+        "packed": data.packed,
+        "versions": machine.versions(),
+        "machine": machine.machine(torch.device(learner.device)),
         "accuracy": [],
         "matrix": [],
         "seconds": [],
+        "peak_bytes": [],
         "stages": [],
+        "mid": [],
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())

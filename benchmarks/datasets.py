@@ -1,7 +1,9 @@
-"""Data sets as the benchmarks read them: an .npz of uint8 arrays."""
+"""Data sets as the benchmarks read them: an .npz of uint8 arrays, torchvision's CIFAR-100, or folders of pictures."""
 
 from __future__ import annotations
 
+import io
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+
+from edge_dfcil.errors import DataError
+from edge_dfcil.folders import open_folder
+
+DATASETS = ("cifar100", "tiny_imagenet_50", "folder")
+PARTS = ("train", "test")
 
 
 @dataclass(frozen=True)
@@ -29,9 +38,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Data:
-    """`train_x` (N, S, S, 3) uint8, `train_y` (N,), `test_x`, `test_y` and `class_names`."""
+    """`train_x` (N, S, S, 3) uint8, `train_y` (N,), `test_x`, `test_y` and `class_names`; how they were packed, if so."""
 
     arrays: dict[str, np.ndarray]
+    packed: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -45,11 +55,70 @@ class Data:
         return Part(images, torch.from_numpy(y[chosen].astype(np.int64)), batch_size, shuffle=which == "train")
 
 
-def load(path: Path) -> Data:
-    """An .npz of the form above, or the folder that holds `cifar100.npz`."""
-    path = path / "cifar100.npz" if path.is_dir() else path
+def load(path: Path, dataset: str = "cifar100", image_size: int = 32) -> Data:
+    """A data set from where it lies.
+
+    Parameters
+    ----------
+    path
+        An .npz of the form above or made by `pack`; a folder with `DATASET.npz` in it; the folder that holds torchvision's
+        `cifar-100-python`; or a folder with `train` and `test`, each of which holds a folder of pictures a class.
+    image_size
+        For folders of pictures: the side to which they are scaled and cropped.
+
+    Raises `DataError` that says what was looked for.
+    """
+    if path.is_file():
+        return _npz(path)
+    if (path / f"{dataset}.npz").is_file():
+        return _npz(path / f"{dataset}.npz")
+    if dataset == "cifar100" and (path / "cifar-100-python").is_dir():
+        return _torchvision(path)
+    if all((path / part).is_dir() for part in PARTS):
+        return _folders(path, image_size)
+    raise DataError(
+        f"{path} holds no {dataset}.npz, no folder of torchvision's CIFAR-100 and no folders train/ and test/ with a folder "
+        "of pictures a class"
+    )
+
+
+def _npz(path: Path) -> Data:
     with np.load(path) as arrays:
-        return Data({name: arrays[name] for name in ("train_x", "train_y", "test_x", "test_y", "class_names")})
+        found = {name: arrays[name] for name in arrays.files}
+    packed = str(found.pop("packed")) if "packed" in found else None
+    for part in PARTS:
+        if f"{part}_sheet" in found:
+            n = len(found[f"{part}_y"])
+            found[f"{part}_x"] = _cut(found.pop(f"{part}_sheet"), n)
+    missing = {"train_x", "train_y", "test_x", "test_y", "class_names"} - set(found)
+    if missing:
+        raise DataError(f"{path} lacks {', '.join(sorted(missing))}")
+    return Data(found, packed)
+
+
+def _torchvision(path: Path) -> Data:
+    from torchvision.datasets import CIFAR100
+
+    arrays = {}
+    for part in PARTS:
+        found = CIFAR100(str(path), train=part == "train")
+        arrays |= {f"{part}_x": found.data, f"{part}_y": np.array(found.targets), "class_names": np.array(found.classes)}
+    return Data(arrays)
+
+
+def _folders(path: Path, image_size: int) -> Data:
+    arrays: dict[str, np.ndarray] = {}
+    names: list[str] | None = None
+    for part in PARTS:
+        loader = open_folder(path / part, image_size, batch_size=256, shuffle=False).loader
+        found: list[str] = loader.dataset.classes
+        if names is not None and found != names:
+            raise DataError(f"{path / part} holds other classes than {path / PARTS[0]}")
+        names = found
+        batches = list(loader)
+        arrays[f"{part}_x"] = torch.cat([images for images, _ in batches]).permute(0, 2, 3, 1).numpy()
+        arrays[f"{part}_y"] = torch.cat([targets for _, targets in batches]).numpy()
+    return Data(arrays | {"class_names": np.array(names)})
 
 
 def class_order(n: int, run: int) -> list[int]:
@@ -57,3 +126,55 @@ def class_order(n: int, run: int) -> list[int]:
     order = list(range(n))
     random.Random(run).shuffle(order)
     return order
+
+
+# Packing: CIFAR-100 is 184 MB of pixels, and 92 MB at the best lossless coding that we know. To move it to a machine that
+# takes no more than 60 MiB, training images become JPEG without chroma subsampling, whose 8x8 blocks stay inside a 32x32
+# image; test images stay exact.
+
+COLUMNS = 100  # images a row of a sheet
+
+
+def pack(data: Data, path: Path, limit: int) -> str:
+    """Writes `data` to an .npz of at most `limit` bytes, at the best JPEG quality that fits, and says how.
+
+    Raises `DataError` if none fits.
+    """
+    test = _sheet(data.arrays["test_x"], "WEBP", lossless=True)
+    rest = {name: data.arrays[name] for name in ("train_y", "test_y", "class_names")} | {"test_sheet": test}
+    for quality in range(98, 40, -3):
+        train = _sheet(data.arrays["train_x"], "JPEG", quality=quality, subsampling=0)
+        if train.nbytes + sum(array.nbytes for array in rest.values()) + 4096 <= limit:
+            packed = f"training images as JPEG of quality {quality} (4:4:4), test images without loss"
+            np.savez(path, train_sheet=train, packed=np.array(packed), **rest)
+            return packed
+    raise DataError(f"the data does not fit into {limit} bytes at any JPEG quality worth learning from")
+
+
+def _sheet(images: np.ndarray, form: str, **settings: object) -> np.ndarray:
+    """Images (N, S, S, 3) as one coded sheet a thousand, behind one another with their lengths in front."""
+    size, coded = images.shape[1], []
+    for begin in range(0, len(images), COLUMNS * 10):
+        part = images[begin : begin + COLUMNS * 10]
+        rows = math.ceil(len(part) / COLUMNS)
+        tiles = np.zeros((rows * COLUMNS, size, size, 3), np.uint8)
+        tiles[: len(part)] = part
+        sheet = tiles.reshape(rows, COLUMNS, size, size, 3).transpose(0, 2, 1, 3, 4).reshape(rows * size, COLUMNS * size, 3)
+        file = io.BytesIO()
+        Image.fromarray(sheet).save(file, form, **settings)
+        coded.append(np.frombuffer(file.getvalue(), np.uint8))
+    head = np.array([size, len(coded), *map(len, coded)], np.int64)
+    return np.concatenate([head.view(np.uint8), *coded])
+
+
+def _cut(sheets: np.ndarray, n: int) -> np.ndarray:
+    """The images of `_sheet` again, (n, S, S, 3)."""
+    size, count = sheets[:16].view(np.int64)
+    lengths = sheets[16 : 16 + 8 * count].view(np.int64)
+    images, at = [], 16 + 8 * int(count)
+    for length in lengths:
+        sheet = np.asarray(Image.open(io.BytesIO(sheets[at : at + length].tobytes())).convert("RGB"))
+        rows = sheet.shape[0] // size
+        images.append(sheet.reshape(rows, size, COLUMNS, size, 3).transpose(0, 2, 1, 3, 4).reshape(-1, size, size, 3))
+        at += int(length)
+    return np.concatenate(images)[:n]

@@ -4,58 +4,145 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks import embedding, speed
+from benchmarks.accuracy import omega
 
-def read(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Finished results by protocol and method."""
-    found = defaultdict(list)
+Results = list[dict[str, Any]]  # one a seed
+
+
+def read(folder: Path) -> dict[str, dict[str, Results]]:
+    """Finished runs by protocol and by method, with what was changed of its recipe; best last accuracy first."""
+    found: dict[str, dict[str, Results]] = defaultdict(lambda: defaultdict(list))
     for path in sorted(folder.glob("*-seed*.json")):
         result = json.loads(path.read_text())
+        name = result["protocol"]["name"]
         if len(result["matrix"]) == result["protocol"]["tasks"]:
-            found[
-                result["protocol"]["name"], path.stem.rsplit("-seed", 1)[0].removeprefix(result["protocol"]["name"] + "-")
-            ].append(result)
-    return dict(found)
+            found[name][path.stem.rsplit("-seed", 1)[0].removeprefix(name + "-")].append(result)
+    return {name: dict(sorted(methods.items(), key=lambda item: -last(item[1]))) for name, methods in sorted(found.items())}
 
 
-def table(folder: Path) -> str:
-    """Markdown: a row a method, best last accuracy first, with its seeds."""
-    lines = [
-        "| protocol | method | seeds | after each task, % | final, % | average, % | forgetting, % | minutes |",
-        "|---|---|---|---|---|---|---|---|",
+def last(results: Results) -> float:
+    """Mean final accuracy, %."""
+    return 100 * mean(r["final_accuracy"] for r in results)
+
+
+def write(folder: Path) -> str:
+    """README.md and the pictures of a folder of results; returns the text."""
+    parts = ["# Results", "Made by `python -m benchmarks report` from the JSON files here. No figure is typed in."]
+    for protocol, methods in read(folder).items():
+        parts += [f"## {protocol}", describe(next(iter(methods.values()))[0]), table(folder, methods)]
+        plot(methods, folder / f"{protocol}.png")
+        plot_bytes(methods, folder / f"{protocol}-bytes.png")
+        parts += [f"![accuracy after each task]({protocol}.png)", f"![accuracy against bytes kept]({protocol}-bytes.png)"]
+        parts += _embeddings(folder, protocol, methods)
+    if (folder / speed.FILE).exists():
+        parts += ["## Speed", speed.describe(json.loads((folder / speed.FILE).read_text()))]
+    text = "\n\n".join(parts) + "\n"
+    (folder / "README.md").write_text(text)
+    return text
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The protocol in a sentence."""
+    p = result["protocol"]
+    data = p.get("dataset", "cifar100") + (f" ({result['packed']})" if result.get("packed") else "")
+    return (
+        f"{data}, {p['classes']} classes in {p['tasks']} tasks, {p['backbone']}, recipe `{p['recipe']}`, batches of "
+        f"{p['batch_size']}; accuracy on the test images of all classes seen, mean over seeds, ± standard deviation."
+    )
+
+
+def table(folder: Path, methods: dict[str, Results]) -> str:
+    """Markdown, a row a method."""
+    rows = [
+        "| method | seeds | after each task, % | final, % | average, % | forgetting, % | Omega | kept, MB | peak, MB | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    rows = sorted(read(folder).items(), key=lambda item: (item[0][0], -mean(r["final_accuracy"] for r in item[1])))
-    for (protocol, method), results in rows:
-        tasks = zip(*(r["accuracy"] for r in results), strict=True)
-        each = " / ".join(f"{100 * mean(accuracies):.1f}" for accuracies in tasks)
+    for method, results in methods.items():
+        each = " / ".join(f"{value:.1f}" for value in by_task(results))
         finals = [100 * r["final_accuracy"] for r in results]
-        spread = f" ± {stdev(finals):.1f}" if len(finals) > 1 else ""
-        average = 100 * mean(r["average_incremental_accuracy"] for r in results)
-        forgotten = 100 * mean(r["forgetting"] for r in results)
-        minutes = mean(sum(r["seconds"]) for r in results) / 60
-        seeds = ", ".join(str(r["seed"]) for r in results)
-        lines.append(
-            f"| {protocol} | {method} | {seeds} | {each} | {mean(finals):.1f}{spread} "
-            f"| {average:.1f} | {forgotten:.1f} | {minutes:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+        cells = [
+            method,
+            ", ".join(str(r["seed"]) for r in results),
+            each,
+            f"{mean(finals):.1f}" + (f" ± {stdev(finals):.1f}" if len(finals) > 1 else ""),
+            f"{100 * mean(r['average_incremental_accuracy'] for r in results):.1f}",
+            f"{100 * mean(r['forgetting'] for r in results):.1f}",
+            _mean([omega(r, folder) for r in results]),
+            f"{mean(r['bytes_kept'] for r in results) / 1e6:.2f}",
+            _mean([max(r["peak_bytes"]) / 1e6 if r.get("peak_bytes") else None for r in results], "0f"),
+            f"{mean(sum(r['seconds']) for r in results) / 60:.1f}",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    machines = {f"{r['machine']['processor']}, {r['machine']['threads']} threads" for rs in methods.values() for r in rs}
+    note = "Minutes are of runs that may have shared their machine; compare speeds by the speed table only."
+    return "\n".join(rows) + f"\n\nRun on {'; '.join(sorted(machines))}. {note}"
 
 
-def plot(folder: Path, protocol: str, path: Path) -> None:
+def _mean(values: Sequence[float | None], form: str = "1f") -> str:
+    known = [value for value in values if value is not None]
+    return f"{mean(known):.{form}}" if known else ""
+
+
+def by_task(results: Results) -> list[float]:
+    """Accuracy after each task, %, mean over seeds."""
+    return [100 * mean(column) for column in zip(*(r["accuracy"] for r in results), strict=True)]
+
+
+def plot(methods: dict[str, Results], path: Path) -> None:
     """Accuracy by classes seen, a line a method."""
+    figure, axes = _figure()
+    for number, (method, results) in enumerate(methods.items()):
+        accuracy = by_task(results)
+        size = results[0]["protocol"]["classes"] // len(accuracy)
+        style = "-" if number < 10 else "--"
+        axes.plot([size * (task + 1) for task in range(len(accuracy))], accuracy, style, marker="o", markersize=3, label=method)
+    axes.set(xlabel="classes learnt", ylabel="accuracy on all of them, %", ylim=(0, 100))
+    axes.legend(fontsize="x-small", ncols=2)
+    figure.savefig(path, dpi=150)
+
+
+def plot_bytes(methods: dict[str, Results], path: Path) -> None:
+    """Final accuracy by bytes kept between tasks, model included, a point a method."""
+    figure, axes = _figure()
+    for method, results in methods.items():
+        x, y = mean(r["bytes_kept"] for r in results) / 1e6, last(results)
+        axes.plot(x, y, "o")
+        axes.annotate(method, (x, y), xytext=(4, 2), textcoords="offset points", fontsize="x-small")
+    axes.set(xlabel="kept between tasks, MB (model included)", ylabel="final accuracy, %", xscale="log", ylim=(0, 100))
+    figure.savefig(path, dpi=150)
+
+
+def _figure() -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for (name, method), results in read(folder).items():
-        if name != protocol:
-            continue
-        accuracy = [100 * mean(column) for column in zip(*(r["accuracy"] for r in results), strict=True)]
-        size = results[0]["protocol"]["classes"] // len(accuracy)
-        axes.plot([size * (task + 1) for task in range(len(accuracy))], accuracy, marker="o", label=method)
-    axes.set(xlabel="classes learnt", ylabel="accuracy on all of them, %", ylim=(0, 100), title=protocol)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _embeddings(folder: Path, protocol: str, methods: dict[str, Results]) -> list[str]:
+    """The MID table of a protocol, and the picture of the embedding where a run has left features."""
+    rows = []
+    for method, results in methods.items():
+        found = [one for r in results for one in r.get("mid", [])]
+        if found:
+            new, synthetic = mean(one["to_new_real"] for one in found), mean(one["to_old_synthetic"] for one in found)
+            rows.append(f"| {method} | {new:.2f} | {synthetic:.2f} | {synthetic / new:.2f} |")
+    if not rows:
+        return []
+    head = "| method | old real to new real | old real to old synthetic | second over first |\n|---|---|---|---|\n"
+    parts = [
+        "MID, the distance of mean features over the standard deviation of old real images' features (ABD, section 4), mean "
+        "over tasks and seeds. Above 1 in the last column, the features tell real from dreamt before old from new.",
+        head + "\n".join(rows),
+    ]
+    files = {method: folder / f"{protocol}-{method}-seed0-features.npz" for method in ("deep_inversion", "abd")}
+    if all(file.exists() for file in files.values()):
+        embedding.draw(files, folder / f"{protocol}-embedding.png")
+        parts.append(f"![features after the second task, in two principal components]({protocol}-embedding.png)")
+    return parts

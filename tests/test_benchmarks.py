@@ -6,9 +6,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
 
-from benchmarks import accuracy, report
-from benchmarks.datasets import class_order, load
+from benchmarks import accuracy, embedding, report
+from benchmarks.__main__ import main
+from benchmarks.datasets import Data, class_order, load, pack
+from edge_dfcil import DataError
 
 
 @pytest.mark.parametrize(
@@ -35,28 +40,153 @@ TINY = accuracy.Protocol("tiny", 4, 2, "resnet8", "edge", image_size=16, batch_s
 QUICK = {"epochs": 1, "first_epochs": 1, "min_steps": 2, "generator_steps": 2, "width": 8, "pool": 16, "refine_min_steps": 2}
 
 
-def test_a_stopped_run_goes_on_and_ends_the_same(data, tmp_path, monkeypatch):
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "stopped").mkdir()
-    whole = accuracy.run(TINY, "abd", 0, data, tmp_path / "whole", "cpu", QUICK)
+@pytest.mark.parametrize("method", ["abd", "bic-8", "icarl-8", "dgr", "upper_bound"])
+def test_a_stopped_run_goes_on_and_ends_the_same(method, data, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir()
+    stopped.mkdir()
+    expected = accuracy.run(TINY, method, 0, data, whole, "cpu", QUICK)
     learn_task, calls = accuracy.Learner.learn_task, []
 
-    def stops_at_the_second(self, *arguments):
+    def stops_at_the_second(self, *arguments, **settings):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return learn_task(self, *arguments)
+        return learn_task(self, *arguments, **settings)
 
     monkeypatch.setattr(accuracy.Learner, "learn_task", stops_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        accuracy.run(TINY, "abd", 0, data, tmp_path / "stopped", "cpu", QUICK)
-    resumed = accuracy.run(TINY, "abd", 0, data, tmp_path / "stopped", "cpu", QUICK)
+        accuracy.run(TINY, method, 0, data, stopped, "cpu", QUICK)
+    resumed = accuracy.run(TINY, method, 0, data, stopped, "cpu", QUICK)
     assert len(calls) == 3
-    assert resumed["matrix"] == whole["matrix"]
-    (written,) = (tmp_path / "whole").iterdir()
-    assert json.loads(written.read_text())["final_accuracy"] == whole["final_accuracy"]
+    assert resumed["matrix"] == expected["matrix"]
+    assert resumed["bytes_kept"] == expected["bytes_kept"]
+    assert [path.suffix for path in whole.iterdir() if path.name.startswith(".")] == []
+    (written,) = whole.glob("*.json")
+    assert json.loads(written.read_text()) == json.loads(json.dumps(expected))
 
-    table = report.table(tmp_path / "whole")
-    assert f"{100 * whole['final_accuracy']:.1f}" in table
-    report.plot(tmp_path / "whole", "tiny", tmp_path / "tiny.png")
-    assert (tmp_path / "tiny.png").stat().st_size > 0
+
+def test_a_run_says_all_that_a_reader_needs(data, tmp_path):
+    bound = accuracy.run(TINY, "upper_bound", 0, data, tmp_path, "cpu", QUICK)
+    plain = accuracy.run(TINY, "finetune", 0, data, tmp_path, "cpu", QUICK)
+    stored = accuracy.run(TINY, "rehearsal-8", 0, data, tmp_path, "cpu", QUICK)
+    dreams = accuracy.run(TINY, "abd:distil_real", 0, data, tmp_path, "cpu", QUICK)
+    assert bound["omega"] == plain["omega"] is None or bound["omega"] == pytest.approx(100)
+    assert dreams["recipe"]["distil_on"] == "real"
+    assert dreams["recipe"]["refine_epochs"] == 0
+    assert stored["bytes_kept"] - plain["bytes_kept"] == pytest.approx(
+        8 * 3 * 16 * 16 + 8 * 8, abs=600
+    )  # settings differ by a name
+    assert min(min(r["peak_bytes"]) for r in (plain, stored, dreams)) > 10**7
+    assert set(dreams["mid"][0]) == {"to_new_real", "to_old_synthetic"}
+    assert plain["mid"] == []
+    assert {"torch", "numpy", "python", "edge_dfcil"} == set(plain["versions"])
+    assert set(plain["machine"]) == {"device", "processor", "threads"}
+
+
+def test_the_report_is_made_from_the_files(data, tmp_path):
+    found = {m: accuracy.run(TINY, m, 0, data, tmp_path, "cpu", QUICK) for m in ("upper_bound", "abd", "deep_inversion")}
+    accuracy.run(TINY, "abd", 1, data, tmp_path, "cpu", QUICK)
+    done = CliRunner().invoke(main, ["report", "--out", str(tmp_path)], catch_exceptions=False)
+    text = (tmp_path / "README.md").read_text()
+    assert text in done.output
+    tag = "".join(f"-{key}={value}" for key, value in QUICK.items())
+    lines = text[: text.index("MID")].splitlines()
+    rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in lines if line.startswith("| ")}
+    assert rows["deep_inversion" + tag][3] == f"{100 * found['deep_inversion']['final_accuracy']:.1f}"
+    assert rows["abd" + tag][1] == "0, 1"
+    assert "±" in rows["abd" + tag][3]
+    for picture in ("tiny.png", "tiny-bytes.png"):
+        assert (tmp_path / picture).stat().st_size > 0
+        assert picture in text
+
+
+def test_no_task_is_begun_that_would_not_end_in_time(data, tmp_path):
+    asked = []
+
+    def never(seconds):
+        asked.append(seconds)
+        return len(asked) == 1
+
+    with pytest.raises(accuracy.Stopped):
+        accuracy.run(TINY, "finetune", 0, data, tmp_path, "cpu", QUICK, never)
+    assert asked[0] == 0
+    assert asked[1] > 0
+    assert len(accuracy.run(TINY, "finetune", 0, data, tmp_path, "cpu", QUICK)["matrix"]) == 2
+
+
+def test_presets_are_the_published_protocols():
+    for tasks in (5, 10, 20):
+        preset = accuracy.PRESETS[f"paper-{tasks}"]
+        assert (preset.tasks, preset.classes, preset.backbone, preset.recipe, preset.batch_size) == (
+            tasks, 100, "resnet32", "paper", 128,
+        )  # fmt: skip
+    assert accuracy.expand("lwf,ablations")[:2] == ["lwf", "abd:published"]
+
+
+def test_mid_by_hand():
+    reference = torch.tensor([[0.0, 0.0], [2.0, 0.0]])  # mean (1, 0), every image at distance 1 from it
+    assert embedding.mid(torch.tensor([[1.0, 3.0], [1.0, 1.0]]), reference) == pytest.approx(2)
+    assert embedding.mid(reference, reference) == 0
+
+
+def test_a_packed_file_is_small_and_says_how_it_was_packed(data, tmp_path):
+    said = pack(data, tmp_path / "small.npz", limit=60_000)
+    packed = load(tmp_path / "small.npz")
+    assert packed.packed == said
+    assert "JPEG" in said
+    assert (tmp_path / "small.npz").stat().st_size <= 60_000
+    assert (packed.arrays["test_x"] == data.arrays["test_x"]).all()
+    assert (packed.arrays["train_y"] == data.arrays["train_y"]).all()
+    smooth = Data(data.arrays | {"train_x": np.full_like(data.arrays["train_x"], 7)})
+    pack(smooth, tmp_path / "smooth.npz", limit=60_000)
+    assert np.abs(load(tmp_path / "smooth.npz").arrays["train_x"].astype(int) - 7).max() <= 1
+    with pytest.raises(DataError, match="does not fit"):
+        pack(data, tmp_path / "tiny.npz", limit=1000)
+
+
+def test_folders_of_pictures_are_a_data_set(tmp_path):
+    for part in ("train", "test"):
+        for name, shade in (("dark", 10), ("light", 200)):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(3):
+                Image.new("RGB", (20, 20), (shade,) * 3).save(tmp_path / part / name / f"{number}.png")
+    found = load(tmp_path, "folder", 16)
+    assert found.names == ["dark", "light"]
+    assert found.arrays["train_x"].shape == (6, 16, 16, 3)
+    assert set(found.part("test", [1], 8).images.flatten().tolist()) == {200}
+    with pytest.raises(DataError, match=r"cifar100\.npz.*train/"):
+        load(tmp_path / "train", "cifar100")
+
+
+def test_the_command_runs_resumes_and_tells(data, tmp_path):
+    arguments = ["accuracy", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--methods", "finetune", "--device", "cpu"]
+    other = ["--classes", "4", "--tasks", "2", "--backbone", "resnet8", "--image-size", "16", "--batch-size", "8"]
+    changes = [part for key, value in QUICK.items() for part in ("--set", f"{key}={value}")]
+    for _ in range(2):
+        done = CliRunner().invoke(main, [*arguments, *other, *changes], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        assert "all of it has been run" in done.output
+    (path,) = (tmp_path / "out").iterdir()
+    assert json.loads(path.read_text())["protocol"]["tasks"] == 2
+    done = CliRunner().invoke(main, [*arguments[:6], "magic", *other, *changes])
+    assert done.exit_code == 1
+    assert "magic" in done.output
+
+
+def test_speed_checks_that_both_do_the_same_and_prints_its_ratios():
+    done = CliRunner().invoke(main, ["speed", "--quick", "--json", "--device", "cpu"], catch_exceptions=False)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["losses_differ_by"] <= 1e-4
+    assert found["classifier_step_ratio"] > 0
+    assert found["generator_step_ratio"] > 0
+    for shares in found["profile"].values():
+        assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_committed_figures_come_from_committed_files():
+    """The README of the results is what the report makes of them now."""
+    text = (accuracy.RESULTS / "README.md").read_text()
+    for protocol, methods in report.read(accuracy.RESULTS).items():
+        assert f"## {protocol}" in text
+        assert report.table(accuracy.RESULTS, methods) in text
