@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint types figures clean
+.PHONY: demo test lint types figures paper-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/edge-dfcil demo
@@ -21,6 +21,14 @@ types: $(STAMP)
 # The pictures of the README.
 figures: $(STAMP)
 	$(BIN)/python demos/figures.py
+
+# The published protocol, in pieces of under nine minutes: run it again until it says that all has been run. What is done
+# lies in $(OUT) as small files, which may be moved to another machine in between.
+OUT ?= benchmarks/results
+MINUTES ?= 8.5
+paper-gpu: $(STAMP)
+	$(BIN)/python -m benchmarks accuracy --data $(DATA) --out $(OUT) --preset paper-5,paper-10,paper-20 --seeds 0,1,2 \
+		--methods abd,deep_inversion,lwf_mc,rehearsal --minutes $(MINUTES)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

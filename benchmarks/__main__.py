@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def main() -> None:
 
 @main.command("accuracy")
 @DATA
-@click.option("--preset", default="edge-5x4", show_default=True, type=click.Choice(list(accuracy.PRESETS)))
+@click.option("--preset", default="edge-5x4", show_default=True, help=f"With commas between: {', '.join(accuracy.PRESETS)}.")
 @click.option(
     "--methods",
     default="finetune,deep_inversion,abd",
@@ -76,23 +77,35 @@ def run_accuracy(
     **other: Any,
 ) -> None:
     """Accuracy after each task. Stopped, it goes on from the last finished task when run again."""
-    protocol = changed(accuracy.PRESETS[preset], {name: value for name, value in other.items() if value is not None})
-    loaded = datasets.load(data, protocol.dataset, protocol.image_size)
-    out.mkdir(parents=True, exist_ok=True)
+    given = {name: value for name, value in other.items() if value is not None}
+    protocols = [changed(accuracy.find_preset(name), given) for name in preset.split(",")]
     numbers = {name: _value(value) for name, _, value in (change.partition("=") for change in changes)}
-    end = time.monotonic() + 60 * minutes if minutes else float("inf")
+    out.mkdir(parents=True, exist_ok=True)
+    in_time = _deadline(minutes)
     try:
-        for seed in map(int, seeds.split(",")):
-            for method in accuracy.expand(methods):
-                result = accuracy.run(
-                    protocol, method, seed, loaded, out, device, numbers, lambda seconds: time.monotonic() + 1.1 * seconds < end
-                )
-                each = " ".join(f"{100 * value:.1f}" for value in result["accuracy"])
-                click.echo(f"{protocol.name} {method} seed {seed}: {each} %, {sum(result['seconds']) / 60:.1f} minutes")
+        for protocol in protocols:
+            loaded = datasets.load(data, protocol.dataset, protocol.image_size)
+            for seed in map(int, seeds.split(",")):
+                for method in accuracy.expand(methods):
+                    result = accuracy.run(protocol, method, seed, loaded, out, device, numbers, in_time)
+                    each = " ".join(f"{100 * value:.1f}" for value in result["accuracy"])
+                    click.echo(f"{protocol.name} {method} seed {seed}: {each} %, {sum(result['seconds']) / 60:.1f} minutes")
     except accuracy.Stopped:
-        click.echo(f"stopped before {minutes:g} minutes were over; run the same command again to go on")
+        click.echo("stopped, because the next task would not end in time; run the same command again to go on")
     else:
         click.echo("all of it has been run")
+
+
+def _deadline(minutes: float | None) -> Callable[[float], bool]:
+    """Whether a task as long as the longest so far would end in time."""
+    end, longest = time.monotonic() + 60 * (minutes or float("inf")), 0.0
+
+    def in_time(seconds: float) -> bool:
+        nonlocal longest
+        longest = max(longest, seconds)
+        return time.monotonic() + 1.1 * longest < end
+
+    return in_time
 
 
 def changed(protocol: accuracy.Protocol, other: dict[str, Any]) -> accuracy.Protocol:

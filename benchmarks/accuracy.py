@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import embedding, machine, yardsticks
 from benchmarks.datasets import Data, class_order
 from edge_dfcil import Learner, metrics
+from edge_dfcil.errors import SettingError
 from edge_dfcil.recipe import Recipe, find_recipe
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,6 +65,13 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 def expand(methods: str) -> list[str]:
     """Names with commas between; "ablations" stands for all of them."""
     return [name for given in methods.split(",") for name in (ABLATIONS if given == "ablations" else [given])]
+
+
+def find_preset(name: str) -> Protocol:
+    """A preset by name. Raises `SettingError` for an unknown one."""
+    if name not in PRESETS:
+        raise SettingError(f"no preset is called {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 class Stopped(Exception):

@@ -13,7 +13,7 @@ from PIL import Image
 from benchmarks import accuracy, embedding, report
 from benchmarks.__main__ import main
 from benchmarks.datasets import Data, class_order, load, pack
-from edge_dfcil import DataError
+from edge_dfcil import DataError, SettingError
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,8 @@ def test_presets_are_the_published_protocols():
         assert (preset.tasks, preset.classes, preset.backbone, preset.recipe, preset.batch_size) == (
             tasks, 100, "resnet32", "paper", 128,
         )  # fmt: skip
+    with pytest.raises(SettingError, match="edge-9x9"):
+        accuracy.find_preset("edge-9x9")
     assert accuracy.expand("lwf,ablations")[:2] == ["lwf", "abd:published"]
 
 
