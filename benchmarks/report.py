@@ -51,8 +51,9 @@ def describe(result: dict[str, Any]) -> str:
     """The protocol in a sentence."""
     p = result["protocol"]
     data = p.get("dataset", "cifar100") + (f" ({result['packed']})" if result.get("packed") else "")
+    changes = "".join(f", {name} {value}" for name, value in p.get("changes", {}).items())
     return (
-        f"{data}, {p['classes']} classes in {p['tasks']} tasks, {p['backbone']}, recipe `{p['recipe']}`, batches of "
+        f"{data}, {p['classes']} classes in {p['tasks']} tasks, {p['backbone']}, recipe `{p['recipe']}`{changes}, batches of "
         f"{p['batch_size']}; accuracy on the test images of all classes seen, mean over seeds, ± standard deviation."
     )
 
