@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edge_dfcil.dreaming.generator import Generator
+from edge_dfcil.dreaming.generator import DoublingConv2d, Generator
 from edge_dfcil.network import Network
 
 
@@ -26,7 +25,7 @@ class Published:
         contiguous = torch.contiguous_format
         self.teacher = copy.deepcopy(teacher).to(memory_format=contiguous).eval().requires_grad_(True)
         self.student = copy.deepcopy(student).to(memory_format=contiguous).train()
-        self.generator = copy.deepcopy(generator).to(memory_format=contiguous)
+        self.generator = plain(generator).to(memory_format=contiguous)
         self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), lr=1e-3)
         self.optimizer = torch.optim.SGD(self.student.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4)
         self.statistics = [Hook(m) for m in self.teacher.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -79,6 +78,17 @@ class Published:
         return {name: loss.item() for name, loss in losses.items()}
 
 
+def plain(generator: Generator) -> Generator:
+    """A copy that doubles first and convolves then."""
+    found = copy.deepcopy(generator)
+    for number, layer in enumerate(found.blocks):
+        if isinstance(layer, DoublingConv2d):
+            convolution = nn.Conv2d(layer.in_channels, layer.out_channels, 3, padding=1)
+            convolution.load_state_dict(layer.state_dict())
+            found.blocks[number] = nn.Sequential(nn.Upsample(scale_factor=2.0), convolution)
+    return found.to(next(generator.parameters()).device)
+
+
 class Hook:
     """Computes a BatchNorm layer's divergence at every forward pass, wanted or not."""
 
@@ -93,6 +103,3 @@ class Hook:
         v = x.permute(1, 0, 2, 3).contiguous().view(x.shape[1], -1).var(1, unbiased=False)
         m, r = layer.running_mean, layer.running_var
         self.divergence = (torch.log(v.sqrt() / r.sqrt()) - 0.5 * (1 - (r + (m - u) ** 2) / v)).mean()
-
-
-Step = Callable[[], dict[str, float]]

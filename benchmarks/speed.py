@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import machine
-from benchmarks.published import Published
+from benchmarks.published import Published, plain
 from edge_dfcil import RECIPES, Learner, devices, training
 from edge_dfcil.data import Batch
 from edge_dfcil.dreaming import objective
@@ -290,6 +290,12 @@ def _var_mean(bench: Bench) -> Callable[[], Any]:
     return run
 
 
+def _doubling_first(bench: Bench) -> Callable[[], Any]:
+    other = copy.copy(bench.dreamer)
+    other.generator = plain(bench.dreamer.generator).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return bench.step(replace(other.stage(), steps=1))
+
+
 def _fused_adam(bench: Bench) -> Callable[[], Any]:
     stage = bench.generator()
     stage.optimizer = torch.optim.Adam(bench.dreamer.generator.parameters(), 1e-3, fused=True)
@@ -307,6 +313,7 @@ CLASSIFIER_TRIES = {
 GENERATOR_TRIES = {
     "teacher parameters collect gradients": _teacher_gradients,
     "channel statistics by var_mean": _var_mean,
+    "doubling, then convolving": _doubling_first,
     "fused Adam": _fused_adam,
 }
 

@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from edge_dfcil.dreaming import objective
-from edge_dfcil.dreaming.generator import Generator
+from edge_dfcil.dreaming.generator import DoublingConv2d, Generator
 
 
 def test_content_is_cross_entropy_of_scaled_logits():
@@ -110,6 +111,28 @@ def test_batch_statistics_are_those_of_batchnorm_inputs_and_only_while_recording
     assert not layer._forward_pre_hooks
 
 
+@given(st.integers(1, 9), st.integers(0, 99))
+def test_channel_statistics_and_their_gradients_are_those_of_var_mean(side, seed):
+    x = (3 * torch.randn(4, 3, side, side + 1, generator=torch.Generator().manual_seed(seed)) + 2).requires_grad_()
+    v, u = torch.var_mean(x, (0, 2, 3), correction=0)
+    found = objective.batch_statistics(x)
+    assert torch.allclose(found[0], u, atol=1e-5)
+    assert torch.allclose(found[1], v, rtol=1e-4)
+    gradients = [torch.autograd.grad((m.sin() * s.log()).sum(), x)[0] for m, s in ((u, v), found)]
+    assert torch.allclose(*gradients, atol=1e-5)
+
+
+@given(st.integers(1, 7), st.integers(1, 7))
+def test_doubling_and_convolving_at_once_is_doubling_then_convolving(height, width):
+    layer = DoublingConv2d(3, 5).double()
+    x = torch.randn(2, 3, height, width, dtype=torch.double, requires_grad=True)
+    plain = F.conv2d(F.interpolate(x, scale_factor=2.0), layer.weight, layer.bias, padding=1)
+    assert torch.allclose(layer(x), plain, atol=1e-12)
+    inputs = [x, layer.weight, layer.bias]
+    ours, theirs = (torch.autograd.grad(y.square().sum(), inputs) for y in (layer(x), plain))
+    assert all(torch.allclose(one, other, atol=1e-10) for one, other in zip(ours, theirs, strict=True))
+
+
 def test_the_published_generator():
     generator = Generator(32)
     assert sum(p.numel() for p in generator.parameters()) == 8_423_939
@@ -121,5 +144,5 @@ def test_the_published_generator():
 def test_generator_sizes(size, side, doublings):
     generator = Generator(size, latent=8, width=4)
     assert generator.side == side
-    assert sum(isinstance(m, nn.Upsample) for m in generator.modules()) == doublings
+    assert sum(isinstance(m, DoublingConv2d) for m in generator.modules()) == doublings
     assert generator(torch.randn(2, 8)).shape == (2, 3, size, size)

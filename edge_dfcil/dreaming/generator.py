@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 SMALLEST_MAP = 8  # the generator starts from a feature map of at most this side and doubles it until the image's size
+
+
+class DoublingConv2d(nn.Conv2d):
+    """Nearest-neighbour doubling and a 3x3 convolution, (N, C, S, S) to (N, C', 2S, 2S), in one step.
+
+    After doubling, the three taps of a side fall on two pixels only, so that the pair is a transposed convolution with
+    stride 2 and a 4x4 kernel of sums of taps: the same function of the same weights, at 4/9 of the multiplications.
+    """
+
+    taps: Tensor
+
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__(channels_in, channels, 3, padding=1)
+        taps = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # which of the 3 taps add up to each of the 4
+        self.register_buffer("taps", taps, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = torch.einsum("ax,by,oixy->ioab", self.taps, self.taps, self.weight)
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
 class Generator(nn.Module):
@@ -30,8 +50,7 @@ class Generator(nn.Module):
             last = doubling == doublings - 1
             out = width // 2 if last else width
             blocks += [
-                nn.Upsample(scale_factor=2.0),
-                nn.Conv2d(width, out, 3, padding=1),
+                DoublingConv2d(width, out),
                 nn.BatchNorm2d(out, eps=0.8),
                 nn.LeakyReLU(0.2),
             ]
