@@ -25,7 +25,7 @@ class Published:
         contiguous = torch.contiguous_format
         self.teacher = copy.deepcopy(teacher).to(memory_format=contiguous).eval().requires_grad_(True)
         self.student = copy.deepcopy(student).to(memory_format=contiguous).train()
-        self.generator = plain(generator).to(memory_format=contiguous)
+        self.generator, self.latent = plain(generator), generator.latent
         self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), lr=1e-3)
         self.optimizer = torch.optim.SGD(self.student.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4)
         self.statistics = [Hook(m) for m in self.teacher.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -34,7 +34,7 @@ class Published:
         self.blur = (kernel / kernel.sum()).expand(3, 1, 5, 5).to(next(student.parameters()).device)
 
     def noise(self, n: int) -> Tensor:
-        return torch.randn(n, self.generator.latent, device=self.blur.device)
+        return torch.randn(n, self.latent, device=self.blur.device)
 
     def generator_step(self, n: int) -> dict[str, float]:
         self.generator.train()
@@ -78,15 +78,22 @@ class Published:
         return {name: loss.item() for name, loss in losses.items()}
 
 
-def plain(generator: Generator) -> Generator:
-    """A copy that doubles first and convolves then."""
-    found = copy.deepcopy(generator)
-    for number, layer in enumerate(found.blocks):
+def plain(generator: Generator) -> nn.Sequential:
+    """The same weights, doubling first and convolving then, in torch's default memory order."""
+    layers: list[nn.Module] = [
+        generator.linear,
+        nn.Unflatten(1, (generator.width, generator.side, generator.side)),
+        generator.stem,
+    ]
+    for layer in generator.blocks:
         if isinstance(layer, DoublingConv2d):
             convolution = nn.Conv2d(layer.in_channels, layer.out_channels, 3, padding=1)
             convolution.load_state_dict(layer.state_dict())
-            found.blocks[number] = nn.Sequential(nn.Upsample(scale_factor=2.0), convolution)
-    return found.to(next(generator.parameters()).device)
+            layers += [nn.Upsample(scale_factor=2.0), convolution]
+        else:
+            layers.append(layer)
+    device = next(generator.parameters()).device
+    return copy.deepcopy(nn.Sequential(*layers)).to(device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 class Hook:
