@@ -149,8 +149,10 @@ def run_speed(as_json: bool, quick: bool, out: Path, device: str) -> None:
 @main.command("report")
 @RESULTS
 def run_report(out: Path) -> None:
-    """Writes README.md and the plots of every protocol into the folder of results."""
+    """Writes README.md and the plots of every protocol into the folder of results, and the table of the project's README."""
     click.echo(reports.write(out))
+    if out.resolve() == accuracy.RESULTS and reports.README.exists():
+        reports.write_readme(out)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class Protocol:
 
 # As published (ABD, supplement; REFERENCE: 250 epochs, batch 128, CIFAR-100's own mean and deviation).
 PAPER = Protocol("paper-5", 100, 5, "resnet32", "paper", mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
+SMALL_STEPS = {"learning_rate": 0.05, "generator_batch": 32}
 PRESETS = {
     p.name: p
     for p in (
@@ -48,8 +49,17 @@ PRESETS = {
         replace(PAPER, name="paper-10", tasks=10),
         replace(PAPER, name="paper-20", tasks=20),
         # On a CPU a step's time follows its images, so that many steps on few images teach more a minute.
-        Protocol("edge-5x4", 20, 5, "resnet20", "edge", batch_size=16, changes={"learning_rate": 0.05}),
-        Protocol("edge-5x20", 100, 5, "resnet32", "edge", batch_size=16, changes={"learning_rate": 0.05}),
+        Protocol("edge-5x4", 20, 5, "resnet20", "edge", batch_size=16, changes=SMALL_STEPS),
+        # Two hours on two cores: more passes, and more dreams for more classes.
+        Protocol(
+            "edge-5x20",
+            100,
+            5,
+            "resnet32",
+            "edge",
+            batch_size=16,
+            changes=SMALL_STEPS | {"epochs": 16, "first_epochs": 20, "generator_steps": 600, "pool": 10240},
+        ),
     )
 }
 

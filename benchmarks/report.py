@@ -47,6 +47,39 @@ def write(folder: Path) -> str:
     return text
 
 
+README = Path(__file__).resolve().parent.parent / "README.md"
+SHOWN = "edge-5x4"  # the protocol of the README's table
+
+
+def write_readme(folder: Path, readme: Path = README) -> None:
+    """Replaces what stands between the README's marks."""
+    text = readme.read_text()
+    begin, end = text.index("-->", text.index("<!-- photographs:")) + 3, text.index("<!-- /photographs -->")
+    readme.write_text(text[:begin] + "\n" + summary(folder) + text[end:])
+
+
+def summary(folder: Path) -> str:
+    """The README's table: what each method ends at, and what it keeps to get there."""
+    methods = {name: results for name, results in read(folder)[SHOWN].items() if "." not in name}  # ablations have a dot
+    lines = ["| method | final accuracy, % | seeds | kept between tasks, MB | of that images or a generator, MB |"]
+    lines.append("|---|---|---|---|---|")
+    model = min(mean(r["bytes_kept"] for r in results) for results in methods.values()) / 1e6
+    for name, results in methods.items():
+        finals, kept = [100 * r["final_accuracy"] for r in results], mean(r["bytes_kept"] for r in results) / 1e6
+        spread = f" ± {stdev(finals):.1f}" if len(finals) > 1 else ""
+        more = f"{kept - model:.2f}" if kept - model > 0.005 else "0"
+        lines.append(f"| {name} | {mean(finals):.1f}{spread} | {len(results)} | {kept:.2f} | {more} |")
+    if (folder / speed.FILE).exists():
+        found = json.loads((folder / speed.FILE).read_text())
+        lines += [
+            "",
+            f"At equal mathematics a classifier step of ABD is {found['classifier_step_ratio']:.1f} times as fast as a plain "
+            f"transcription of the published one, and a generator step {found['generator_step_ratio']:.1f} times "
+            f"({found['setting']['backbone']}, {found['machine']['threads']} CPU threads).",
+        ]
+    return "\n".join(lines) + "\n"
+
+
 def describe(result: dict[str, Any]) -> str:
     """The protocol in a sentence."""
     p = result["protocol"]

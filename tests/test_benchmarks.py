@@ -161,17 +161,31 @@ def test_folders_of_pictures_are_a_data_set(tmp_path):
         load(tmp_path / "train", "cifar100")
 
 
-def test_the_command_runs_resumes_and_tells(data, tmp_path):
-    arguments = ["accuracy", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--methods", "finetune", "--device", "cpu"]
+@pytest.mark.parametrize("preset", ["edge-5x4", "paper-10"])
+def test_the_command_runs_resumes_and_tells(preset, data, tmp_path):
+    arguments = [
+        "accuracy",
+        "--preset",
+        preset,
+        "--data",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+        "--methods",
+        "abd",
+        "--device",
+        "cpu",
+    ]
     other = ["--classes", "4", "--tasks", "2", "--backbone", "resnet8", "--image-size", "16", "--batch-size", "8"]
     changes = [part for key, value in QUICK.items() for part in ("--set", f"{key}={value}")]
     for _ in range(2):
         done = CliRunner().invoke(main, [*arguments, *other, *changes], catch_exceptions=False)
         assert done.exit_code == 0, done.output
         assert "all of it has been run" in done.output
-    (path,) = (tmp_path / "out").iterdir()
+    (path,) = (tmp_path / "out").glob("*.json")
     assert json.loads(path.read_text())["protocol"]["tasks"] == 2
-    done = CliRunner().invoke(main, [*arguments[:6], "magic", *other, *changes])
+    arguments[arguments.index("abd")] = "magic"
+    done = CliRunner().invoke(main, [*arguments, *other, *changes])
     assert done.exit_code == 1
     assert "magic" in done.output
 
