@@ -94,7 +94,8 @@ def describe(result: dict[str, Any]) -> str:
 def table(folder: Path, methods: dict[str, Results]) -> str:
     """Markdown, a row a method."""
     rows = [
-        "| method | seeds | after each task, % | final, % | average, % | forgetting, % | Omega | kept, MB | process peak, MB | minutes |",
+        "| method | seeds | after each task, % | final, % | average, % | forgetting, % | Omega "
+        "| kept, MB | process peak, MB | minutes |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method, results in methods.items():

@@ -67,6 +67,9 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if "edge_dfcil" not in metadata:
                 raise ModelFileError(f"{path} is a safetensors file, but edge-dfcil did not write it")
             about, settings = json.loads(metadata["edge_dfcil"]), json.loads(metadata["settings"])
+            written = about["sha256"]
+            if about["schema"] < 1:
+                raise ModelFileError(f"{path} is damaged: there is no schema {about['schema']}")
             if about["schema"] > SCHEMA:
                 raise ModelFileError(
                     f"{path} has schema {about['schema']}; this version reads up to {SCHEMA}. Upgrade edge-dfcil"
@@ -74,7 +77,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ModelFileError(f"{path} is not an edge-dfcil model file, or it is damaged ({error})") from error
-    if digest(tensors, settings) != about["sha256"]:
+    if digest(tensors, settings) != written:
         raise ModelFileError(f"{path} is damaged: its SHA-256 is not the one written. Restore it from a copy")
     return tensors, settings
 
