@@ -149,7 +149,10 @@ def plot_bytes(methods: dict[str, Results], path: Path) -> None:
         x, y = mean(r["bytes_kept"] for r in results) / 1e6, last(results)
         axes.plot(x, y, "o")
         axes.annotate(method, (x, y), xytext=(4, 2), textcoords="offset points", fontsize="x-small")
-    axes.set(xlabel="kept between tasks, MB (model included)", ylabel="final accuracy, %", xscale="log", ylim=(0, 100))
+    axes.set(
+        xlabel="kept between tasks, MB (model included)", ylabel="final accuracy, %", xscale="log", xlim=(0.5, 200), ylim=(0, 100)
+    )
+    axes.xaxis.set_major_formatter("{x:g}")
     figure.savefig(path, dpi=150)
 
 
