@@ -31,6 +31,12 @@ def last(results: Results) -> float:
     return 100 * mean(r["final_accuracy"] for r in results)
 
 
+def final(results: Results) -> str:
+    """The same with its standard deviation over seeds."""
+    spread = f" ± {100 * stdev(r['final_accuracy'] for r in results):.1f}" if len(results) > 1 else ""
+    return f"{last(results):.1f}{spread}"
+
+
 def write(folder: Path) -> str:
     """README.md and the pictures of a folder of results; returns the text."""
     parts = ["# Results", "Made by `python -m benchmarks report` from the JSON files here. No figure is typed in."]
@@ -65,10 +71,9 @@ def summary(folder: Path) -> str:
     lines.append("|---|---|---|---|---|")
     model = min(mean(r["bytes_kept"] for r in results) for results in methods.values()) / 1e6
     for name, results in methods.items():
-        finals, kept = [100 * r["final_accuracy"] for r in results], mean(r["bytes_kept"] for r in results) / 1e6
-        spread = f" ± {stdev(finals):.1f}" if len(finals) > 1 else ""
+        kept = mean(r["bytes_kept"] for r in results) / 1e6
         more = f"{kept - model:.2f}" if kept - model > 0.005 else "0"
-        lines.append(f"| {name} | {mean(finals):.1f}{spread} | {len(results)} | {kept:.2f} | {more} |")
+        lines.append(f"| {name} | {final(results)} | {len(results)} | {kept:.2f} | {more} |")
     if (folder / speed.FILE).exists():
         found = json.loads((folder / speed.FILE).read_text())
         lines += [
@@ -100,12 +105,11 @@ def table(folder: Path, methods: dict[str, Results]) -> str:
     ]
     for method, results in methods.items():
         each = " / ".join(f"{value:.1f}" for value in by_task(results))
-        finals = [100 * r["final_accuracy"] for r in results]
         cells = [
             method,
             ", ".join(str(r["seed"]) for r in results),
             each,
-            f"{mean(finals):.1f}" + (f" ± {stdev(finals):.1f}" if len(finals) > 1 else ""),
+            final(results),
             f"{100 * mean(r['average_incremental_accuracy'] for r in results):.1f}",
             f"{100 * mean(r['forgetting'] for r in results):.1f}",
             _mean([omega(r, folder) for r in results]),

@@ -15,7 +15,6 @@ from benchmarks.yardsticks.lwf_coreset import LwFCoreset
 from benchmarks.yardsticks.rehearsal import Rehearsal
 from benchmarks.yardsticks.upper_bound import UpperBound
 from edge_dfcil.errors import SettingError
-from edge_dfcil.methods import Method
 from edge_dfcil.methods import names as product_names
 
 YARDSTICKS: dict[str, type[Yardstick]] = {kind.name: kind for kind in (Rehearsal, LwFCoreset, E2E, BiC, ICaRL, DGR, UpperBound)}
@@ -35,4 +34,4 @@ def find(name: str) -> str | Yardstick:
     return YARDSTICKS[kind](size) if size else YARDSTICKS[kind]()
 
 
-__all__ = ["YARDSTICKS", "Method", "Yardstick", "find"]
+__all__ = ["YARDSTICKS", "Yardstick", "find"]

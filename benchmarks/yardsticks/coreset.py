@@ -12,7 +12,6 @@ from benchmarks.yardsticks.base import Yardstick
 from edge_dfcil.augment import augment
 from edge_dfcil.data import Batch
 from edge_dfcil.errors import SettingError
-from edge_dfcil.methods import Method
 from edge_dfcil.network import Network
 from edge_dfcil.recipe import Recipe
 from edge_dfcil.training import Stage, Task, Terms
@@ -157,6 +156,3 @@ def capacity(size: int | str, bytes_an_image: int) -> int:
         raise SettingError(f"{size!r} is no coreset size; pass images such as 400, or bytes such as '80kB' or '6MB'")
     number, unit = int(found[1]), found[2]
     return number if unit is None else number * {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}[unit] // bytes_an_image
-
-
-__all__ = ["CoresetMethod", "Images", "Method", "capacity", "herding", "joined", "nearest_to_mean", "read"]

@@ -17,8 +17,9 @@ from edge_dfcil.data import Batch
 from edge_dfcil.dreaming.inversion import Dream
 from edge_dfcil.methods.distillation import distil
 from edge_dfcil.network import Network
-from edge_dfcil.recipe import Recipe
 from edge_dfcil.training import Stage, Task, Terms
+
+LEARNING_RATE = 1e-3  # Adam, of the VAE
 
 
 class VAE(nn.Module):
@@ -97,19 +98,12 @@ class DGR(Yardstick):
             reconstruction, kl = vae.loss(pixels)
             return {"reconstruction": (weights * reconstruction).mean(), "kl": (weights * kl).mean()}
 
-        optimizer = torch.optim.Adam(vae.parameters(), VAE_LEARNING_RATE)
+        optimizer = torch.optim.Adam(vae.parameters(), LEARNING_RATE)
         yield Stage("vae", task.batches, recipe.generator_steps, loss, optimizer, None, [vae])
         self.kept = {name: value.detach().clone() for name, value in vae.state_dict().items()}
 
     def _vae(self, task: Task) -> VAE:
-        vae = new_vae(task.student.image_size, task.recipe)
+        vae = VAE(task.student.image_size, latent=task.recipe.latent, width=task.recipe.width)
         if self.kept:
             vae.load_state_dict(self.kept)
         return vae.to(task.device)
-
-
-VAE_LEARNING_RATE = 1e-3
-
-
-def new_vae(image_size: int, recipe: Recipe) -> VAE:
-    return VAE(image_size, latent=recipe.latent, width=recipe.width)
