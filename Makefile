@@ -27,6 +27,7 @@ figures: $(STAMP)
 OUT ?= benchmarks/results
 MINUTES ?= 8.5
 paper-gpu: $(STAMP)
+	@test -n "$(DATA)" || { echo 'name the data: make paper-gpu DATA=PATH' >&2; exit 2; }
 	$(BIN)/python -m benchmarks accuracy --data $(DATA) --out $(OUT) --preset paper-5,paper-10,paper-20 --seeds 0,1,2 \
 		--methods abd,deep_inversion,lwf_mc,rehearsal --minutes $(MINUTES)
 

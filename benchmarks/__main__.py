@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from benchmarks import accuracy, datasets
+from benchmarks import accuracy, datasets, steps
 from benchmarks import report as reports
 from benchmarks import speed as speeds
 from edge_dfcil.errors import EdgeDfcilError
@@ -139,7 +139,7 @@ def run_pack(data: Path, out: Path, limit: float) -> None:
 @DEVICE
 def run_speed(as_json: bool, quick: bool, out: Path, device: str) -> None:
     """Our steps against the published ones, in turns and in one run, and where the time goes."""
-    found = speeds.run(device, speeds.QUICK if quick else speeds.FULL, lambda line: click.echo(line, err=True))
+    found = speeds.run(device, steps.QUICK if quick else steps.FULL, lambda line: click.echo(line, err=True))
     if not quick:
         out.mkdir(parents=True, exist_ok=True)
         (out / speeds.FILE).write_text(json.dumps(found, indent=1) + "\n")

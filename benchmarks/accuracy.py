@@ -50,7 +50,7 @@ PRESETS = {
         replace(PAPER, name="paper-20", tasks=20),
         # On a CPU a step's time follows its images, so that many steps on few images teach more a minute.
         Protocol("edge-5x4", 20, 5, "resnet20", "edge", batch_size=16, changes=SMALL_STEPS),
-        # Two hours on two cores: more passes, and more dreams for more classes.
+        # Under two hours on two cores: more passes, and more dreams, in batches that can hold most of the old classes.
         Protocol(
             "edge-5x20",
             100,
@@ -58,7 +58,13 @@ PRESETS = {
             "resnet32",
             "edge",
             batch_size=16,
-            changes=SMALL_STEPS | {"epochs": 16, "first_epochs": 20, "generator_steps": 600, "pool": 10240},
+            changes={
+                "learning_rate": 0.05,
+                "epochs": 14,
+                "first_epochs": 18,
+                "generator_steps": 400,
+                "pool": 10240,
+            },
         ),
     )
 }

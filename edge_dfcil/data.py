@@ -173,17 +173,18 @@ class RealBatches:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        for pixels, outputs in self._read():
-            if len(pixels) >= self._smallest:
-                yield Batch(self._network.normalize(augment(pixels, self._recipe)), outputs)
+        for pixels, outputs in self._read(self._smallest):
+            yield Batch(self._network.normalize(augment(pixels, self._recipe)), outputs)
 
     def plain(self) -> Iterator[Batch]:
         """One pass over every image, normalised but not augmented."""
-        for pixels, outputs in self._read():
+        for pixels, outputs in self._read(smallest=1):
             yield Batch(self._network.normalize(pixels), outputs)
 
-    def _read(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, smallest: int) -> Iterator[tuple[Tensor, Tensor]]:
         for images, targets in read(self._loader):
+            if len(images) < smallest:
+                continue
             pixels = self._network.pixels(images)
             try:
                 outputs = [self._outputs[target] for target in targets]

@@ -1,0 +1,113 @@
+"""Single steps of ABD, ours and as published, on the same networks and images, and how to time them in turns."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.published import Published
+from edge_dfcil import RECIPES, Learner, devices, training
+from edge_dfcil.data import Batch
+from edge_dfcil.dreaming.inversion import Dreamer, Dreams
+from edge_dfcil.methods.abd import ABD
+from edge_dfcil.network import Network
+from edge_dfcil.recipe import Recipe
+from edge_dfcil.training import Stage, Task
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is timed. `n_old` classes are known, `n_new` come; `images` are a task's, for whole tasks."""
+
+    backbone: str
+    batch: int
+    n_old: int
+    n_new: int
+    images: int
+    rounds: int
+    recipe: Recipe
+
+
+FULL = Setting("resnet32", 128, 50, 10, 10_000, 7, RECIPES["paper"])
+QUICK = Setting("resnet8", 4, 3, 2, 16, 2, replace(RECIPES["paper"], latent=8, width=8, generator_batch=4))
+
+
+class Bench:
+    """One task's networks, twice: as published and as ours, with the same weights."""
+
+    def __init__(self, setting: Setting, device: torch.device, recipe: Recipe) -> None:
+        torch.manual_seed(0)
+        self.setting, self.device, self.recipe = setting, device, recipe
+        teacher = Learner(setting.backbone, device=device, mean=(0.5,) * 3, std=(0.25,) * 3).network.grown(setting.n_old)
+        self._settle(teacher)
+        self.teacher = teacher.frozen()
+        images = torch.randn(setting.batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+        targets = torch.randint(setting.n_old, setting.n_old + setting.n_new, (setting.batch,), device=device)
+        self.batch = Batch(images, targets)
+        self.student = teacher.grown(setting.n_new)
+        self.dreamer = Dreamer(self.teacher, torch.arange(setting.n_old, device=device), recipe)
+        self.task = self.task_for(self.student)
+
+    def _settle(self, network: Network) -> None:
+        """Running statistics of real passes, so that no loss is extreme."""
+        network.train()
+        with torch.no_grad():
+            for _ in range(20):
+                network.backbone(torch.randn(32, 3, 32, 32, device=self.device))
+
+    def task_for(self, student: Network) -> Task:
+        s = self.setting
+        counts = torch.zeros(s.n_old + s.n_new, device=self.device)
+        counts[s.n_old :] = s.images / s.n_new
+        current, old = torch.arange(s.n_old, s.n_old + s.n_new), torch.arange(s.n_old)
+        batches: Any = [self.batch]
+        return Task(
+            student, self.teacher, current.to(self.device), old.to(self.device), counts, batches, self.recipe, self.device,
+            Dreams(self.dreamer),
+        )  # fmt: skip
+
+    def published(self) -> Published:
+        return Published(self.teacher, self.student, self.dreamer.generator)
+
+    def classifier(self, student: Network | None = None) -> Stage:
+        """Our learning stage, one step long."""
+        task = self.task if student is None else self.task_for(student)
+        return replace(training.learning_stage(task, ABD()), steps=1)
+
+    def generator(self) -> Stage:
+        return replace(self.dreamer.stage(), steps=1)
+
+    def finetuning(self, n: int) -> Stage:
+        """The floor: plain cross-entropy on as many images as a step of ABD sees."""
+        student = copy.deepcopy(self.student)
+        images, targets = self.batch.images.repeat(n // len(self.batch), 1, 1, 1), self.batch.targets.repeat(n // len(self.batch))
+
+        def loss(batch: Batch) -> training.Terms:
+            return {"cross_entropy": F.cross_entropy(student.classify(batch.images), batch.targets)}
+
+        optimizer = torch.optim.SGD(student.parameters(), 0.1, 0.9, weight_decay=2e-4)
+        return Stage("finetune", [Batch(images, targets)], 1, loss, optimizer, None, [student])
+
+    def step(self, stage: Stage) -> Callable[[], dict[str, float]]:
+        """A stage as a step that can be taken again and again."""
+        return lambda: training.fit(stage, self.device, (), lambda: False).losses
+
+
+def in_turns(steps: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each step, all of them taken once a round. The first round warms up and is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds + 1):
+        for name, step in steps.items():
+            devices.synchronize(device)
+            begin = time.perf_counter()
+            step()
+            devices.synchronize(device)
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: median(found[1:]) for name, found in seconds.items()}

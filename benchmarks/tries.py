@@ -1,0 +1,162 @@
+"""Our steps with one thing changed: what gains and what does not, for the speed table."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.published import plain
+from benchmarks.steps import Bench, in_turns
+from edge_dfcil import training
+from edge_dfcil.data import Batch
+from edge_dfcil.dreaming import objective
+from edge_dfcil.dreaming.inversion import Dream
+from edge_dfcil.methods.abd import ABD
+from edge_dfcil.network import Network
+
+
+def run(bench: Bench) -> dict[str, float]:
+    """Seconds of each step with one thing changed, over those of ours; above 1 is slower. Compiled steps are warm."""
+    device, rounds = bench.device, min(3, bench.setting.rounds)
+    found = {}
+    base = bench.step(bench.classifier(copy.deepcopy(bench.student)))
+    for name, change in CLASSIFIER_TRIES.items():
+        student = copy.deepcopy(bench.student)
+        try:
+            times = in_turns({"ours": base, "changed": change(bench, student)}, rounds, device)
+            found[f"classifier: {name}"] = times["changed"] / times["ours"]
+        except Exception as error:  # a compiler that is not there, for one: that is a finding too
+            found[f"classifier: {name}"] = f"failed: {type(error).__name__}"  # type: ignore[assignment]
+    base = bench.step(bench.generator())
+    for name, change in GENERATOR_TRIES.items():
+        times = in_turns({"ours": base, "changed": change(bench)}, rounds, device)
+        found[f"generator: {name}"] = times["changed"] / times["ours"]
+    return found
+
+
+def _rows_first(bench: Bench, student: Network) -> Callable[[], Any]:
+    contiguous: Any = torch.contiguous_format
+    other = copy.copy(bench)
+    other.batch = Batch(bench.batch.images.contiguous(), bench.batch.targets)
+    other.teacher = copy.deepcopy(bench.teacher).to(memory_format=contiguous)
+    other.dreamer = copy.copy(bench.dreamer)
+    other.dreamer.teacher, other.dreamer.generator = other.teacher, plain(bench.dreamer.generator)  # type: ignore[assignment]
+    return other.step(other.classifier(student.to(memory_format=contiguous)))
+
+
+def _folded(bench: Bench, student: Network) -> Callable[[], Any]:
+    from torch.fx.experimental.optimization import fuse
+
+    other = copy.copy(bench)
+    other.teacher = copy.deepcopy(bench.teacher)
+    other.teacher.backbone = fuse(other.teacher.backbone).to(memory_format=torch.channels_last)
+    other.dreamer = copy.copy(bench.dreamer)
+    other.dreamer.teacher = other.teacher
+    return other.step(other.classifier(student))
+
+
+def _compiled(bench: Bench, student: Network) -> Callable[[], Any]:
+    mode = "reduce-overhead" if bench.device.type == "cuda" else "default"  # reduce-overhead: CUDA graphs
+    student.backbone.compile(mode=mode)
+    step = bench.step(bench.classifier(student))
+    step()
+    return step
+
+
+def _fused_optimizer(bench: Bench, student: Network) -> Callable[[], Any]:
+    stage = bench.classifier(student)
+    stage.optimizer = torch.optim.SGD(student.parameters(), 0.1, 0.9, weight_decay=2e-4, fused=True)
+    return bench.step(replace(stage, scheduler=None))
+
+
+def _bf16(bench: Bench, student: Network) -> Callable[[], Any]:
+    stage = bench.classifier(student)
+    loss = stage.loss
+
+    def half(batch: Any) -> training.Terms:
+        with torch.autocast(bench.device.type, torch.bfloat16):
+            return loss(batch)
+
+    stage.loss = half
+    return bench.step(stage)
+
+
+def _pool(bench: Bench, student: Network) -> Callable[[], Any]:
+    task = bench.task_for(student)
+    images = torch.randn(len(bench.batch), 3, 32, 32, device=bench.device).contiguous(memory_format=torch.channels_last)
+    dreams = Dream(images, torch.randn(len(images), bench.setting.n_old, device=bench.device))
+
+    class Pool:
+        def sample(self, n: int) -> Dream:
+            return dreams
+
+    pool: Any = Pool()
+    task.dreams = pool
+    return bench.step(replace(training.learning_stage(task, ABD()), steps=1))
+
+
+def _teacher_gradients(bench: Bench) -> Callable[[], Any]:
+    other = copy.copy(bench.dreamer)
+    other.teacher = copy.deepcopy(bench.teacher).requires_grad_(True)
+    return bench.step(replace(other.stage(), steps=1))
+
+
+def _var_mean(bench: Bench) -> Callable[[], Any]:
+    step = bench.step(bench.generator())
+
+    def plain(x: Tensor) -> tuple[Tensor, Tensor]:
+        v, u = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+        return u, v
+
+    def run() -> None:
+        ours, objective.batch_statistics = objective.batch_statistics, plain
+        try:
+            step()
+        finally:
+            objective.batch_statistics = ours
+
+    return run
+
+
+def _doubling_first(bench: Bench) -> Callable[[], Any]:
+    other: Any = copy.copy(bench.dreamer)
+    other.generator = ChannelsLast(plain(bench.dreamer.generator))
+    return bench.step(replace(other.stage(), steps=1))
+
+
+class ChannelsLast(nn.Module):
+    """The plain generator in our memory order, so that doubling alone differs."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.begin, self.end = layers[:2], layers[2:].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.end(self.begin(z).contiguous(memory_format=torch.channels_last))
+
+
+def _fused_adam(bench: Bench) -> Callable[[], Any]:
+    stage = bench.generator()
+    stage.optimizer = torch.optim.Adam(bench.dreamer.generator.parameters(), 1e-3, fused=True)
+    return bench.step(stage)
+
+
+CLASSIFIER_TRIES = {
+    "rows-first memory instead of channels-last": _rows_first,
+    "teacher with BatchNorm folded into its convolutions": _folded,
+    "dreams from a pool, as in edge": _pool,
+    "fused SGD": _fused_optimizer,
+    "student compiled (torch.compile)": _compiled,
+    "bf16 autocast": _bf16,
+}
+GENERATOR_TRIES = {
+    "teacher parameters collect gradients": _teacher_gradients,
+    "channel statistics by var_mean": _var_mean,
+    "doubling, then convolving": _doubling_first,
+    "fused Adam": _fused_adam,
+}
