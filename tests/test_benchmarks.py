@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from torchvision.datasets import CIFAR100
 
 from benchmarks import accuracy, embedding, report
 from benchmarks.__main__ import main
@@ -145,6 +148,27 @@ def test_a_packed_file_is_small_and_says_how_it_was_packed(data, tmp_path):
     assert np.abs(load(tmp_path / "smooth.npz").arrays["train_x"].astype(int) - 7).max() <= 1
     with pytest.raises(DataError, match="does not fit"):
         pack(data, tmp_path / "tiny.npz", limit=1000)
+
+
+def test_torchvisions_folder_is_a_data_set(tmp_path, monkeypatch):
+    """The files that torchvision downloads, with the checksums of ours in place of theirs."""
+    (folder := tmp_path / CIFAR100.base_folder).mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (2, 6, 32, 32, 3), dtype=np.uint8)
+    for which, (part, listed) in enumerate((("train", "train_list"), ("test", "test_list"))):
+        rows = images[which].transpose(0, 3, 1, 2).reshape(6, 3072)
+        (folder / part).write_bytes(pickle.dumps({"data": rows, "fine_labels": [0, 1, 2, 0, 1, 2]}))
+        monkeypatch.setattr(CIFAR100, listed, [[part, _md5(folder / part)]])
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": ["ant", "bee", "cow"]}))
+    monkeypatch.setitem(CIFAR100.meta, "md5", _md5(folder / "meta"))
+    found = load(tmp_path)
+    assert found.names == ["ant", "bee", "cow"]
+    for which, part in enumerate(("train", "test")):
+        assert np.array_equal(found.arrays[f"{part}_x"], images[which])
+        assert found.arrays[f"{part}_y"].tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def _md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
 
 
 def test_folders_of_pictures_are_a_data_set(tmp_path):
