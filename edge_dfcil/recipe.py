@@ -67,6 +67,9 @@ class Recipe:
     refine_epochs: int = 0
     refine_min_steps: int = 0
     refine_learning_rate: float = 0.005
+    # Ours, after "Maintaining discrimination and fairness" (Zhao et al., CVPR 2020): at the end, the head's rows of the
+    # current classes are scaled down to the mean norm of the old ones, for which there were only dreams.
+    align_head: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "generator_steps", "generator_batch", "latent", "width"):
@@ -123,6 +126,7 @@ EDGE = replace(
     refine_epochs=2,
     refine_min_steps=150,
     refine_learning_rate=0.05,
+    align_head=True,
 )
 
 RECIPES = {"paper": PAPER, "edge": EDGE}

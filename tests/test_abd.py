@@ -14,6 +14,7 @@ from edge_dfcil.backbones import CifarResNet, batchnorm_layers
 from edge_dfcil.data import Batch
 from edge_dfcil.dreaming.inversion import Dream
 from edge_dfcil.methods import find_method
+from edge_dfcil.methods.refinement import align
 from edge_dfcil.network import Network
 from edge_dfcil.recipe import Recipe
 from edge_dfcil.training import Task
@@ -137,6 +138,18 @@ def test_ablations_of_the_cross_entropies():
     assert set(find_method("abd").loss(task, batch)) == {"standard", "head", "distillation"}
 
 
+@pytest.mark.parametrize(("scale", "after"), [(3.0, 1.0), (0.5, 0.5)])
+def test_alignment_scales_long_new_rows_to_the_mean_norm_of_the_old(scale, after):
+    head = nn.Linear(4, 5)
+    with torch.no_grad():
+        head.weight.copy_(F.normalize(torch.randn(5, 4), dim=1))
+        head.weight[[1, 3]] *= scale
+    before = head.weight.detach().clone()
+    align(head, torch.tensor([0, 2, 4]), torch.tensor([1, 3]))
+    assert torch.equal(head.weight[[0, 2, 4]], before[[0, 2, 4]])
+    assert torch.allclose(head.weight[[1, 3]], before[[1, 3]] * after / scale)
+
+
 def test_the_published_network():
     backbone = CifarResNet(32)
     network = Network(backbone, 64, 32).grown(100)
@@ -159,7 +172,7 @@ def test_the_published_recipe():
         1000,
     )
     assert (paper.content, paper.diversity, paper.statistics, paper.smoothness) == (1, 1, 50, 1e-3)
-    assert (paper.pool, paper.refine_epochs, paper.clip_gradient) == (0, 0, None)
+    assert (paper.pool, paper.refine_epochs, paper.align_head, paper.clip_gradient) == (0, 0, False, None)
     assert paper.drop_incomplete
 
 

@@ -76,7 +76,7 @@ def test_a_run_says_all_that_a_reader_needs(data, tmp_path):
     dreams = accuracy.run(TINY, "abd:distil_real", 0, data, tmp_path, "cpu", QUICK)
     assert bound["omega"] == plain["omega"] is None or bound["omega"] == pytest.approx(100)
     assert dreams["recipe"]["distil_on"] == "real"
-    assert dreams["recipe"]["refine_epochs"] == 0
+    assert dreams["recipe"]["refine_epochs"] == 0 and not dreams["recipe"]["align_head"]
     assert stored["bytes_kept"] - plain["bytes_kept"] == pytest.approx(
         8 * 3 * 16 * 16 + 8 * 8, abs=600
     )  # settings differ by a name

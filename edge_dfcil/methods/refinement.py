@@ -2,6 +2,9 @@
 
 Our addition to ABD, after R-DFCIL (Gao et al., ECCV 2022, section 3.4): the backbone is frozen in eval mode and the
 head is trained with cross-entropy over all seen classes, on real images and dreams, each class weighing the same.
+
+Dreams are easier to tell than real images, so what is learnt from them and from real images still favours the classes
+that had real ones: their rows of the head grow longer. They are scaled back (weight aligning, Zhao et al., CVPR 2020).
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from edge_dfcil.data import Batch
@@ -17,11 +21,22 @@ from edge_dfcil.training import Stage, Task, Terms
 
 
 def refine_head(task: Task) -> Iterator[Stage]:
-    """One stage, if the recipe asks for it and there is something to remember."""
-    recipe = task.recipe
-    if not (task.remembers and recipe.refine_epochs):
-        return
-    student = task.student
+    """As far as the recipe asks for it, if there is something to remember."""
+    if task.remembers and task.recipe.refine_epochs:
+        yield _refinement(task)
+    if task.remembers and task.recipe.align_head:
+        align(task.student.head, task.old, task.current)
+
+
+@torch.no_grad()
+def align(head: nn.Linear, old: Tensor, current: Tensor) -> None:
+    """Scales the rows of the current classes down to the mean norm of the old classes' rows; shorter ones stay."""
+    norm = head.weight.norm(dim=1)
+    head.weight[current] *= (norm[old].mean() / norm[current].mean()).clamp(max=1)
+
+
+def _refinement(task: Task) -> Stage:
+    recipe, student = task.recipe, task.student
     teacher, dreams = task.memory
     # Expected share of each class in a step of B real images and B dreams; its inverse weighs all classes alike.
     share = task.counts / task.counts.sum()
@@ -39,4 +54,4 @@ def refine_head(task: Task) -> Iterator[Stage]:
     optimizer = torch.optim.SGD(
         student.head.parameters(), recipe.refine_learning_rate, recipe.momentum, weight_decay=recipe.weight_decay
     )
-    yield Stage("refine", task.batches, steps, loss, optimizer, CosineAnnealingLR(optimizer, steps), [student.head])
+    return Stage("refine", task.batches, steps, loss, optimizer, CosineAnnealingLR(optimizer, steps), [student.head])
