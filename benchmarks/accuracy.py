@@ -50,7 +50,7 @@ PRESETS = {
         replace(PAPER, name="paper-20", tasks=20),
         # On a CPU a step's time follows its images, so that many steps on few images teach more a minute.
         Protocol("edge-5x4", 20, 5, "resnet20", "edge", batch_size=16, changes=SMALL_STEPS),
-        # Under two hours on two cores: more passes, and more dreams, in batches that can hold most of the old classes.
+        # About two hours on two cores: more passes, and more dreams, in batches that can hold most of the old classes.
         Protocol(
             "edge-5x20",
             100,

@@ -53,7 +53,6 @@ class Bench:
         self.batch = Batch(images, targets)
         self.student = teacher.grown(setting.n_new)
         self.dreamer = Dreamer(self.teacher, torch.arange(setting.n_old, device=device), recipe)
-        self.task = self.task_for(self.student)
 
     def _settle(self, network: Network) -> None:
         """Running statistics of real passes, so that no loss is extreme."""
@@ -62,7 +61,7 @@ class Bench:
             for _ in range(20):
                 network.backbone(torch.randn(32, 3, 32, 32, device=self.device))
 
-    def task_for(self, student: Network) -> Task:
+    def _task(self, student: Network, dreams: Dreams) -> Task:
         s = self.setting
         counts = torch.zeros(s.n_old + s.n_new, device=self.device)
         counts[s.n_old :] = s.images / s.n_new
@@ -70,15 +69,15 @@ class Bench:
         batches: Any = [self.batch]
         return Task(
             student, self.teacher, current.to(self.device), old.to(self.device), counts, batches, self.recipe, self.device,
-            Dreams(self.dreamer),
+            dreams,
         )  # fmt: skip
 
     def published(self) -> Published:
         return Published(self.teacher, self.student, self.dreamer.generator)
 
-    def classifier(self, student: Network | None = None) -> Stage:
-        """Our learning stage, one step long."""
-        task = self.task if student is None else self.task_for(student)
+    def classifier(self, student: Network | None = None, dreams: Dreams | None = None) -> Stage:
+        """Our learning stage, one step long; of this student and these dreams, if they are given."""
+        task = self._task(self.student if student is None else student, Dreams(self.dreamer) if dreams is None else dreams)
         return replace(training.learning_stage(task, ABD()), steps=1)
 
     def generator(self) -> Stage:

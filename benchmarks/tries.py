@@ -16,7 +16,6 @@ from edge_dfcil import training
 from edge_dfcil.data import Batch
 from edge_dfcil.dreaming import objective
 from edge_dfcil.dreaming.inversion import Dream
-from edge_dfcil.methods.abd import ABD
 from edge_dfcil.network import Network
 
 
@@ -87,7 +86,6 @@ def _bf16(bench: Bench, student: Network) -> Callable[[], Any]:
 
 
 def _pool(bench: Bench, student: Network) -> Callable[[], Any]:
-    task = bench.task_for(student)
     images = torch.randn(len(bench.batch), 3, 32, 32, device=bench.device).contiguous(memory_format=torch.channels_last)
     dreams = Dream(images, torch.randn(len(images), bench.setting.n_old, device=bench.device))
 
@@ -96,8 +94,7 @@ def _pool(bench: Bench, student: Network) -> Callable[[], Any]:
             return dreams
 
     pool: Any = Pool()
-    task.dreams = pool
-    return bench.step(replace(training.learning_stage(task, ABD()), steps=1))
+    return bench.step(bench.classifier(student, pool))
 
 
 def _teacher_gradients(bench: Bench) -> Callable[[], Any]:

@@ -22,9 +22,11 @@ from edge_dfcil.training import Stage, Task, Terms
 
 def refine_head(task: Task) -> Iterator[Stage]:
     """As far as the recipe asks for it, if there is something to remember."""
-    if task.remembers and task.recipe.refine_epochs:
+    if not task.remembers:
+        return
+    if task.recipe.refine_epochs:
         yield _refinement(task)
-    if task.remembers and task.recipe.align_head:
+    if task.recipe.align_head:
         align(task.student.head, task.old, task.current)
 
 
