@@ -149,8 +149,9 @@ def test_wrong_usage_exits_with_two(arguments):
 def start_learning(pictures, model):
     """A learning process whose task takes long, once it is inside."""
     code = (
-        "import sys, dataclasses; from edge_dfcil import recipe; from edge_dfcil.cli import main\n"
+        "import signal, sys; from edge_dfcil.cli import main\n"
         "from edge_dfcil.training import Callback; import edge_dfcil.learner as l\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a suite in the background of a shell ignores it
         "class Tell(Callback):\n"
         "    def on_step_end(self, *a): print('step', flush=True)\n"
         "l.with_progress = lambda callbacks, progress: [Tell()]\n"
