@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from benchmarks import accuracy, datasets, steps
+from benchmarks import memory as memories
 from benchmarks import report as reports
 from benchmarks import speed as speeds
 from edge_dfcil.errors import EdgeDfcilError
@@ -144,6 +145,18 @@ def run_speed(as_json: bool, quick: bool, out: Path, device: str) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / speeds.FILE).write_text(json.dumps(found, indent=1) + "\n")
     click.echo(json.dumps(found) if as_json else speeds.describe(found))
+
+
+@main.command("memory")
+@DATA
+@click.option(
+    "--kinds", default="growth,replay,budget,accuracy", show_default=True, help="What to run; those done already are kept."
+)
+@RESULTS
+def run_memory(data: Path, kinds: str, out: Path) -> None:
+    """Plans against peaks under budgets, bytes kept against replay, and whether memory grows; resumable at any run."""
+    out.mkdir(parents=True, exist_ok=True)
+    click.echo(memories.describe(memories.run(kinds.split(","), data, out, lambda line: click.echo(line, err=True))))
 
 
 @main.command("report")

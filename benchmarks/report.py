@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks import embedding, speed
+from benchmarks import embedding, memory, speed
 from benchmarks.accuracy import omega
 
 Results = list[dict[str, Any]]  # one a seed
@@ -46,8 +46,13 @@ def write(folder: Path) -> str:
         plot_bytes(methods, folder / f"{protocol}-bytes.png")
         parts += [f"![accuracy after each task]({protocol}.png)", f"![accuracy against bytes kept]({protocol}-bytes.png)"]
         parts += _embeddings(folder, protocol, methods)
-    if (timed := _speed(folder)) is not None:
+    if (timed := _measured(folder / speed.FILE)) is not None:
         parts += ["## Speed", speed.describe(timed)]
+    if (held := _measured(folder / memory.FILE)) is not None:
+        figure, axes = _figure()
+        memory.plot(held, axes)
+        figure.savefig(folder / "memory.png", dpi=150)
+        parts += ["## Memory", memory.describe(held), "![bytes kept by image size](memory.png)"]
     text = "\n\n".join(parts) + "\n"
     (folder / "README.md").write_text(text)
     return text
@@ -79,7 +84,7 @@ def summary(folder: Path) -> str:
         more = f"{kept - model:.2f}" if kept - model > 0.005 else "0"
         lines.append(f"| {name} | {final(results)} | {len(results)} | {kept:.2f} | {more} |")
     lines += ["", *_all_classes(found)]
-    if (timed := _speed(folder)) is not None:
+    if (timed := _measured(folder / speed.FILE)) is not None:
         lines += [
             "",
             f"At equal mathematics a classifier step of ABD is {timed['classifier_step_ratio']:.1f} times as fast as a plain "
@@ -89,8 +94,8 @@ def summary(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _speed(folder: Path) -> dict[str, Any] | None:
-    path = folder / speed.FILE
+def _measured(path: Path) -> dict[str, Any] | None:
+    """What was measured apart from the protocols, if it has been."""
     return json.loads(path.read_text()) if path.exists() else None
 
 

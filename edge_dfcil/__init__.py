@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     )
     from edge_dfcil.learner import Learner
     from edge_dfcil.recipe import RECIPES, Recipe
-    from edge_dfcil.results import Evaluation, Prediction, StageReport, TaskReport
+    from edge_dfcil.results import Evaluation, MemoryPlan, Prediction, StageReport, TaskReport
     from edge_dfcil.training import Callback
 
 _HOMES = {
     "edge_dfcil.learner": ("Learner",),
     "edge_dfcil.recipe": ("RECIPES", "Recipe"),
-    "edge_dfcil.results": ("Evaluation", "Prediction", "StageReport", "TaskReport"),
+    "edge_dfcil.results": ("Evaluation", "MemoryPlan", "Prediction", "StageReport", "TaskReport"),
     "edge_dfcil.training": ("Callback",),
     "edge_dfcil.errors": (
         "BackboneError",
@@ -63,6 +63,7 @@ __all__ = [
     "Evaluation",
     "ExportError",
     "Learner",
+    "MemoryPlan",
     "ModelFileError",
     "NotLearnedError",
     "Prediction",

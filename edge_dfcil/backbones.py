@@ -106,6 +106,14 @@ def build(name: str, weights: str | None = None) -> nn.Module:
     return split(classifier).backbone
 
 
+def smaller(name: str | None) -> list[str]:
+    """The next registered backbone that takes less memory, if there is one; for an own module, the smallest for photographs."""
+    sizes = [f"resnet{depth}" for depth in sorted(CIFAR_RESNETS.values())]
+    if name in CIFAR_RESNETS:
+        return sizes[: sizes.index(name)][-1:]
+    return [] if name == "mobilenet_v3_small" else ["mobilenet_v3_small"]
+
+
 @dataclass(frozen=True)
 class Split:
     """A classifier taken apart: ``classifier(x) == head(backbone(x))``."""

@@ -68,26 +68,42 @@ MODEL = click.argument("model", type=click.Path(path_type=Path))
 @click.option("--seed", type=int, help="For a new model: 0 by default.")
 @click.option("--no-flip", is_flag=True, help="For a new model: do not mirror pictures (letters, digits, signs).")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=2), help="Pictures a step.")
+@click.option("--memory-budget", metavar="SIZE", help="The most that learning may add to memory, for example 128MB.")
+@click.option("--dry-run", is_flag=True, help="Only measure and show what memory learning would take; nothing is learnt.")
 @click.option("--relearn", is_flag=True, help="Refresh classes that are known already instead of refusing them.")
 @strict_option
 @device_option
 @json_option
 def learn(
-    images: Path, model: Path, batch_size: int, relearn: bool, strict: bool, device: str, as_json: bool, **new: Any
+    images: Path,
+    model: Path,
+    batch_size: int,
+    memory_budget: str | None,
+    dry_run: bool,
+    relearn: bool,
+    strict: bool,
+    device: str,
+    as_json: bool,
+    **new: Any,
 ) -> None:
     """Learn the classes in IMAGES, which holds a folder of pictures a class; makes MODEL or extends it."""
-    learner = _learner_for(model, device, new)
+    learner = _learner_for(model, device, memory_budget, new)
     folder = _folder(images, learner, strict, batch_size)
+    if dry_run:
+        plan = learner.plan(folder.loader, relearn=relearn)
+        _answer(plan.to_dict(), as_json, [str(plan)])
+        return
     report = learner.learn_task(folder.loader, relearn=relearn)
     learner.save(model)
     answer = {**report.to_dict(), "model": str(model), "skipped": list(folder.skipped)}
     learnt = ", ".join(report.new_classes + report.relearned_classes)
     known = len(report.classes)
-    _answer(
-        answer,
-        as_json,
-        [f"learnt {learnt} from {report.images} pictures in {report.seconds:.0f} s", f"{model} knows {known} classes"],
-    )
+    lines = [f"learnt {learnt} from {report.images} pictures in {report.seconds:.0f} s", f"{model} knows {known} classes"]
+    if report.plan is not None:
+        lines.append(
+            f"took {report.peak_bytes / 1e6:.1f} MB of memory at most, {report.plan.peak_bytes / 1e6:.1f} MB were planned"
+        )
+    _answer(answer, as_json, lines)
 
 
 @main.command()
@@ -196,7 +212,7 @@ def demo(out: Path, device: str, as_json: bool) -> None:
     _answer(answer, as_json, [])
 
 
-def _learner_for(model: Path, device: str, new: dict[str, Any]) -> Learner:
+def _learner_for(model: Path, device: str, memory_budget: str | None, new: dict[str, Any]) -> Learner:
     """The learner in a model file, or a new one with the settings given."""
     from dataclasses import replace
 
@@ -209,13 +225,13 @@ def _learner_for(model: Path, device: str, new: dict[str, Any]) -> Learner:
         if given or no_flip:
             names = ", ".join("--" + name.replace("_", "-") for name in [*given, *(["no_flip"] if no_flip else [])])
             raise SettingError(f"{model} is there already and keeps its settings; leave out {names}, or name a new file")
-        return Learner.load(model, device)
+        return Learner.load(model, device, memory_budget=memory_budget)
     if not model.parent.is_dir():
         raise SettingError(f"{model.parent} is not a folder; make it first")
     recipe = find_recipe(given.pop("recipe", "edge"))
-    return Learner(
-        given.pop("backbone", "resnet32"), device=device, recipe=replace(recipe, flip=recipe.flip and not no_flip), **given
-    )
+    recipe = replace(recipe, flip=recipe.flip and not no_flip)
+    backbone = given.pop("backbone", "resnet32")
+    return Learner(backbone, device=device, recipe=recipe, memory_budget=memory_budget, **given)
 
 
 def _folder(images: Path, learner: Learner, strict: bool, batch_size: int) -> PictureFolder:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,13 +24,30 @@ SMALLEST_STD = 0.02  # per channel; images of one flat colour have none
 
 @dataclass(frozen=True)
 class Batch:
-    """Real images as the backbone sees them (B, 3, S, S), and their outputs (B,)."""
+    """Real images and their outputs (B,).
 
-    images: Tensor
+    Attributes
+    ----------
+    source
+        Images as they came (B, 3, H, W).
+    see
+        From those to what the backbone sees; done for a part at a time when a batch is split.
+    """
+
+    source: Tensor
     targets: Tensor
+    see: Callable[[Tensor], Tensor] = lambda images: images
+
+    @cached_property
+    def images(self) -> Tensor:
+        """As the backbone sees them, (B, 3, S, S)."""
+        return self.see(self.source)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.source)
+
+    def __getitem__(self, part: slice) -> Batch:
+        return Batch(self.source[part], self.targets[part], self.see)
 
 
 def check_images(images: Any, where: str = "images") -> Tensor:
@@ -166,30 +185,45 @@ class RealBatches:
     def __init__(self, loader: Any, scanned: Scan, outputs: Mapping[Any, int], network: Network, recipe: Recipe) -> None:
         self._loader, self._outputs, self._network, self._recipe = loader, outputs, network, recipe
         # One image alone cannot go through BatchNorm in train mode; the paper drops every incomplete batch.
-        self._smallest = max(scanned.batch_sizes) if recipe.drop_incomplete else 2
+        self._largest = max(scanned.batch_sizes)
+        self._smallest = self._largest if recipe.drop_incomplete else 2
         self._length = sum(n for size, n in scanned.batch_sizes.items() if size >= self._smallest)
 
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def largest(self) -> int:
+        """Images of the largest batch."""
+        return self._largest
+
+    def first(self) -> RealBatches:
+        """The first batch alone, for a rehearsal."""
+        few = copy.copy(self)
+        images, targets = next((images, targets) for images, targets in read(self._loader) if len(images) >= self._smallest)
+        few._loader, few._length = [(images, targets)], 1
+        return few
+
     def __iter__(self) -> Iterator[Batch]:
-        for pixels, outputs in self._read(self._smallest):
-            yield Batch(self._network.normalize(augment(pixels, self._recipe)), outputs)
+        yield from self._read(self.see, self._smallest)
 
     def plain(self) -> Iterator[Batch]:
         """One pass over every image, normalised but not augmented."""
-        for pixels, outputs in self._read(smallest=1):
-            yield Batch(self._network.normalize(pixels), outputs)
+        network = self._network
+        return self._read(lambda images: network.normalize(network.pixels(images)), smallest=1)
 
-    def _read(self, smallest: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def see(self, images: Tensor) -> Tensor:
+        """Images of any size as the student sees them in training."""
+        return self._network.normalize(augment(self._network.pixels(images), self._recipe))
+
+    def _read(self, see: Callable[[Tensor], Tensor], smallest: int) -> Iterator[Batch]:
         for images, targets in read(self._loader):
             if len(images) < smallest:
                 continue
-            pixels = self._network.pixels(images)
             try:
                 outputs = [self._outputs[target] for target in targets]
             except KeyError as error:
                 raise DataError(
                     f"target {error.args[0]!r} appeared on a later pass over the loader but not on the first"
                 ) from error
-            yield pixels, torch.tensor(outputs, device=pixels.device)
+            yield Batch(images, torch.tensor(outputs, device=self._network.mean.device), see)

@@ -45,6 +45,11 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
                 torch.mps.set_rng_state(mps_state)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out: torch has a class for it on accelerators, and a message on the CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 def synchronize(device: torch.device) -> None:
     """Waits for the device, so that a clock read afterwards is true."""
     if device.type == "cuda":

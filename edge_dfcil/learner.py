@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edge_dfcil import backbones, devices, labels, memory, metrics, storage, training
+from edge_dfcil import backbones, devices, labels, memory, metrics, planning, storage, training
 from edge_dfcil._version import __version__
-from edge_dfcil.data import RealBatches, check_images, read, scan
+from edge_dfcil.data import RealBatches, Scan, check_images, read, scan
 from edge_dfcil.dreaming.inversion import Dreamer, make_pool
-from edge_dfcil.errors import ClassError, DataError, ExportError, ModelFileError, NotLearnedError, SettingError
+from edge_dfcil.errors import BackboneError, ClassError, DataError, ExportError, ModelFileError, NotLearnedError, SettingError
 from edge_dfcil.labels import Classes
 from edge_dfcil.methods import Method, find_method
 from edge_dfcil.network import Network
 from edge_dfcil.progress import with_progress
 from edge_dfcil.recipe import Recipe, find_recipe
-from edge_dfcil.results import Evaluation, Prediction, TaskReport
+from edge_dfcil.results import Evaluation, MemoryPlan, Prediction, TaskReport
 from edge_dfcil.training import Callback, Task
 from exporters import ExportReport, export_onnx
 
@@ -58,7 +59,9 @@ class Learner:
     recipe
         "edge" (quick, the default), "paper" (as published), or a `Recipe`.
     memory_budget
-        None. Planning under a budget is not in this version, and any other value is refused with `BudgetError`.
+        The most that `learn_task` may add to the memory held when it is called: bytes, or text such as "128MB"; None for
+        no bound. On the CPU that is the process's resident set, on CUDA and MPS what torch reserves on the device; what the
+        loader holds is not counted. A plan is measured before anything is trained, and refused if it cannot be kept.
     device
         "auto" (CUDA, else MPS, else CPU) or a torch device.
     seed
@@ -79,7 +82,7 @@ class Learner:
 
     Raises
     ------
-    SettingError, BackboneError, BudgetError
+    SettingError, BackboneError
         Before anything is built that cannot work.
     """
 
@@ -97,7 +100,7 @@ class Learner:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
-        memory.check_budget(memory_budget)
+        self.memory_budget = memory.parse(memory_budget)
         self.device = devices.find_device(device)
         self.method, self.recipe, self.seed = find_method(method), find_recipe(recipe), seed
         name = backbone if isinstance(backbone, str) else None
@@ -227,6 +230,8 @@ class Learner:
             For images, targets or a loader that cannot be learnt from.
         ClassError
             For names that repeat, or are known already.
+        BudgetError
+            When the memory budget cannot be kept; with what is needed and what would help.
         DivergedError, Cancelled
             When a loss is not finite; after `cancel()`.
         """
@@ -236,17 +241,22 @@ class Learner:
         try:
             self._cancel.clear()
             begin = time.perf_counter()
-            with devices.seeded(self._seed_of_task(), self.device):
-                task, committed, report = self._begin(loader, classes, relearn)
+            with memory.Meter(self.device) as meter, devices.seeded(self._seed_of_task(), self.device):
+                scanned = scan(loader)
+                meter.exclude()  # what the loader keeps
+                plan = None
+                if self.memory_budget is not None:
+                    for callback in callbacks:
+                        callback.on_plan_begin()
+                    plan = self._plan(lambda learner: learner._begin(loader, scanned, classes, relearn)[0], meter)
+                task, committed, report = self._begin(loader, scanned, classes, relearn)
                 for callback in callbacks:
                     callback.on_task_begin(task)
-                stages = [
-                    training.fit(stage, self.device, callbacks, self._cancel.is_set)
-                    for stage in training.stages(task, self.method)
-                ]
+                stages = memory.run(task, self.method, callbacks, self._cancel.is_set, meter, plan)
             network = task.student.eval().requires_grad_(False)
             training.check_finite(network)
-            report = replace(report, stages=tuple(stages), seconds=time.perf_counter() - begin)
+            seconds = time.perf_counter() - begin
+            report = replace(report, stages=tuple(stages), plan=plan, peak_bytes=meter.highest, seconds=seconds)
             self._committed = replace(committed, network=network)
             for callback in callbacks:
                 callback.on_task_end(report)
@@ -256,10 +266,72 @@ class Learner:
                 callback.on_exit()
             self._learning.release()
 
-    def _begin(self, loader: Any, classes: Classes | None, relearn: bool) -> tuple[Task, Committed, TaskReport]:
-        """Checks a loader and lays out its task; the model that would be committed still has the old network."""
+    def plan(self, loader: Any, classes: Classes | None = None, *, relearn: bool = False, progress: bool = True) -> MemoryPlan:
+        """What `learn_task` would need and how it would keep the memory budget; nothing is learnt.
+
+        It rehearses a few steps of each stage on a network that is thrown away. `loader` is as for `learn_task`, or one
+        batch of it, a pair of images and targets.
+
+        Raises `BudgetError` when the budget cannot be kept, and what `learn_task` raises for its loader.
+        """
+        if isinstance(loader, tuple) and len(loader) == 2:
+            loader = [loader]
+        if not self._learning.acquire(blocking=False):
+            raise SettingError("this learner is learning a task in another thread, and its memory cannot be told apart; wait")
+        callbacks = with_progress((), progress)
+        try:
+            self._cancel.clear()
+            for callback in callbacks:
+                callback.on_plan_begin()
+            with memory.Meter(self.device) as meter, devices.seeded(self._seed_of_task(), self.device):
+                scanned = scan(loader)
+                meter.exclude()
+                return self._plan(lambda learner: learner._begin(loader, scanned, classes, relearn)[0], meter)
+        finally:
+            for callback in callbacks:
+                callback.on_exit()
+            self._learning.release()
+
+    def _plan(self, begin: Callable[[Learner], Task], meter: memory.Meter) -> MemoryPlan:
+        """A plan within the budget; `begin` lays out the task for a learner, which for remedies is a smaller one."""
+
+        def planner(learner: Learner) -> planning.Planner:
+            return planning.Planner(lambda: begin(learner), self.method, meter, self._cancel.is_set)
+
+        with devices.seeded(self._seed_of_task(), self.device):
+            try:
+                return planner(self).plan(self.memory_budget)
+            except planning.TooLarge as error:
+                assert self.memory_budget is not None
+                others = ((text, planner(learner).least) for text, learner in self._smaller())
+                raise planning.refusal(self.memory_budget, error.stages, others) from None
+
+    def _smaller(self) -> Iterator[tuple[str, Learner]]:
+        """Learners that need less memory for the same task, to be measured: a smaller image, a smaller backbone."""
+        half = self.image_size // 2
+        choices = [(f"image_size={half}", self.backbone, half)] if self.image_size >= 32 else []
+        choices += [(f"backbone={name!r}", name, self.image_size) for name in backbones.smaller(self.backbone)]
+        for text, backbone, image_size in choices:
+            with contextlib.suppress(BackboneError):  # an own module that does not run on smaller images
+                yield text, self.sibling(backbone or self.network.backbone, image_size=image_size)
+
+    def sibling(self, backbone: str | nn.Module, *, image_size: int | None = None) -> Learner:
+        """A learner with another backbone, untrained, and all else alike, the classes included."""
+        settings: Any = {"method": self.method, "recipe": self.recipe, "device": self.device, "seed": self.seed}
+        new, before = Learner(backbone, image_size=image_size or self.image_size, **settings), self.network
+        network = new.network.grown(len(self.classes))
+        network.set_statistics(before.mean.flatten().tolist(), before.std.flatten().tolist())
+        return self.having(network, new.backbone)
+
+    def having(self, network: Network, backbone: str | None) -> Learner:
+        """A learner that answers with this network, whose backbone has this registered name, and all else alike."""
+        learner = copy.copy(self)
+        learner._adopt(backbone, network.requires_grad_(False), self.tasks, self._committed.normalizes)
+        return learner
+
+    def _begin(self, loader: Any, scanned: Scan, classes: Classes | None, relearn: bool) -> tuple[Task, Committed, TaskReport]:
+        """Lays out the task of a loader; the model that would be committed still has the old network."""
         before = self._committed
-        scanned = scan(loader)
         names = labels.name_targets(scanned.counts, loader, classes)
         known = [name for name in names.values() if name in before.classes]
         if known and not relearn:
@@ -368,7 +440,7 @@ class Learner:
             for callback in callbacks:
                 callback.on_exit()
         order = pool.labels.argsort(stable=True)
-        return committed.network.denormalize(pool.images[order]).cpu()
+        return committed.network.denormalize(pool[order].images).cpu()
 
     # Files
 
@@ -404,6 +476,7 @@ class Learner:
         *,
         backbone: nn.Module | None = None,
         method: str | Method | None = None,
+        memory_budget: int | str | None = None,
     ) -> Learner:
         """Reads a model file back; it predicts the same to the bit on the same device.
 
@@ -414,6 +487,8 @@ class Learner:
             weights are replaced by the file's.
         method
             None takes the one in the file.
+        memory_budget
+            As for `Learner`. It belongs to the device and is not in the file.
 
         Raises `ModelFileError` for a file that is missing, damaged, foreign, or does not fit the backbone.
         """
@@ -430,6 +505,7 @@ class Learner:
                 image_size=settings["image_size"],
                 method=method or settings["method"],
                 recipe=Recipe.from_dict(settings["recipe"]),
+                memory_budget=memory_budget,
                 device=device,
                 seed=settings["seed"],
                 mean=settings["mean"],

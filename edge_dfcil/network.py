@@ -95,8 +95,12 @@ class Network(nn.Module):
         return network.requires_grad_(True)
 
     def frozen(self) -> Network:
-        """A copy in eval mode without gradients: a teacher."""
-        return copy.deepcopy(self).eval().requires_grad_(False)
+        """A teacher: the same weights in eval mode without gradients. The tensors are shared, the modules are not, so that
+        hooks on it are its own."""
+        shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        for tensor in shared.values():
+            tensor.requires_grad_(False)
+        return copy.deepcopy(self, shared).eval()
 
 
 def _linear(features: int, classes: int) -> nn.Linear:

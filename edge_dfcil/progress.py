@@ -13,7 +13,7 @@ from edge_dfcil.training import Callback
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edge_dfcil.training import Stage
+    from edge_dfcil.training import Stage, Task
 
 
 class Progress(Callback):
@@ -33,6 +33,14 @@ class Progress(Callback):
             console=Console(stderr=True),
         )
         self._shown = 0.0
+
+    def on_plan_begin(self) -> None:
+        self._bars.start()
+        self._bar = self._bars.add_task("plan", total=None, detail="measuring what fits into the memory budget")
+
+    def on_task_begin(self, task: Task) -> None:
+        if self._bars.tasks:
+            self._bars.update(self._bar, total=1, completed=1)
 
     def on_stage_begin(self, stage: Stage) -> None:
         self._bars.start()

@@ -60,6 +60,70 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class StagePlan:
+    """What one stage of a task's learning is expected to hold, measured in a rehearsal of a few steps.
+
+    Attributes
+    ----------
+    at_once
+        Images that go through the networks at once; a larger batch is split and its gradients accumulate.
+    recompute
+        Whether activations inside the network's blocks are computed again for the backward pass instead of kept.
+    peak_bytes
+        The most.
+    items
+        What it is made of, in bytes.
+    """
+
+    name: str
+    at_once: int
+    recompute: bool
+    peak_bytes: int
+    items: dict[str, int]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a task's memory is kept under a budget; all bytes are above what is held when `learn_task` is called.
+
+    Attributes
+    ----------
+    budget
+        In bytes; None when there is none, and then whole batches are planned.
+    stages
+        In order.
+    changes
+        Numbers of the recipe that had to be made smaller: the pool of dreams, then the generator. These are the only
+        settings that change what is learnt, so they are the last resort.
+    """
+
+    budget: int | None
+    stages: tuple[StagePlan, ...]
+    changes: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest of the stages' peaks."""
+        return max((stage.peak_bytes for stage in self.stages), default=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "peak_bytes": self.peak_bytes}
+
+    def __str__(self) -> str:
+        """A table: an item a line, a stage a column, in MB."""
+        items = list(dict.fromkeys(item for stage in self.stages for item in stage.items))
+        rows = [["MB", *(stage.name for stage in self.stages)]]
+        rows += [[item, *(f"{stage.items.get(item, 0) / 1e6:.1f}" for stage in self.stages)] for item in items]
+        rows += [["peak", *(f"{stage.peak_bytes / 1e6:.1f}" for stage in self.stages)]]
+        rows += [["images at once", *(str(stage.at_once) for stage in self.stages)]]
+        rows += [["recomputes", *("yes" if stage.recompute else "no" for stage in self.stages)]]
+        width = max(len(row[0]) for row in rows)
+        lines = [row[0].ljust(width) + "".join(cell.rjust(9) for cell in row[1:]) for row in rows]
+        lines += [f"{name} {value}: smaller than the recipe's, to fit" for name, value in self.changes.items()]
+        return "\n".join([*lines, "no budget" if self.budget is None else f"budget {self.budget / 1e6:.1f} MB"])
+
+
+@dataclass(frozen=True)
 class StageReport:
     """One stage of a task's learning: "dream", "learn" or "refine".
 
@@ -71,6 +135,14 @@ class StageReport:
         Images that went through, dreams made by the stage itself included.
     losses
         Each term of the loss at the last step, by name.
+    at_once
+        Images that went through the networks at once at the end; None: whole batches.
+    recompute
+        Whether activations inside blocks were computed again instead of kept.
+    halvings
+        How often `at_once` was halved because a step took too much memory; the step was made again.
+    peak_bytes
+        Most memory held above the level at the call, what the stage was made from included; None if nobody looked.
     """
 
     name: str
@@ -78,6 +150,10 @@ class StageReport:
     seconds: float
     images: int
     losses: dict[str, float]
+    at_once: int | None = None
+    recompute: bool = False
+    halvings: int = 0
+    peak_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,6 +179,10 @@ class TaskReport:
         From the call to the commit.
     stages
         Its stages, in order.
+    plan
+        How the memory budget was to be kept; None without a budget.
+    peak_bytes
+        Most memory held above the level at the call, planning included.
     """
 
     task: int
@@ -113,6 +193,8 @@ class TaskReport:
     images: int
     seconds: float
     stages: tuple[StageReport, ...]
+    plan: MemoryPlan | None = None
+    peak_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "plan": self.plan.to_dict() if self.plan is not None else None}

@@ -6,9 +6,11 @@ A task is learnt in stages: what the method prepares ("dream"), the learning its
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -19,8 +21,9 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
 from edge_dfcil import devices
 from edge_dfcil.backbones import batchnorm_layers
-from edge_dfcil.errors import Cancelled, DataError, DivergedError
+from edge_dfcil.errors import BudgetError, Cancelled, DataError, DivergedError
 from edge_dfcil.recipe import Recipe
+from edge_dfcil.recompute import recomputing
 from edge_dfcil.results import StageReport, TaskReport
 
 if TYPE_CHECKING:
@@ -34,6 +37,9 @@ Terms = dict[str, Tensor]  # the named terms of a loss; their sum is minimised
 
 class Callback:
     """Empty hooks, called in this order. Override the ones you want; raise to stop, and nothing is committed."""
+
+    def on_plan_begin(self) -> None:
+        """Before a memory budget is planned, which takes some seconds to a minute. Not called without a budget."""
 
     def on_task_begin(self, task: Task) -> None:
         """Before the first stage."""
@@ -115,6 +121,12 @@ class Stage:
         One batch to the named terms of the loss.
     trains
         The modules in train mode meanwhile; all others are in eval mode.
+    at_once
+        Images that go through the networks at once; a larger batch is split, and its gradients accumulate. None: all.
+    recompute
+        Whether the activations inside the blocks of `trains` are computed again for the backward pass instead of kept.
+    look
+        Called with the parts of a split batch before the first loss, for losses that need to know the whole batch.
     """
 
     name: str
@@ -125,6 +137,9 @@ class Stage:
     scheduler: LRScheduler | None = None
     trains: Sequence[nn.Module] = ()
     clip_gradient: float | None = None
+    at_once: int | None = None
+    recompute: bool = False
+    look: Callable[[Sequence[Any]], None] | None = None
 
     @property
     def epochs(self) -> int:
@@ -132,47 +147,123 @@ class Stage:
         return math.ceil(self.steps / len(self.batches)) if isinstance(self.batches, Sized) and len(self.batches) else 1
 
 
-def fit(stage: Stage, device: torch.device, callbacks: Sequence[Callback], cancelled: Callable[[], bool]) -> StageReport:
+def fit(
+    stage: Stage,
+    device: torch.device,
+    callbacks: Sequence[Callback],
+    cancelled: Callable[[], bool],
+    too_much: Callable[[], bool] = lambda: False,
+) -> StageReport:
     """Runs a stage: the only place that steps an optimiser.
 
-    Raises `Cancelled` between steps, `DivergedError` when a loss is not finite, and `DataError` from the batches.
+    `too_much` is asked before each step of the optimiser whether memory has run over its budget; the step is then made
+    again with half as many images at once, as it is after a real lack of memory.
+
+    Raises `Cancelled` between steps, `DivergedError` when a loss is not finite, `DataError` from the batches, and
+    `BudgetError` when there is too little memory for two images.
     """
     for callback in callbacks:
         callback.on_stage_begin(stage)
     for module in stage.trains:
         module.train()
     parameters = [p for group in stage.optimizer.param_groups for p in group["params"]]
-    begin, images, losses = time.perf_counter(), 0, {}
+    begin, images, halvings = time.perf_counter(), 0, 0
+    losses: Terms = {}
     for step, batch in enumerate(islice(_endless(stage.batches), stage.steps), start=1):
         if cancelled():
             raise Cancelled("learning was cancelled; the model is the one from before this task")
-        with devices.autocast(device):
-            terms = stage.loss(batch)
-        total = torch.stack([term.float() for term in terms.values()]).sum()
+        losses, halvings = _within(stage, batch, device, too_much, halvings)
         # Reading a number waits for the device: every step on the CPU, now and then on an accelerator.
+        total = torch.stack(list(losses.values())).sum()
         if (device.type == "cpu" or step % 20 == 0 or step == stage.steps) and not math.isfinite(total.item()):
-            values = ", ".join(f"{name} {term.item():.4g}" for name, term in terms.items())
+            values = ", ".join(f"{name} {term.item():.4g}" for name, term in losses.items())
             raise DivergedError(
                 f"the loss is not finite at step {step} of stage {stage.name!r} ({values}); lower the learning rate"
             )
-        stage.optimizer.zero_grad(set_to_none=True)
-        total.backward()
         if stage.clip_gradient is not None:
             nn.utils.clip_grad_norm_(parameters, stage.clip_gradient)
         stage.optimizer.step()
         if stage.scheduler is not None:
             stage.scheduler.step()
-        losses = {name: term.detach() for name, term in terms.items()}
         images += len(batch)
         for callback in callbacks:
             callback.on_step_end(stage, step, losses, len(batch))
     stage.optimizer.zero_grad(set_to_none=True)
     for module in stage.trains:
         module.eval()
-    report = StageReport(stage.name, stage.steps, time.perf_counter() - begin, images, {k: v.item() for k, v in losses.items()})
+    report = StageReport(
+        stage.name,
+        stage.steps,
+        time.perf_counter() - begin,
+        images,
+        {k: v.item() for k, v in losses.items()},
+        at_once=stage.at_once,
+        recompute=stage.recompute,
+        halvings=halvings,
+    )
     for callback in callbacks:
         callback.on_stage_end(stage, report)
     return report
+
+
+def _within(stage: Stage, batch: Any, device: torch.device, too_much: Callable[[], bool], halvings: int) -> tuple[Terms, int]:
+    """`_backward` with as many images at once as memory allows: a step that took too much is made again with half."""
+    while True:
+        stage.optimizer.zero_grad(set_to_none=True)
+        lack: Exception | None = None
+        try:
+            losses = _backward(stage, batch, device)
+            if not too_much():
+                return losses, halvings
+        except (RuntimeError, MemoryError) as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            lack = error.with_traceback(None)  # which would keep the step's tensors alive
+        at_once = min(stage.at_once or len(batch), len(batch))
+        if at_once < 4:
+            raise BudgetError(
+                f"stage {stage.name!r} took more memory than it may with {at_once} images at once; nothing was committed. "
+                "Smaller images or a smaller backbone need less"
+            ) from lack
+        stage.at_once, halvings = at_once // 2, halvings + 1
+
+
+def _backward(stage: Stage, batch: Any, device: torch.device) -> Terms:
+    """Gradients of a batch's loss, part by part; returns the detached terms of the whole."""
+    parts = [batch] if stage.at_once is None or len(batch) <= stage.at_once else _split(batch, stage.at_once)
+    losses: Terms = {}
+    with momentum_of_parts(stage.trains, len(parts)), recomputing(stage.trains) if stage.recompute else nullcontext():
+        if len(parts) > 1 and stage.look is not None:
+            with devices.autocast(device):
+                stage.look(parts)
+        for part in parts:
+            with devices.autocast(device):
+                terms = stage.loss(part)
+            share = len(part) / len(batch)
+            terms = {name: share * term.float() for name, term in terms.items()}
+            torch.stack(list(terms.values())).sum().backward()
+            losses = {name: losses.get(name, 0) + term.detach() for name, term in terms.items()}
+    return losses
+
+
+def _split(batch: Any, at_once: int) -> list[Any]:
+    """Parts as even as can be: BatchNorm learns little from a part of one image."""
+    count = math.ceil(len(batch) / at_once)
+    bounds = [len(batch) * part // count for part in range(count + 1)]
+    return [batch[begin:end] for begin, end in itertools.pairwise(bounds)]
+
+
+@contextmanager
+def momentum_of_parts(modules: Sequence[nn.Module], parts: float) -> Iterator[None]:
+    """Running statistics that move as far in `parts` forward passes as they would in one; not at all if they are infinite."""
+    before = [(layer, layer.momentum) for module in modules for layer in batchnorm_layers(module)]
+    try:
+        for layer, momentum in before if parts > 1 else ():
+            layer.momentum = momentum if momentum is None else 1 - (1 - momentum) ** (1 / parts)
+        yield
+    finally:
+        for layer, momentum in before:
+            layer.momentum = momentum
 
 
 def _endless(batches: Iterable[Any]) -> Iterator[Any]:

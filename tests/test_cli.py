@@ -89,6 +89,22 @@ def test_a_new_model_has_the_settings_given(pictures, tmp_path):
     assert "leave out --backbone" in done.stderr
 
 
+def test_a_budget_is_planned_shown_and_kept_or_refused(pictures, model):
+    before = model.read_bytes()
+    shown = cli("learn", pictures[1], "--model", model, "--memory-budget", "300MB", "--dry-run").stdout
+    assert "activations" in shown and "budget 300.0 MB" in shown
+    plan = json.loads(cli("learn", pictures[1], "--model", model, "--dry-run", "--json").stdout)
+    assert plan["budget"] is None and plan["peak_bytes"] > 0
+
+    refused = cli("learn", pictures[1], "--model", model, "--memory-budget", "100KB", expect=1).stderr
+    assert "What would help" in refused
+    assert "is no size" in cli("learn", pictures[1], "--model", model, "--memory-budget", "much", expect=1).stderr
+    assert model.read_bytes() == before
+
+    report = json.loads(cli("learn", pictures[1], "--model", model, "--memory-budget", "300MB", "--json").stdout)
+    assert report["peak_bytes"] <= report["plan"]["budget"] == 300_000_000
+
+
 def test_damaged_pictures_are_named_skipped_and_counted_or_refused(learnt, train, tmp_path):
     model = learnt.save(tmp_path / "m")
     images = folder_of(tmp_path / "images", train, ("5", "6"))

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from edge_dfcil import (
     BackboneError,
-    BudgetError,
     Callback,
     Cancelled,
     ClassError,
@@ -489,7 +488,7 @@ class TestBackbones:
         ({"device": "warp"}, SettingError, "'cpu'"),
         ({"mean": (0.0, 0.0, 0.0), "std": (0.0, 1.0, 1.0)}, SettingError, "above 0"),
         ({"mean": (0.0, 0.0, 0.0)}, SettingError, "give both"),
-        ({"memory_budget": "16MB"}, BudgetError, "does not plan memory"),
+        ({"memory_budget": "plenty"}, SettingError, "is no size"),
     ],
 )
 def test_settings_that_cannot_work(settings, error, message):

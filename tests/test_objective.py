@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 
 from edge_dfcil.dreaming import objective
 from edge_dfcil.dreaming.generator import DoublingConv2d, Generator
+from edge_dfcil.dreaming.inversion import Dreamer
+from tests.conftest import QUICK
 
 
 def test_content_is_cross_entropy_of_scaled_logits():
@@ -146,3 +149,26 @@ def test_generator_sizes(size, side, doublings):
     assert generator.side == side
     assert sum(isinstance(m, DoublingConv2d) for m in generator.modules()) == doublings
     assert generator(torch.randn(2, 8)).shape == (2, 3, size, size)
+
+
+@pytest.mark.parametrize("at_once", [16, 6])
+def test_the_gradients_of_a_split_batch_are_those_of_the_whole(learnt, at_once):
+    """But for the generator's own BatchNorm, which is taken out of the comparison here."""
+    teacher, recipe = learnt.network.frozen(), replace(QUICK, generator_batch=16)
+    dreamer = Dreamer(teacher, torch.arange(2), recipe)
+    stage = dreamer.stage()
+    z = dreamer.noise(16)
+    dreamer.generator.eval()
+    found = []
+    for parts in ([z], list(z.split(at_once))):
+        if len(parts) > 1:
+            stage.look(parts)
+        dreamer.generator.zero_grad()
+        value = torch.zeros(())
+        for part in parts:
+            loss = len(part) / 16 * sum(stage.loss(part).values())
+            loss.backward()
+            value += loss.detach()
+        found.append([value, *(p.grad.clone() for p in dreamer.generator.parameters())])
+    for whole, split in zip(*found, strict=True):
+        assert torch.allclose(whole, split, rtol=1e-3, atol=1e-5)

@@ -33,6 +33,7 @@ def folder(tmp_path_factory, train):
     root = tmp_path_factory.mktemp("readme")
     folder_of(root / "fruit", train, ("0", "1"))
     folder_of(root / "tools", train, ("2", "3"))
+    folder_of(root / "toys", train, ("4", "5"))
     (root / "photo.jpg").write_bytes((root / "fruit" / "0" / "0.png").read_bytes())
     command = root / "bin" / "edge-dfcil"
     command.parent.mkdir()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.io import decode_jpeg
 
 from benchmarks.yardsticks import YARDSTICKS, find
 from benchmarks.yardsticks.coreset import capacity, herding, nearest_to_mean
@@ -14,11 +15,11 @@ from edge_dfcil import Callback, SettingError
 from tests.check_method import check_method
 from tests.conftest import NAMES, quick_learner
 
-CORESETS = sorted(set(YARDSTICKS) - {"dgr", "upper_bound"})
+CORESETS = sorted(set(YARDSTICKS) - {"dgr", "upper_bound", "rehearsal_jpeg"})
 
 
 def make(name):
-    return find(f"{name}-24") if name in CORESETS else find(name)
+    return find(f"{name}-24") if name in [*CORESETS, "rehearsal_jpeg"] else find(name)
 
 
 @pytest.mark.parametrize("name", sorted(YARDSTICKS))
@@ -39,6 +40,19 @@ def test_a_coreset_holds_real_images_of_every_class_and_no_more_than_its_size(na
     for image, output in zip(method.kept["images"], outputs, strict=True):
         assert real[tuple(image.flatten().tolist())] == output
     assert method.bytes_kept >= 20 * 3 * 16 * 16
+
+
+def test_jpegs_are_kept_as_they_were_encoded_and_decode_to_nearly_the_images(train):
+    method = make("rehearsal_jpeg")
+    learner = quick_learner(method=method)
+    learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
+    files = list(method.kept["bytes"].split(method.kept["sizes"].tolist()))
+    learner.learn_task(train.of(("2",)), NAMES, progress=False)
+    after = {tuple(file.tolist()) for file in method.kept["bytes"].split(method.kept["sizes"].tolist())}
+    assert torch.bincount(method.kept["outputs"]).tolist() == [8, 8, 8]
+    assert len(after & {tuple(file.tolist()) for file in files}) >= 14  # 16 of them, less equal pictures
+    decoded = decode_jpeg(files[0]).float()
+    assert min((decoded - image.float()).abs().mean() for image in train.images) < 8
 
 
 def test_a_coreset_in_bytes():

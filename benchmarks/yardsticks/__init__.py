@@ -13,23 +13,25 @@ from benchmarks.yardsticks.e2e import E2E
 from benchmarks.yardsticks.icarl import ICaRL
 from benchmarks.yardsticks.lwf_coreset import LwFCoreset
 from benchmarks.yardsticks.rehearsal import Rehearsal
+from benchmarks.yardsticks.rehearsal_jpeg import RehearsalJpeg
 from benchmarks.yardsticks.upper_bound import UpperBound
 from edge_dfcil.errors import SettingError
 from edge_dfcil.methods import names as product_names
 
-YARDSTICKS: dict[str, type[Yardstick]] = {kind.name: kind for kind in (Rehearsal, LwFCoreset, E2E, BiC, ICaRL, DGR, UpperBound)}
+KINDS: tuple[type[Yardstick], ...] = (Rehearsal, RehearsalJpeg, LwFCoreset, E2E, BiC, ICaRL, DGR, UpperBound)
+YARDSTICKS = {kind.name: kind for kind in KINDS}
 
 
 def find(name: str) -> str | Yardstick:
     """A method by name: the product's as they are; a yardstick as a new instance.
 
-    A coreset's size may follow: "bic-400" keeps 400 images, "bic-1MB" as many as a megabyte holds; else 2,000 images.
+    A coreset's size may follow: "bic-400" keeps 400 images, "bic-1MB" as many as a megabyte of pixels is; else 2,000 images.
     Raises `SettingError` for an unknown name or a size that is none.
     """
     if name in product_names():
         return name
     kind, _, size = name.partition("-")
-    if kind not in YARDSTICKS or (size and not issubclass(YARDSTICKS[kind], CoresetMethod)):
+    if kind not in YARDSTICKS or (size and not issubclass(YARDSTICKS[kind], (CoresetMethod, RehearsalJpeg))):
         raise SettingError(f"no method is called {name!r}; choose one of {', '.join([*product_names(), *YARDSTICKS])}")
     return YARDSTICKS[kind](size) if size else YARDSTICKS[kind]()
 

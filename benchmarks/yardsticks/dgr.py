@@ -61,6 +61,11 @@ class Replay:
     def __init__(self, vae: VAE, teacher: Network) -> None:
         self.vae, self.teacher = vae.eval().requires_grad_(False), teacher
 
+    @property
+    def nbytes(self) -> int:
+        """What is held."""
+        return sum(tensor.nbytes for tensor in self.vae.state_dict().values())
+
     @torch.no_grad()
     def sample(self, n: int) -> Dream:
         pixels = self.vae.decode(torch.randn(n, self.vae.latent, device=self.teacher.mean.device)).sigmoid()

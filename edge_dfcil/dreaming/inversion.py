@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from edge_dfcil.dreaming.generator import Generator
 from edge_dfcil.errors import DivergedError
 from edge_dfcil.network import Network
 from edge_dfcil.recipe import Recipe
-from edge_dfcil.training import Stage, Terms
+from edge_dfcil.training import Stage, Terms, momentum_of_parts
 
 
 @dataclass(frozen=True)
@@ -60,25 +62,9 @@ class Dreamer:
         scheduler: LRScheduler | None = None
         if recipe.generator_schedule == "one_cycle":
             scheduler = OneCycleLR(optimizer, recipe.generator_learning_rate, total_steps=max(2, recipe.generator_steps))
-        statistics = objective.BatchStatistics(self.teacher)
-
-        def loss(z: Tensor) -> Terms:
-            images = self.generator(z)
-            with statistics.recording() as seen:
-                o = self.teacher.classify(images)
-            return self.objective(images, o.float(), seen)
-
-        return Stage("dream", _Noise(self), recipe.generator_steps, loss, optimizer, scheduler, [self.generator])
-
-    def objective(self, images: Tensor, o: Tensor, seen: list[objective.LayerStatistics]) -> Terms:
-        """The weighted terms of the inversion objective (ABD, eq. 5)."""
-        recipe = self.recipe
-        return {
-            "content": recipe.content * objective.content(o, o.argmax(1), recipe.content_temperature),
-            "diversity": recipe.diversity * objective.label_diversity(o),
-            "statistics": recipe.statistics * objective.statistics_alignment(seen),
-            "smoothness": recipe.smoothness * objective.smoothness(images),
-        }
+        inversion = _Inversion(self)
+        steps = recipe.generator_steps
+        return Stage("dream", _Noise(self), steps, inversion.loss, optimizer, scheduler, [self.generator], look=inversion.look)
 
     def noise(self, n: int) -> Tensor:
         """z ~ N(0, I), (n, latent)."""
@@ -98,6 +84,85 @@ class Dreamer:
         return dream[torch.isin(dream.labels, self.wanted)]
 
 
+@dataclass(frozen=True)
+class _Means:
+    """All that the objective's terms over a batch depend on, as means over its images: of the inputs of each BatchNorm
+    layer and of their squares (C,), and of the softmax (K,)."""
+
+    inputs: list[Tensor]
+    squares: list[Tensor]
+    softmax: Tensor
+
+    @classmethod
+    def of(cls, seen: list[objective.LayerStatistics], o: Tensor) -> _Means:
+        return cls([u for _, _, u, _ in seen], [v + u**2 for _, _, u, v in seen], o.softmax(1).mean(0))
+
+    def __add__(self, other: _Means) -> _Means:
+        def add(ours: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
+            return [one + another for one, another in zip(ours, theirs, strict=True)]
+
+        return _Means(add(self.inputs, other.inputs), add(self.squares, other.squares), self.softmax + other.softmax)
+
+    def __mul__(self, share: float) -> _Means:
+        return _Means([share * mean for mean in self.inputs], [share * mean for mean in self.squares], share * self.softmax)
+
+    def statistics(self, seen: list[objective.LayerStatistics]) -> list[objective.LayerStatistics]:
+        """With the running statistics of `seen`."""
+        means = zip(seen, self.inputs, self.squares, strict=True)
+        return [(m, r, u, square - u**2) for (m, r, _, _), u, square in means]
+
+
+class _Inversion:
+    """The weighted inversion objective (ABD, eq. 5) of a batch of noise, whole or in parts.
+
+    Diversity and statistics are of a whole batch. When it is split, a first look takes the means of every part; a part's
+    loss is then that of the whole batch, with gradients through the part alone. They add up to the gradients of the whole,
+    but for the generator's own BatchNorm, which sees a part at a time.
+    """
+
+    def __init__(self, dreamer: Dreamer) -> None:
+        self._dreamer, self._statistics = dreamer, objective.BatchStatistics(dreamer.teacher)
+        self._others: Iterator[tuple[float, _Means]] | None = None
+
+    @torch.no_grad()
+    def look(self, parts: Sequence[Tensor]) -> None:
+        total = sum(map(len, parts))
+        shares = [len(part) / total for part in parts]
+        means = []
+        with momentum_of_parts([self._dreamer.generator], math.inf):
+            for part, share in zip(parts, shares, strict=True):
+                _, o, seen = self._forward(part)
+                means.append(_Means.of(seen, o) * share)
+        others = [reduce(_Means.__add__, means[:part] + means[part + 1 :]) for part in range(len(parts))]
+        self._others = iter(list(zip(shares, others, strict=True)))
+
+    def loss(self, z: Tensor) -> Terms:
+        recipe = self._dreamer.recipe
+        images, o, seen = self._forward(z)
+        share, p = 1.0, o.softmax(1).mean(0)
+        if self._others is not None:
+            share, others = next(self._others)
+            means = _Means.of(seen, o) * share + others
+            seen, p = means.statistics(seen), means.softmax
+        return {
+            "content": recipe.content * objective.content(o, o.argmax(1), recipe.content_temperature),
+            "diversity": recipe.diversity * _of_whole(objective.diversity_of(p), share),
+            "statistics": recipe.statistics * _of_whole(objective.statistics_alignment(seen), share),
+            "smoothness": recipe.smoothness * objective.smoothness(images),
+        }
+
+    def _forward(self, z: Tensor) -> tuple[Tensor, Tensor, list[objective.LayerStatistics]]:
+        images = self._dreamer.generator(z)
+        with self._statistics.recording() as seen:
+            o = self._dreamer.teacher.classify(images).float()
+        return images, o, seen
+
+
+def _of_whole(term: Tensor, share: float) -> Tensor:
+    """A term of the whole batch as the loss of a part, which counts by its share: value as it is, gradient in full."""
+    return term.detach() + (term - term.detach()) / share if share < 1 else term
+
+
 class _Noise:
     """Endless batches of noise."""
 
@@ -109,27 +174,90 @@ class _Noise:
             yield self._dreamer.noise(self._dreamer.recipe.generator_batch)
 
 
+class Pool:
+    """Dreams kept while a task is learnt, a byte a value: each image is rounded to 256 steps between its darkest and its
+    brightest value, a hundredth of a deviation apart, and nothing is clipped.
+
+    Attributes
+    ----------
+    logits
+        The teacher's, for each dream as it was before the rounding (N, K).
+    """
+
+    def __init__(self, size: int, teacher: Network, device: torch.device) -> None:
+        # Room for all is taken once: joining pieces would hold everything twice.
+        side = teacher.image_size
+        self._bytes = torch.empty(size, 3, side, side, dtype=torch.uint8, device=device, memory_format=torch.channels_last)
+        self._low, self._step = (torch.empty(size, 1, 1, 1, device=device) for _ in range(2))
+        self.logits = torch.empty(size, teacher.n_classes, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return sum(tensor.nbytes for tensor in (self._bytes, self._low, self._step, self.logits))
+
+    @property
+    def labels(self) -> Tensor:
+        """The class that the teacher saw in each (N,)."""
+        return self.logits.argmax(1)
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def __getitem__(self, index: Tensor) -> Dream:
+        return Dream(self._bytes[index] * self._step[index] + self._low[index], self.logits[index])
+
+    def write(self, begin: int, end: int, dream: Dream, from_the_back: bool = False) -> int:
+        """Writes dreams into the room between `begin` and `end`, as many as go in; returns how many."""
+        n = min(len(dream), end - begin)
+        room = slice(end - n, end) if from_the_back else slice(begin, begin + n)
+        low, high = dream.images[:n].flatten(1).aminmax(dim=1)
+        low, step = low.view(-1, 1, 1, 1), ((high - low) / 255).clamp_min(TINY_STEP).view(-1, 1, 1, 1)
+        self._bytes[room] = ((dream.images[:n] - low) / step).round().clamp(0, 255).to(torch.uint8)
+        self._low[room], self._step[room], self.logits[room] = low, step, dream.logits[:n]
+        return n
+
+    def close_gap(self, front: int, back: int) -> None:
+        """Keeps the first `front` and the last `back` dreams, moved together a few at a time."""
+        for name in ("_bytes", "_low", "_step", "logits"):
+            values = getattr(self, name)
+            for begin in range(0, back, 64):
+                few = values[len(values) - back + begin :][: min(64, back - begin)].clone()
+                values[front + begin : front + begin + len(few)] = few
+            setattr(self, name, values[: front + back])
+
+
+TINY_STEP = 1e-8  # of an image of one flat value
+
+
 class Dreams:
     """Where a method takes the old classes from: fresh dreams at every step, or a pool made once with its logits."""
 
-    def __init__(self, dreamer: Dreamer) -> None:
+    def __init__(self, dreamer: Dreamer, at_once: int | None = None) -> None:
         self._dreamer: Dreamer | None = dreamer
-        self._pool: Dream | None = None
+        self._pool: Pool | None = None
         if dreamer.recipe.pool:
-            self._pool = make_pool(dreamer, dreamer.recipe.pool)
+            self._pool = make_pool(dreamer, dreamer.recipe.pool, at_once)
             self._dreamer = None  # the generator's memory is free from here on
 
     def sample(self, n: int) -> Dream:
         """`n` dreams of wanted classes, drawn at random."""
         if self._pool is not None:
-            drawn = self._pool[torch.randint(len(self._pool), (n,), device=self._pool.images.device)]
-            return Dream(drawn.images.float(), drawn.logits)
+            return self._pool[torch.randint(len(self._pool), (n,), device=self._pool.logits.device)]
         assert self._dreamer is not None
         dreams = [self._dreamer.dream(n)]
         while sum(map(len, dreams)) < n and len(dreams) < TRIES:
             dreams.append(self._dreamer.dream(n))
-        dream = _joined(dreams, self._dreamer)
+        dream = Dream(torch.cat([d.images for d in dreams]), torch.cat([d.logits for d in dreams]))
+        _check_some(dream, self._dreamer)
         return dream[torch.arange(n, device=dream.images.device) % len(dream)]
+
+    @property
+    def nbytes(self) -> int:
+        """What is held: the pool, or the generator."""
+        if self._pool is not None:
+            return self._pool.nbytes
+        return sum(tensor.nbytes for tensor in self._dreamer.generator.state_dict().values()) if self._dreamer else 0
 
     def class_shares(self, n_classes: int) -> Tensor:
         """The share of each of the teacher's classes among the dreams (n_classes,), measured on the pool or a sample."""
@@ -140,38 +268,37 @@ class Dreams:
 TRIES = 8  # times the images needed that are dreamt before a class counts as missed
 
 
-def make_pool(dreamer: Dreamer, size: int) -> Dream:
-    """At most `size` dreams in half precision, with an even share for every wanted class as far as the generator gives it.
+def make_pool(dreamer: Dreamer, size: int, at_once: int | None = None) -> Pool:
+    """At most `size` dreams, with an even share for every wanted class as far as the generator gives it.
 
-    What a class lacks is made up with dreams of the others: its share is then smaller, its labels never wrong.
-    Raises `DivergedError` when no wanted class is dreamt of at all.
+    What a class lacks is made up with dreams of the others: its share is then smaller, its labels never wrong. `at_once`
+    are made at a time, or as many as the generator was trained with. Raises `DivergedError` when no wanted class is dreamt
+    of at all.
     """
-    n_classes, batch_size = dreamer.teacher.n_classes, dreamer.recipe.generator_batch
+    teacher, batch_size = dreamer.teacher, min(at_once or dreamer.recipe.generator_batch, dreamer.recipe.generator_batch)
     quota = -(-size // len(dreamer.wanted))
-    have = torch.zeros(n_classes, dtype=torch.long, device=dreamer.wanted.device)
-    kept: list[Dream] = []
-    spare: list[Dream] = []
+    have = torch.zeros(teacher.n_classes, dtype=torch.long, device=dreamer.wanted.device)
+    pool = Pool(size, teacher, dreamer.wanted.device)
+    filled = spare = 0  # dreams within their class's quota, from the front; others, from the back, until those need the room
     for _ in range(TRIES * -(-size // batch_size)):
         dream = dreamer.dream(batch_size)
-        dream = Dream(dream.images.half(), dream.logits)
-        one_hot = F.one_hot(dream.labels, n_classes)
+        one_hot = F.one_hot(dream.labels, teacher.n_classes)
         rank = have[dream.labels] + (one_hot.cumsum(0) * one_hot).sum(1)  # 1 for a class's first dream, and so on
         within = rank <= quota
         have += one_hot[within].sum(0)
-        kept.append(dream[within])
-        if sum(map(len, kept)) >= size:
-            break
-        if sum(map(len, spare)) < size:
-            spare.append(dream[~within])
-    pool = _joined(kept + spare, dreamer)
-    return pool[torch.arange(min(size, len(pool)), device=pool.images.device)]
+        filled += pool.write(filled, size, dream[within])
+        spare = min(spare, size - filled)
+        spare += pool.write(filled, size - spare, dream[~within], from_the_back=True)
+        if filled == size:
+            return pool
+    pool.close_gap(filled, spare)
+    _check_some(pool, dreamer)
+    return pool
 
 
-def _joined(dreams: list[Dream], dreamer: Dreamer) -> Dream:
-    dream = Dream(torch.cat([d.images for d in dreams]), torch.cat([d.logits for d in dreams]))
-    if not len(dream):
+def _check_some(dreams: Dream | Pool, dreamer: Dreamer) -> None:
+    if not len(dreams):
         raise DivergedError(
             f"none of the dreams is of the {len(dreamer.wanted)} classes asked for; "
             "train the generator longer (recipe.generator_steps)"
         )
-    return dream

@@ -32,10 +32,14 @@ def label_diversity(o: Tensor) -> Tensor:
 
     `torch.xlogy` makes 0 ln 0 = 0, where the plain product underflows to NaN. One class has no diversity to lose.
     """
-    classes = o.shape[1]
+    return diversity_of(o.softmax(1).mean(0))
+
+
+def diversity_of(p: Tensor) -> Tensor:
+    """The same of a mean prediction p (K,)."""
+    classes = len(p)
     if classes == 1:
-        return o.new_zeros(())
-    p = o.softmax(1).mean(0)  # (K,)
+        return p.new_zeros(())
     return 1 + torch.xlogy(p, p.clamp_min(torch.finfo(p.dtype).tiny)).sum() / math.log(classes)
 
 

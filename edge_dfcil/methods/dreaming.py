@@ -17,5 +17,6 @@ class DreamingMethod(Method):
             return
         assert task.teacher is not None
         dreamer = Dreamer(task.teacher, task.old, task.recipe)
-        yield dreamer.stage()
-        task.dreams = Dreams(dreamer)
+        stage = dreamer.stage()
+        yield stage
+        task.dreams = Dreams(dreamer, stage.at_once)

@@ -1,0 +1,262 @@
+"""Planning a task's memory: measured, not guessed.
+
+The task is rehearsed: a few steps of every stage on a network that is thrown away, with few images at once and then with
+more, until it is known how many fit. The last rehearsal is the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edge_dfcil import training
+from edge_dfcil.errors import BudgetError
+from edge_dfcil.memory import Meter, measured, show
+from edge_dfcil.methods import Method
+from edge_dfcil.recompute import blocks
+from edge_dfcil.results import MemoryPlan, StagePlan
+from edge_dfcil.training import Stage, Task, Terms
+
+MARGIN = 0.05  # a plan aims below its budget by this share, for what a rehearsal does not meet
+FEWEST = 4  # images at once: BatchNorm learns little from fewer
+ENOUGH = 16  # with fewer at once, activations are rather recomputed: BatchNorm's batch is worth a third of the time
+GROWTH = 3  # of the images at once, at most, from one rehearsal to the next
+REHEARSALS = 8  # at most, of one choice of settings
+STEPS = 3  # of each stage in a rehearsal
+SMALL_POOL = 64  # dreams in a rehearsal's pool
+
+# The last resort, in order: what the recipe's numbers are divided by.
+SMALLER: tuple[dict[str, int], ...] = ({}, {"pool": 2}, {"pool": 4}, {"pool": 4, "width": 2}, {"pool": 4, "width": 4})
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a rehearsal found of a stage.
+
+    Attributes
+    ----------
+    at_once, whole
+        Images that went through at once, and those of a whole step.
+    peak
+        Most bytes above the level.
+    items
+        What they are made of; "scratch" is what could not be counted.
+    can_recompute
+        Whether the stage trains blocks that can be recomputed.
+    """
+
+    at_once: int
+    whole: int
+    peak: int
+    items: dict[str, int]
+    can_recompute: bool
+
+    @property
+    def least_an_image(self) -> float:
+        """Bytes that one more image takes at least: its activations."""
+        return max(1.0, self.items["activations"] / self.at_once)
+
+    @property
+    def most_an_image(self) -> float:
+        """The same at most: as if all scratch came with the images."""
+        return max(1.0, (self.items["activations"] + self.items["scratch"]) / self.at_once)
+
+
+Stages = dict[str, Rehearsed]
+
+
+class TooLarge(Exception):
+    """No settings fit; `stages` are those of the smallest."""
+
+    def __init__(self, stages: Stages) -> None:
+        self.stages = stages
+
+
+@dataclass
+class Planner:
+    """Finds the settings that keep a task within a budget.
+
+    Attributes
+    ----------
+    begin
+        Makes a task that may be thrown away.
+    cancelled
+        Asked between steps.
+    """
+
+    begin: Callable[[], Task]
+    method: Method
+    meter: Meter
+    cancelled: Callable[[], bool]
+
+    def plan(self, budget: int | None) -> MemoryPlan:
+        """Whole batches if they fit, else parts of them, else parts that recompute, else a smaller pool or generator.
+
+        Raises `TooLarge` when nothing fits.
+        """
+        limit = float("inf") if budget is None else budget * (1 - MARGIN)
+        ways = self._changes()
+        if not _fits(stages := self.least(), limit):
+            raise TooLarge(stages)
+        for changes in ways:
+            recompute: set[str] = set()
+            stages = self._grown(changes, limit, recompute)
+            tight = {name for name, s in stages.items() if s.at_once < min(ENOUGH, s.whole) and s.can_recompute}
+            if tight:
+                recompute, stages = tight, self._grown(changes, limit, tight)
+            if _fits(stages, limit):
+                break
+        else:
+            raise TooLarge(stages)
+        plans = (StagePlan(name, s.at_once, name in recompute, s.peak, s.items) for name, s in stages.items())
+        return MemoryPlan(budget, tuple(plans), changes)
+
+    def least(self) -> Stages:
+        """The stages with the smallest settings there are."""
+        return self.rehearse(self._changes()[-1], {}, None)
+
+    def _changes(self) -> list[dict[str, int]]:
+        task = self.begin()
+        if not task.remembers:
+            return [{}]
+        recipe = task.recipe
+        found = [
+            {name: max(1, getattr(recipe, name) // by) for name, by in way.items() if getattr(recipe, name)} for way in SMALLER
+        ]
+        return [changes for number, changes in enumerate(found) if changes not in found[:number]]
+
+    def _grown(self, changes: dict[str, int], limit: float, recompute: set[str]) -> Stages:
+        """Every stage with the most images at once that stay below the limit, and the fewest if none do.
+
+        Grows from few, by the room that is left over the most that an image has been seen to take.
+        """
+        best = self.rehearse(changes, {}, recompute)
+        each = {name: stage.most_an_image for name, stage in best.items()}
+        for _ in range(REHEARSALS):
+            at_once = {name: _more(stage, each[name], limit) for name, stage in best.items()}
+            if all(at_once[name] == stage.at_once for name, stage in best.items()):
+                break
+            for name, stage in self.rehearse(changes, at_once, recompute).items():
+                grown = stage.at_once - best[name].at_once
+                if grown > 0:
+                    each[name] = max(stage.least_an_image, (stage.peak - best[name].peak) / grown)
+                if stage.peak <= limit:
+                    best[name] = stage
+        return best
+
+    def rehearse(self, changes: dict[str, int], at_once: Mapping[str, int], recompute: set[str] | None) -> Stages:
+        """A few steps of each stage, with as many images at once as named, or else the fewest; None recomputes all it can."""
+        task = self.begin()
+        recipe = replace(task.recipe, **changes)  # type: ignore[arg-type]
+        task.batches = task.batches.first()
+        if task.teacher is not None and task.remembers:
+            task.old = torch.arange(task.teacher.n_classes, device=task.device)  # an untrained generator may miss the others
+        task.recipe = replace(
+            recipe,
+            epochs=1,
+            first_epochs=1,
+            min_steps=STEPS,
+            generator_steps=STEPS,
+            pool=min(recipe.pool, SMALL_POOL),
+            refine_epochs=min(recipe.refine_epochs, 1),
+            refine_min_steps=STEPS,
+        )
+        found: Stages = {}
+        for stage in measured(training.stages(task, self.method), self.meter):
+            stage.steps = min(stage.steps, STEPS)
+            stage.at_once = at_once.get(stage.name, FEWEST)
+            stage.recompute = recompute is None or stage.name in recompute
+            watch = _Watch(stage, task)
+            training.fit(stage, task.device, (), self.cancelled)
+            found[stage.name] = watch.found(self.meter.peak, recipe.pool)
+        return found
+
+
+def _fits(stages: Stages, limit: float) -> bool:
+    return all(stage.peak <= limit for stage in stages.values())
+
+
+def _more(stage: Rehearsed, an_image: float, limit: float) -> int:
+    """Images at once to try next: as many as the room left has space for, not too many more, and none when it is full."""
+    if limit == float("inf"):
+        return stage.whole
+    room = max(0.0, limit - stage.peak)
+    grown = min(stage.whole, GROWTH * stage.at_once, stage.at_once + int(room / an_image))
+    return grown if grown >= 1.1 * stage.at_once else stage.at_once
+
+
+class _Watch:
+    """Looks on while a stage is rehearsed: shortens its batches to two parts, and counts what is kept for the backward pass."""
+
+    def __init__(self, stage: Stage, task: Task) -> None:
+        self._stage, self._task, self._loss = stage, task, stage.loss
+        self._batches, self._whole, self._activations = stage.batches, 0, 0
+        modules = [task.student, *([task.teacher] if task.teacher else []), *stage.trains]
+        self._weights = {tensor.untyped_storage().data_ptr() for module in modules for tensor in module.parameters()}
+        stage.batches, stage.loss = self, self._watched
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            self._whole = self._task.batches.largest if self._batches is self._task.batches else len(batch)
+            yield batch[: 2 * (self._stage.at_once or len(batch))]
+
+    def _watched(self, part: Any) -> Terms:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            terms = self._loss(part)
+        self._activations = max(self._activations, sum(kept.values()))
+        return terms
+
+    def found(self, peak: int, pool: int) -> Rehearsed:
+        stage, task = self._stage, self._task
+        own = [module for module in stage.trains if module is not task.student and module is not task.student.head]
+        trained = [p for group in stage.optimizer.param_groups for p in group["params"]]
+        state = [value for values in stage.optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+        items = {
+            "weights": _bytes_of([task.student]),
+            "teacher": 0,  # it shares the tensors of the committed model, which are held in any case
+            "generator": _bytes_of(own),
+            "gradients": sum(p.nbytes for p in trained),
+            "optimiser": sum(value.nbytes for value in state),
+            "pool of dreams": 0,
+            "activations": self._activations,
+        }
+        if task.dreams is not None and pool:
+            items["pool of dreams"] = task.dreams.nbytes * max(pool, SMALL_POOL) // min(pool, SMALL_POOL)
+            peak += items["pool of dreams"] - task.dreams.nbytes
+        elif task.dreams is not None:
+            items["generator"] = task.dreams.nbytes
+        items["scratch"] = max(0, peak - sum(items.values()))
+        at_once = min(stage.at_once or self._whole, self._whole)
+        return Rehearsed(at_once, self._whole, peak, items, any(True for m in own or stage.trains for _ in blocks(m)))
+
+
+def _bytes_of(modules: Iterable[nn.Module]) -> int:
+    return sum(tensor.nbytes for module in modules for tensor in module.state_dict().values())
+
+
+def refusal(budget: int, stages: Stages, others: Iterable[tuple[str, Callable[[], Stages]]]) -> BudgetError:
+    """Says what is needed, what takes it, and what would help, each with its figure."""
+
+    def needed(stages: Stages) -> float:
+        return max(stage.peak for stage in stages.values()) / (1 - MARGIN)
+
+    name, worst = max(stages.items(), key=lambda item: item[1].peak)
+    takes = ", ".join(f"{item} {show(size)}" for item, size in worst.items.items() if size)
+    remedies = [f"{text} needs {show(needed(least()))}" for text, least in others]
+    return BudgetError(
+        f"memory_budget of {show(budget)} cannot be kept, and nothing was trained: stage {name!r} needs {show(needed(stages))} "
+        f"even with {worst.at_once} images at once ({takes}). What would help: a budget of {show(needed(stages))}"
+        + "".join(f"; {remedy}" for remedy in remedies)
+    )
