@@ -32,6 +32,9 @@ class Recipe:
     # Ours: None keeps the network's own. Running statistics must keep up with a short schedule, since the classifier
     # answers by them and dreams are made to match them; torchvision's MobileNetV3 comes with 0.01, made for long ones.
     batchnorm_momentum: float | None = None
+    # Ours: the share of the backbone's layers, counted from the image, that stay as the first task left them. They need no
+    # backward pass and keep no activations, and what they give cannot be forgotten.
+    freeze: float = 0.0
     drop_incomplete: bool = True  # skip batches smaller than the largest one
 
     # Augmentation of real images (ABD, supplement).
@@ -81,6 +84,8 @@ class Recipe:
         for name in ("min_steps", "refine_epochs", "refine_min_steps", "pool", "crop_padding", "weight_decay"):
             if getattr(self, name) < 0:
                 raise SettingError(f"recipe.{name} is {getattr(self, name)}; it must not be negative")
+        if not 0 <= self.freeze < 1:
+            raise SettingError(f"recipe.freeze is {self.freeze}; it is a share of layers, from 0 to below 1")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise SettingError(f"recipe.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")

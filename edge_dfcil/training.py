@@ -121,6 +121,8 @@ class Stage:
         One batch to the named terms of the loss.
     trains
         The modules in train mode meanwhile; all others are in eval mode.
+    frozen
+        Layers inside `trains` that stay in eval mode, as they are.
     at_once
         Images that go through the networks at once; a larger batch is split, and its gradients accumulate. None: all.
     recompute
@@ -136,6 +138,7 @@ class Stage:
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler | None = None
     trains: Sequence[nn.Module] = ()
+    frozen: Sequence[nn.Module] = ()
     clip_gradient: float | None = None
     at_once: int | None = None
     recompute: bool = False
@@ -166,6 +169,8 @@ def fit(
         callback.on_stage_begin(stage)
     for module in stage.trains:
         module.train()
+    for layer in stage.frozen:
+        layer.eval()
     parameters = [p for group in stage.optimizer.param_groups for p in group["params"]]
     begin, images, halvings = time.perf_counter(), 0, 0
     losses: Terms = {}
@@ -286,13 +291,15 @@ def stages(task: Task, method: Method) -> Iterator[Stage]:
 
 
 def learning_stage(task: Task, method: Method) -> Stage:
-    """SGD on the whole student under the recipe's schedule."""
+    """SGD on the student under the recipe's schedule; on all of it, unless the recipe freezes its first layers."""
     recipe, per_epoch = task.recipe, len(task.batches)
     epochs = recipe.epochs if task.teacher is not None else recipe.first_epochs or recipe.epochs
     steps = max(epochs * per_epoch, recipe.min_steps)
-    optimizer = torch.optim.SGD(
-        task.student.parameters(), recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay
-    )
+    frozen = _first_layers(task.student.backbone, recipe.freeze) if task.teacher is not None else []
+    for layer in frozen:
+        layer.requires_grad_(False)
+    trained = [p for p in task.student.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay)
     scheduler: LRScheduler
     if recipe.schedule == "step":
         scheduler = MultiStepLR(optimizer, [round(share * epochs) * per_epoch for share in recipe.milestones])
@@ -306,7 +313,16 @@ def learning_stage(task: Task, method: Method) -> Stage:
     def loss(batch: Batch) -> Terms:
         return term(task, batch)
 
-    return Stage("learn", task.batches, steps, loss, optimizer, scheduler, [task.student], recipe.clip_gradient)
+    return Stage(
+        "learn", task.batches, steps, loss, optimizer, scheduler,
+        trains=[task.student], frozen=frozen, clip_gradient=recipe.clip_gradient,
+    )  # fmt: skip
+
+
+def _first_layers(backbone: nn.Module, share: float) -> list[nn.Module]:
+    """The first share of the layers that have weights, in the order in which the backbone names them."""
+    layers = [module for module in backbone.modules() if any(True for _ in module.parameters(recurse=False))]
+    return layers[: round(share * len(layers))]
 
 
 def check_finite(network: nn.Module) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from edge_dfcil import SettingError
 from edge_dfcil.training import Stage, fit
+from tests.conftest import NAMES, QUICK, quick_learner, weights
 
 CPU = torch.device("cpu")
 
@@ -51,3 +55,25 @@ def test_running_statistics_move_as_far_in_parts():
         assert layer.momentum == 0.5
     assert moved[0] == pytest.approx(0.5)
     assert moved[1] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("method", ["abd", "finetune"])
+def test_frozen_layers_stay_as_the_first_task_left_them(method, train):
+    learner = quick_learner(method=method, recipe=replace(QUICK, freeze=0.4))
+    found = []
+    for names in (("0", "1"), ("2",), ("3",)):
+        learner.learn_task(train.of(names), NAMES, progress=False)
+        found.append(weights(learner))
+    first, second, third = found
+    frozen = {name for name in first if name.startswith(("backbone.conv1", "backbone.bn1", "backbone.stages.0"))}
+    for name in first:
+        if name.startswith("head") or name.endswith("num_batches_tracked"):
+            continue
+        assert torch.equal(first[name], second[name]) == (name in frozen), name
+        assert torch.equal(second[name], third[name]) == (name in frozen), name
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_no_other_share_can_be_frozen(share):
+    with pytest.raises(SettingError, match="share of layers"):
+        replace(QUICK, freeze=share)
