@@ -187,6 +187,7 @@ class RealBatches:
         # One image alone cannot go through BatchNorm in train mode; the paper drops every incomplete batch.
         self._largest = max(scanned.batch_sizes)
         self._smallest = self._largest if recipe.drop_incomplete else 2
+        self._sizes = sorted((size for size in scanned.batch_sizes if size >= self._smallest), reverse=True)
         self._length = sum(n for size, n in scanned.batch_sizes.items() if size >= self._smallest)
 
     def __len__(self) -> int:
@@ -198,10 +199,12 @@ class RealBatches:
         return self._largest
 
     def first(self) -> RealBatches:
-        """The first batch alone, for a rehearsal."""
+        """A batch of each size there is, for a rehearsal; all cut from one."""
         few = copy.copy(self)
-        images, targets = next((images, targets) for images, targets in read(self._loader) if len(images) >= self._smallest)
-        few._loader, few._length = [(images, targets)], 1
+        batches = ((images, targets) for images, targets in read(self._loader) if len(images) >= self._smallest)
+        images, targets = max(itertools.islice(batches, 2), key=lambda batch: len(batch[0]))
+        few._loader = [(images[:size], targets[:size]) for size in self._sizes if size <= len(images)]
+        few._length = len(few._loader)
         return few
 
     def __iter__(self) -> Iterator[Batch]:

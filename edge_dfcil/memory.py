@@ -92,6 +92,12 @@ class Meter:
         """Most bytes above the level ever."""
         return max(self._highest, self.peak)
 
+    @property
+    def now(self) -> int:
+        """Bytes above the level that remain when all that is free has been given back."""
+        give_back(self._device)
+        return held(self._device) - self.level
+
     def reset(self) -> None:
         """Forgets the peak, and gives back to the system what is free, so that the next one is its own."""
         self._highest = self.highest
@@ -140,6 +146,8 @@ def give_back(device: torch.device) -> None:
 
 # Holding
 
+NEAR = 0.97  # of the budget: from here on fewer images go through at once, before it is too late
+
 
 def run(
     task: Task,
@@ -156,10 +164,14 @@ def run(
         task.recipe = replace(task.recipe, **plan.changes)  # type: ignore[arg-type]
     budget = plan.budget if plan is not None else None
 
-    def too_much() -> bool:
-        over = budget is not None and meter.peak > budget
-        if over:
-            meter.reset()
+    def too_much(stage: Stage) -> bool:
+        """Whether the step must be made again. One that came near goes through, and those after it take half the images."""
+        if budget is None or meter.peak <= NEAR * budget:
+            return False
+        over = meter.peak > budget
+        meter.reset()
+        if not over and stage.at_once is not None:
+            stage.at_once = max(2, stage.at_once // 2)
         return over
 
     reports = []

@@ -21,10 +21,10 @@ from edge_dfcil.recompute import blocks
 from edge_dfcil.results import MemoryPlan, StagePlan
 from edge_dfcil.training import Stage, Task, Terms
 
-MARGIN = 0.05  # a plan aims below its budget by this share, for what a rehearsal does not meet
+MARGIN = 0.1  # a plan aims below its budget by this share, for what a few steps do not meet: a heap in pieces above all
 FEWEST = 4  # images at once: BatchNorm learns little from fewer
 ENOUGH = 16  # with fewer at once, activations are rather recomputed: BatchNorm's batch is worth a third of the time
-GROWTH = 3  # of the images at once, at most, from one rehearsal to the next
+GROWTH = 4  # of the images at once, at most, from one rehearsal to the next
 REHEARSALS = 8  # at most, of one choice of settings
 STEPS = 3  # of each stage in a rehearsal
 SMALL_POOL = 64  # dreams in a rehearsal's pool
@@ -43,6 +43,8 @@ class Rehearsed:
         Images that went through at once, and those of a whole step.
     peak
         Most bytes above the level.
+    base
+        Those that were held when the rehearsal began: libraries keep what they made for earlier ones.
     items
         What they are made of; "scratch" is what could not be counted.
     can_recompute
@@ -52,6 +54,7 @@ class Rehearsed:
     at_once: int
     whole: int
     peak: int
+    base: int
     items: dict[str, int]
     can_recompute: bool
 
@@ -100,7 +103,7 @@ class Planner:
         """
         limit = float("inf") if budget is None else budget * (1 - MARGIN)
         ways = self._changes()
-        if not _fits(stages := self.least(), limit):
+        if not self._fits(stages := self.least(), limit):
             raise TooLarge(stages)
         for changes in ways:
             recompute: set[str] = set()
@@ -108,12 +111,16 @@ class Planner:
             tight = {name for name, s in stages.items() if s.at_once < min(ENOUGH, s.whole) and s.can_recompute}
             if tight:
                 recompute, stages = tight, self._grown(changes, limit, tight)
-            if _fits(stages, limit):
+            if self._fits(stages, limit):
                 break
         else:
             raise TooLarge(stages)
-        plans = (StagePlan(name, s.at_once, name in recompute, s.peak, s.items) for name, s in stages.items())
-        return MemoryPlan(budget, tuple(plans), changes)
+        return MemoryPlan(budget, tuple(self._planned(name, s, name in recompute) for name, s in stages.items()), changes)
+
+    def _planned(self, name: str, stage: Rehearsed, recompute: bool) -> StagePlan:
+        peak = self._expected(stage)
+        scratch = max(0, stage.items["scratch"] + peak - stage.peak)
+        return StagePlan(name, stage.at_once, recompute, peak, stage.items | {"scratch": scratch})
 
     def least(self) -> Stages:
         """The stages with the smallest settings there are."""
@@ -136,17 +143,39 @@ class Planner:
         """
         best = self.rehearse(changes, {}, recompute)
         each = {name: stage.most_an_image for name, stage in best.items()}
+        ceiling = {name: stage.whole + 1 for name, stage in best.items()}
         for _ in range(REHEARSALS):
-            at_once = {name: _more(stage, each[name], limit) for name, stage in best.items()}
+            at_once = {name: self._more(stage, each[name], limit, ceiling[name]) for name, stage in best.items()}
             if all(at_once[name] == stage.at_once for name, stage in best.items()):
                 break
             for name, stage in self.rehearse(changes, at_once, recompute).items():
                 grown = stage.at_once - best[name].at_once
                 if grown > 0:
-                    each[name] = max(stage.least_an_image, (stage.peak - best[name].peak) / grown)
-                if stage.peak <= limit:
+                    each[name] = max(stage.least_an_image, (_own(stage) - _own(best[name])) / grown)
+                if self._expected(stage) <= limit:
                     best[name] = stage
+                else:
+                    ceiling[name] = stage.at_once
         return best
+
+    def _more(self, stage: Rehearsed, an_image: float, limit: float, ceiling: int) -> int:
+        """Images at once to try next: of a batch, its half, its quarter and so on the most for which there seems to be room.
+
+        Few different sizes, because the libraries keep for each what they have made for it.
+        """
+        if limit == float("inf"):
+            return stage.whole
+        most = stage.at_once + max(0.0, limit - self._expected(stage)) / an_image
+        sizes = [-(-stage.whole // 2**half) for half in range(stage.whole.bit_length())]
+        fitting = [size for size in sizes if size <= min(most, GROWTH * stage.at_once) and size < ceiling]
+        return max([stage.at_once, *fitting])
+
+    def _expected(self, stage: Rehearsed) -> int:
+        """Its peak if it began now."""
+        return _own(stage) + self.meter.now
+
+    def _fits(self, stages: Stages, limit: float) -> bool:
+        return all(self._expected(stage) <= limit for stage in stages.values())
 
     def rehearse(self, changes: dict[str, int], at_once: Mapping[str, int], recompute: set[str] | None) -> Stages:
         """A few steps of each stage, with as many images at once as named, or else the fewest; None recomputes all it can."""
@@ -166,31 +195,25 @@ class Planner:
             refine_min_steps=STEPS,
         )
         found: Stages = {}
+        base = self.meter.now
         for stage in measured(training.stages(task, self.method), self.meter):
             stage.steps = min(stage.steps, STEPS)
             stage.at_once = at_once.get(stage.name, FEWEST)
             stage.recompute = recompute is None or stage.name in recompute
             watch = _Watch(stage, task)
             training.fit(stage, task.device, (), self.cancelled)
-            found[stage.name] = watch.found(self.meter.peak, recipe.pool)
+            found[stage.name] = watch.found(self.meter.peak, base, recipe.pool)
         return found
 
 
-def _fits(stages: Stages, limit: float) -> bool:
-    return all(stage.peak <= limit for stage in stages.values())
-
-
-def _more(stage: Rehearsed, an_image: float, limit: float) -> int:
-    """Images at once to try next: as many as the room left has space for, not too many more, and none when it is full."""
-    if limit == float("inf"):
-        return stage.whole
-    room = max(0.0, limit - stage.peak)
-    grown = min(stage.whole, GROWTH * stage.at_once, stage.at_once + int(room / an_image))
-    return grown if grown >= 1.1 * stage.at_once else stage.at_once
+def _own(stage: Rehearsed) -> int:
+    """What a stage took above what was held before."""
+    return stage.peak - stage.base
 
 
 class _Watch:
-    """Looks on while a stage is rehearsed: shortens its batches to two parts, and counts what is kept for the backward pass."""
+    """Looks on while a stage is rehearsed: shortens its largest batches to two parts, and counts what is kept for
+    the backward pass."""
 
     def __init__(self, stage: Stage, task: Task) -> None:
         self._stage, self._task, self._loss = stage, task, stage.loss
@@ -200,9 +223,11 @@ class _Watch:
         stage.batches, stage.loss = self, self._watched
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._batches:
-            self._whole = self._task.batches.largest if self._batches is self._task.batches else len(batch)
-            yield batch[: 2 * (self._stage.at_once or len(batch))]
+        for number, batch in enumerate(self._batches):
+            self._whole = max(self._whole, len(batch))
+            at_once = self._stage.at_once or len(batch)
+            # Two parts tell what more would take. A batch of another size, the last of a loader, goes in parts of its own.
+            yield batch[: 2 * at_once] if number == 0 or len(batch) == self._whole else batch
 
     def _watched(self, part: Any) -> Terms:
         kept: dict[int, int] = {}
@@ -218,7 +243,7 @@ class _Watch:
         self._activations = max(self._activations, sum(kept.values()))
         return terms
 
-    def found(self, peak: int, pool: int) -> Rehearsed:
+    def found(self, peak: int, base: int, pool: int) -> Rehearsed:
         stage, task = self._stage, self._task
         own = [module for module in stage.trains if module is not task.student and module is not task.student.head]
         trained = [p for group in stage.optimizer.param_groups for p in group["params"]]
@@ -239,7 +264,7 @@ class _Watch:
             items["generator"] = task.dreams.nbytes
         items["scratch"] = max(0, peak - sum(items.values()))
         at_once = min(stage.at_once or self._whole, self._whole)
-        return Rehearsed(at_once, self._whole, peak, items, any(True for m in own or stage.trains for _ in blocks(m)))
+        return Rehearsed(at_once, self._whole, peak, base, items, any(True for m in own or stage.trains for _ in blocks(m)))
 
 
 def _bytes_of(modules: Iterable[nn.Module]) -> int:

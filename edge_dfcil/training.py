@@ -155,7 +155,7 @@ def fit(
     device: torch.device,
     callbacks: Sequence[Callback],
     cancelled: Callable[[], bool],
-    too_much: Callable[[], bool] = lambda: False,
+    too_much: Callable[[Stage], bool] = lambda stage: False,
 ) -> StageReport:
     """Runs a stage: the only place that steps an optimiser.
 
@@ -211,14 +211,16 @@ def fit(
     return report
 
 
-def _within(stage: Stage, batch: Any, device: torch.device, too_much: Callable[[], bool], halvings: int) -> tuple[Terms, int]:
+def _within(
+    stage: Stage, batch: Any, device: torch.device, too_much: Callable[[Stage], bool], halvings: int
+) -> tuple[Terms, int]:
     """`_backward` with as many images at once as memory allows: a step that took too much is made again with half."""
     while True:
         stage.optimizer.zero_grad(set_to_none=True)
         lack: Exception | None = None
         try:
             losses = _backward(stage, batch, device)
-            if not too_much():
+            if not too_much(stage):
                 return losses, halvings
         except (RuntimeError, MemoryError) as error:
             if not devices.is_out_of_memory(error):
