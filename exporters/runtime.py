@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from edge_dfcil.errors import DataError, ExportError, SettingError
 from edge_dfcil.results import Prediction
+from exporters.timing import session
 
 
 class OnnxClassifier:
@@ -35,15 +36,10 @@ class OnnxClassifier:
     """
 
     def __init__(self, path: str | Path, *, threads: int = 0) -> None:
-        import onnxruntime
-
         if not os.path.isfile(path):
             raise ExportError(f"{path} is not a file; `edge-dfcil export MODEL {path}` writes one")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+            self._session = session(os.fspath(path), threads)
             metadata = self._session.get_modelmeta().custom_metadata_map
             self.classes: tuple[str, ...] = tuple(json.loads(metadata["classes"]))
             self.image_size = int(metadata["image_size"])

@@ -1,0 +1,96 @@
+"""INT8 without data: calibrated on dreams, checked against the float graph, refused when it answers otherwise."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from edge_dfcil import DataError, ExportError
+from exporters import Int8, OnnxClassifier, export_onnx
+from tests.conftest import NAMES, QUICK, quick_learner
+
+
+@pytest.fixture(scope="module")
+def able(train):
+    """A learner that tells four digits apart, so that its answers are no accident of the last decimal."""
+    learner = quick_learner(recipe=replace(QUICK, min_steps=150, learning_rate=0.05, generator_steps=40))
+    learner.learn_task(train.of(("0", "1", "2", "3")), NAMES, progress=False)
+    return learner
+
+
+@pytest.fixture(scope="module")
+def int8(able, test, tmp_path_factory):
+    path = tmp_path_factory.mktemp("int8") / "digits.onnx"
+    return able.export(path, "int8", evaluation=[*test.of(("0", "1", "2", "3"))], classes=NAMES, progress=False), path
+
+
+def test_it_answers_nearly_as_the_model_in_a_third_of_the_space(able, int8, test, tmp_path):
+    report, path = int8
+    known = test.of(("0", "1", "2", "3"))
+    float_bytes = able.export(tmp_path / "float.onnx").bytes
+    assert report.format == "onnx-int8"
+    assert report.float_bytes == pytest.approx(float_bytes, rel=0.01)
+    assert report.bytes == path.stat().st_size
+    assert report.bytes < 0.6 * float_bytes, "a resnet8 is little more than its graph; larger networks come to a quarter"
+    assert report.agreement["dreams"] >= 0.9 and report.agreement["pictures"] >= 0.9
+    assert report.speedup > 0
+    as_float, as_int8 = report.accuracy["pictures"]
+    assert as_float > 0.8 and abs(as_float - as_int8) < 0.05
+    answers = [answer.label for answer in OnnxClassifier(path).predict(known.images.numpy())]
+    right = np.mean([label == NAMES[target] for label, target in zip(answers, known.targets.tolist(), strict=True)])
+    assert right == pytest.approx(as_int8), "what was reported is what the file does"
+
+
+def test_the_file_says_what_it_is(able, int8):
+    model = onnx.load(int8[1])
+    onnx.checker.check_model(model, full_check=True)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(metadata["classes"]) == list(able.classes)
+    operators = {node.op_type for node in model.graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators
+    weights = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 4]
+    scales = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name.endswith("_scale")}
+    assert weights and all(scales[w.name.replace("_quantized", "_scale")].dims[0] == w.dims[0] for w in weights), "a scale a channel"
+
+
+def test_it_can_be_calibrated_on_pictures(able, train, tmp_path):
+    report = able.export(tmp_path / "a.onnx", "int8", calibration=[*train.of(("0", "1", "2", "3"))], progress=False)
+    assert report.agreement["dreams"] >= 0.9
+
+
+def test_a_graph_that_answers_otherwise_is_not_written(able, tmp_path):
+    path = tmp_path / "x.onnx"
+    path.write_bytes(b"what was there before")
+    dark = np.zeros((8, 3, 16, 16), np.uint8)  # no range at all to calibrate on
+    bright = np.random.default_rng(0).integers(0, 256, (64, 3, 16, 16)).astype(np.uint8)
+    digits = able.dream(64, progress=False).numpy()
+    setting = Int8(dark, {"dreams": np.concatenate([bright, digits])})
+    with pytest.raises(ExportError, match=r"another answer than the model for .* of the \d+ dreams, 10% is allowed"):
+        export_onnx(able.network, path, classes=able.classes, image_size=16, int8=setting)
+    assert path.read_bytes() == b"what was there before"
+
+
+def test_what_it_refuses(able, learnt, train, tmp_path):
+    with pytest.raises(ExportError, match="no form of quantization"):
+        learnt.export(tmp_path / "x.onnx", "int4")
+    with pytest.raises(ExportError, match="for quantize='int8'"):
+        learnt.export(tmp_path / "x.onnx", calibration=train)
+    with pytest.raises(DataError, match="no image"):
+        able.export(tmp_path / "x.onnx", "int8", calibration=[], progress=False)
+    with pytest.raises(ExportError, match="make it first"):
+        able.export(tmp_path / "no" / "x.onnx", "int8")
+    with pytest.raises(ExportError, match="no image to calibrate on"):
+        setting = Int8(np.zeros((0, 3, 16, 16), np.uint8), {})
+        export_onnx(able.network, tmp_path / "x.onnx", classes=able.classes, image_size=16, int8=setting)
+    assert not list(tmp_path.iterdir())
+
+
+def test_exporting_leaves_the_callers_random_state_alone(able, tmp_path):
+    state = torch.get_rng_state()
+    able.export(tmp_path / "x.onnx", "int8", progress=False)
+    assert torch.equal(state, torch.get_rng_state())
