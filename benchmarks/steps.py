@@ -77,7 +77,7 @@ class Bench:
 
     def classifier(self, student: Network | None = None, dreams: Dreams | None = None) -> Stage:
         """Our learning stage, one step long; of this student and these dreams, if they are given."""
-        task = self._task(self.student if student is None else student, Dreams(self.dreamer) if dreams is None else dreams)
+        task = self._task(self.student if student is None else student, Dreams.of(self.dreamer) if dreams is None else dreams)
         return replace(training.learning_stage(task, ABD()), steps=1)
 
     def generator(self) -> Stage:

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -167,16 +167,19 @@ def inspect(model: Path, as_json: bool) -> None:
 @MODEL
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT.png")
 @click.option("--per-class", default=8, show_default=True, type=click.IntRange(min=1), help="Dreams a class.")
+@click.option(
+    "--quality", type=click.Choice(["fast", "best"]), default="fast", show_default=True, help="best optimises every pixel."
+)
 @device_option
 @json_option
-def dream(model: Path, out: Path, per_class: int, device: str, as_json: bool) -> None:
+def dream(model: Path, out: Path, per_class: int, quality: Literal["fast", "best"], device: str, as_json: bool) -> None:
     """Draw what MODEL remembers: a contact sheet, a row of dreams a class."""
     from edge_dfcil.folders import check_drawable, contact_sheet
     from edge_dfcil.learner import Learner
 
     check_drawable(out)
     learner = Learner.load(model, device)
-    images = learner.dream(per_class * len(learner.classes))
+    images = learner.dream(per_class * len(learner.classes), quality=quality)
     labels = [prediction.label for prediction in learner.predict(images)]
     contact_sheet(images, labels, learner.classes, per_class).save(out)
     counts = {name: labels.count(name) for name in learner.classes}

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from edge_dfcil import backbones, devices, labels, memory, metrics, planning, storage, training
 from edge_dfcil._version import __version__
 from edge_dfcil.data import RealBatches, Scan, check_images, read, scan
-from edge_dfcil.dreaming.inversion import Dreamer, make_pool
+from edge_dfcil.dreaming.inversion import Dreamer, Pool, make_pool
+from edge_dfcil.dreaming.pixels import paint
 from edge_dfcil.errors import BackboneError, ClassError, DataError, ExportError, ModelFileError, NotLearnedError, SettingError
 from edge_dfcil.labels import Classes
 from edge_dfcil.methods import Method, find_method
@@ -26,7 +27,7 @@ from edge_dfcil.network import Network
 from edge_dfcil.progress import with_progress
 from edge_dfcil.recipe import Recipe, find_recipe
 from edge_dfcil.results import Evaluation, MemoryPlan, Prediction, TaskReport
-from edge_dfcil.training import Callback, Task
+from edge_dfcil.training import Callback, Stage, Task
 from exporters import ExportReport, Int8, export_onnx
 
 
@@ -411,16 +412,24 @@ class Learner:
         return metrics.evaluation(confusion.tolist(), names, committed.tasks)
 
     def dream(
-        self, n: int, classes: Sequence[str] | None = None, *, callbacks: Sequence[Callback] = (), progress: bool = True
+        self,
+        n: int,
+        classes: Sequence[str] | None = None,
+        *,
+        quality: Literal["fast", "best"] = "fast",
+        callbacks: Sequence[Callback] = (),
+        progress: bool = True,
     ) -> Tensor:
-        """`n` images (n, 3, S, S), uint8, of what the model remembers, sorted by class; made by a fresh generator.
+        """`n` images (n, 3, S, S), uint8, of what the model remembers, sorted by class.
 
-        There are fewer when the generator rarely comes upon the classes asked for.
+        There are fewer when the classes asked for are rarely come upon.
 
         Parameters
         ----------
         classes
             Names to dream of, an even share each; None dreams of all.
+        quality
+            "fast" trains a fresh generator (ABD), "best" optimises the pixels of every image (DeepInversion).
 
         Raises `ClassError` for a name that is not known, `NotLearnedError` before the first task, `DivergedError` when
         no dream is of the classes asked for.
@@ -429,19 +438,32 @@ class Learner:
         chosen = list(dict.fromkeys(classes)) if classes is not None else list(committed.classes)
         if n < 1 or not chosen:
             raise SettingError(f"n={n}, classes={classes}; ask for at least one image of one class")
+        if quality not in ("fast", "best"):
+            raise SettingError(f"quality={quality!r}; choose 'fast' or 'best'")
         wanted = labels.outputs_of({name: name for name in chosen}, committed.classes)
         callbacks = with_progress(callbacks, progress)
         try:
             with devices.seeded(self._seed_of_task(), self.device):
                 outputs = torch.tensor(sorted(wanted.values()), device=self.device)
-                dreamer = Dreamer(committed.network.frozen(), outputs, self.recipe)
-                training.fit(dreamer.stage(), self.device, callbacks, cancelled=lambda: False)
-                pool = make_pool(dreamer, n)
+                pool = self._dreamt(n, committed.network.frozen(), outputs, quality, callbacks)
         finally:
             for callback in callbacks:
                 callback.on_exit()
         order = pool.labels.argsort(stable=True)
         return committed.network.denormalize(pool[order].images).cpu()
+
+    def _dreamt(self, n: int, teacher: Network, wanted: Tensor, quality: str, callbacks: Sequence[Callback]) -> Pool:
+        def fit(stage: Stage) -> None:
+            training.fit(stage, self.device, callbacks, cancelled=lambda: False)
+
+        if quality == "best":
+            pool = Pool(n, teacher, self.device)
+            for stage in paint(pool, teacher, wanted, self.recipe):
+                fit(stage)
+            return pool
+        dreamer = Dreamer(teacher, wanted, self.recipe)
+        fit(dreamer.stage())
+        return make_pool(dreamer, n)
 
     # Files
 

@@ -58,7 +58,21 @@ class Recipe:
     statistics: float = 50.0
     smoothness: float = 1e-3
 
+    # Adaptive dreams (Adaptive DeepInversion, Yin et al., CVPR 2020): the weight of 1 - JS, where a student competes.
+    competition: float = 10.0
+
+    # Pixel dreams (DeepInversion, Yin et al., CVPR 2020, section 4.1, CIFAR-10): slower than a generator's, and finer.
+    pixel_steps: int = 2000  # of Adam, on each batch of images
+    pixel_batch: int = 256
+    pixel_learning_rate: float = 0.05
+    pixel_statistics: float = 10.0
+    pixel_first_layer: float = 1.0  # the first BatchNorm layer's share; 10 for ImageNet
+    pixel_variation: float = 2.5e-5
+    pixel_l2: float = 0.0
+    pixel_jitter: int = 2  # pixels that an image is shifted by at each step, at most, round its edges
+
     # Remembering.
+    dreams: Literal["generator", "pixels"] = "generator"  # ours: a method may remember through either; pixels need a pool
     pool: int = 0  # dreams made once a task, with the teacher's outputs; 0: fresh dreams at every step, as published
     mu: float | None = None  # weight of the distillation term; None: the method's published value
     local_cross_entropy: bool = True  # ABD, eq. 6; False is the ablation "standard cross-entropy"
@@ -75,15 +89,18 @@ class Recipe:
     align_head: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "generator_steps", "generator_batch", "latent", "width"):
+        for name in ("epochs", "generator_steps", "generator_batch", "latent", "width", "pixel_steps", "pixel_batch"):
             if getattr(self, name) < 1:
                 raise SettingError(f"recipe.{name} is {getattr(self, name)}; it must be 1 or more")
-        for name in ("learning_rate", "generator_learning_rate", "refine_learning_rate", "content_temperature"):
+        rates = ("learning_rate", "generator_learning_rate", "refine_learning_rate", "pixel_learning_rate")
+        for name in (*rates, "content_temperature"):
             if not getattr(self, name) > 0:
                 raise SettingError(f"recipe.{name} is {getattr(self, name)}; it must be above 0")
         for name in ("min_steps", "refine_epochs", "refine_min_steps", "pool", "crop_padding", "weight_decay"):
             if getattr(self, name) < 0:
                 raise SettingError(f"recipe.{name} is {getattr(self, name)}; it must not be negative")
+        if self.dreams == "pixels" and not self.pool:
+            raise SettingError("recipe.dreams is 'pixels', which are made once a task; say how many with recipe.pool")
         if not 0 <= self.freeze < 1:
             raise SettingError(f"recipe.freeze is {self.freeze}; it is a share of layers, from 0 to below 1")
         for name, allowed in _CHOICES.items():
@@ -108,6 +125,7 @@ _CHOICES = {
     "schedule": ("step", "one_cycle"),
     "generator_schedule": ("constant", "one_cycle"),
     "distil_on": ("both", "real", "synthetic"),
+    "dreams": ("generator", "pixels"),
 }
 
 PAPER = Recipe()
@@ -127,6 +145,10 @@ EDGE = replace(
     generator_batch=64,
     generator_learning_rate=2e-3,
     generator_schedule="one_cycle",
+    pixel_steps=200,
+    pixel_batch=128,
+    pixel_learning_rate=0.1,
+    pixel_statistics=1.0,  # with few steps and small batches, 10 leaves the class no say
     pool=2560,
     refine_epochs=2,
     refine_min_steps=150,

@@ -32,7 +32,9 @@ def session(graph: bytes | str, threads: int = 0) -> Any:
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
-def latencies(graphs: Mapping[str, bytes], image_size: int, *, batch: int = 1, threads: int = 1, rounds: int = 30) -> dict[str, float]:
+def latencies(
+    graphs: Mapping[str, bytes], image_size: int, *, batch: int = 1, threads: int = 1, rounds: int = 30
+) -> dict[str, float]:
     """Median seconds for `batch` images of each classifier that `export_onnx` made, in turns."""
     images = np.random.default_rng(0).integers(0, 256, (batch, 3, image_size, image_size)).astype(np.uint8)
     sessions = {name: session(graph, threads) for name, graph in graphs.items()}

@@ -53,9 +53,13 @@ def test_the_file_says_what_it_is(able, int8):
     assert json.loads(metadata["classes"]) == list(able.classes)
     operators = {node.op_type for node in model.graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators
-    weights = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 4]
+    weights = [
+        tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 4
+    ]
     scales = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name.endswith("_scale")}
-    assert weights and all(scales[w.name.replace("_quantized", "_scale")].dims[0] == w.dims[0] for w in weights), "a scale a channel"
+    assert weights and all(scales[w.name.replace("_quantized", "_scale")].dims[0] == w.dims[0] for w in weights), (
+        "a scale a channel"
+    )
 
 
 def test_it_can_be_calibrated_on_pictures(able, train, tmp_path):

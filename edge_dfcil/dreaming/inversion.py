@@ -48,10 +48,12 @@ class Dreamer:
         In eval mode, without gradients.
     wanted
         Outputs (W,) of the classes to dream of.
+    student
+        A network that is learning from the dreams: they are then pulled to where it does not answer as the teacher yet.
     """
 
-    def __init__(self, teacher: Network, wanted: Tensor, recipe: Recipe) -> None:
-        self.teacher, self.wanted, self.recipe = teacher, wanted, recipe
+    def __init__(self, teacher: Network, wanted: Tensor, recipe: Recipe, student: Network | None = None) -> None:
+        self.teacher, self.wanted, self.recipe, self.student = teacher, wanted, recipe, student
         self.generator = Generator(teacher.image_size, latent=recipe.latent, width=recipe.width)
         self.generator.to(wanted.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -144,12 +146,15 @@ class _Inversion:
             share, others = next(self._others)
             means = _Means.of(seen, o) * share + others
             seen, p = means.statistics(seen), means.softmax
-        return {
+        terms = {
             "content": recipe.content * objective.content(o, o.argmax(1), recipe.content_temperature),
             "diversity": recipe.diversity * _of_whole(objective.diversity_of(p), share),
             "statistics": recipe.statistics * _of_whole(objective.statistics_alignment(seen), share),
             "smoothness": recipe.smoothness * objective.smoothness(images),
         }
+        if (student := self._dreamer.student) is not None:
+            terms["competition"] = recipe.competition * objective.competition(o, student.classify(images).float())
+        return terms
 
     def _forward(self, z: Tensor) -> tuple[Tensor, Tensor, list[objective.LayerStatistics]]:
         images = self._dreamer.generator(z)
@@ -233,12 +238,14 @@ TINY_STEP = 1e-8  # of an image of one flat value
 class Dreams:
     """Where a method takes the old classes from: fresh dreams at every step, or a pool made once with its logits."""
 
-    def __init__(self, dreamer: Dreamer, at_once: int | None = None) -> None:
-        self._dreamer: Dreamer | None = dreamer
-        self._pool: Pool | None = None
-        if dreamer.recipe.pool:
-            self._pool = make_pool(dreamer, dreamer.recipe.pool, at_once)
-            self._dreamer = None  # the generator's memory is free from here on
+    def __init__(self, source: Dreamer | Pool) -> None:
+        self._dreamer = source if isinstance(source, Dreamer) else None
+        self._pool = source if isinstance(source, Pool) else None
+
+    @classmethod
+    def of(cls, dreamer: Dreamer, at_once: int | None = None) -> Dreams:
+        """As the recipe has it. Where it asks for a pool, the generator's memory is free from here on."""
+        return cls(make_pool(dreamer, dreamer.recipe.pool, at_once) if dreamer.recipe.pool else dreamer)
 
     def sample(self, n: int) -> Dream:
         """`n` dreams of wanted classes, drawn at random."""

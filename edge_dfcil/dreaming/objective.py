@@ -1,6 +1,8 @@
-"""The inversion objective: what makes an image a dream of a frozen classifier (ABD, section 4, eqs. 1 to 5).
+"""The inversion objectives: what makes an image a dream of a frozen classifier.
 
-Each term is a function that reads like its equation. `o` are the teacher's logits (N, K) over the K old classes.
+ABD's terms are for a generator (Smith et al., ICCV 2021, section 4, eqs. 1 to 5), DeepInversion's for pixels (Yin et al.,
+CVPR 2020, section 3); the adaptive term serves both. Each is a function that reads like its equation. `o` are the teacher's
+logits (N, K) over the K old classes.
 """
 
 from __future__ import annotations
@@ -63,6 +65,39 @@ def smoothness(images: Tensor) -> Tensor:
     kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, 5, 5)
     padded = F.pad(images, (2, 2, 2, 2), mode="reflect")
     return F.mse_loss(F.conv2d(padded, kernel, groups=images.shape[1]), images)
+
+
+def feature_statistics(statistics: Sequence[LayerStatistics], first: float = 1.0) -> Tensor:
+    """Sum over BatchNorm layers of ||u - m||_2 + ||v - r||_2, the first layer's times `first` (DeepInversion, eq. 4)."""
+    layers = [(u - m).norm() + (v - r).norm() for m, r, u, v in statistics]
+    return torch.stack([first * layers[0], *layers[1:]]).sum()
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """L2 norm of the differences between neighbours along rows, columns and both diagonals; mean over images."""
+    x = images
+    differences = (
+        x[:, :, :, 1:] - x[:, :, :, :-1],
+        x[:, :, 1:] - x[:, :, :-1],
+        x[:, :, 1:, 1:] - x[:, :, :-1, :-1],
+        x[:, :, 1:, :-1] - x[:, :, :-1, 1:],
+    )
+    # TINY keeps the root's gradient finite where an image is flat.
+    return torch.stack([(d.square().flatten(1).sum(1) + TINY).sqrt().mean() for d in differences]).sum()
+
+
+def l2(images: Tensor) -> Tensor:
+    """L2 norm of an image, mean over images."""
+    return (images.square().flatten(1).sum(1) + TINY).sqrt().mean()
+
+
+def competition(o: Tensor, student: Tensor, temperature: float = 3.0) -> Tensor:
+    """1 - JS(softmax(o / T), softmax(student / T)), mean over images (Adaptive DeepInversion, eqs. 7 and 8): small where
+    the student, whose logits are (N, K) as well, does not answer as its teacher yet."""
+    p, q = (o / temperature).log_softmax(1), (student / temperature).log_softmax(1)  # logarithms: nothing underflows
+    middle = torch.logaddexp(p, q) - math.log(2)
+    js = 0.5 * (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(1)
+    return 1 - js.mean()
 
 
 class BatchStatistics:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edge_dfcil.dreaming.inversion import Dreamer, Dreams
+from edge_dfcil.dreaming.inversion import Dreamer, Dreams, Pool
+from edge_dfcil.dreaming.pixels import paint
 from edge_dfcil.methods.base import Method
 from edge_dfcil.training import Stage, Task
 
 
 class DreamingMethod(Method):
-    """Trains a generator on the teacher before a task and leaves its dreams in the task; both are gone with it."""
+    """Inverts the teacher before a task and leaves its dreams in the task; they, and a generator, are gone with it."""
 
     def prepare(self, task: Task) -> Iterator[Stage]:
         if not task.remembers:
             return
         assert task.teacher is not None
+        if task.recipe.dreams == "pixels":
+            pool = Pool(task.recipe.pool, task.teacher, task.device)
+            yield from paint(pool, task.teacher, task.old, task.recipe)
+            task.dreams = Dreams(pool)
+            return
         dreamer = Dreamer(task.teacher, task.old, task.recipe)
         stage = dreamer.stage()
         yield stage
-        task.dreams = Dreams(dreamer, stage.at_once)
+        task.dreams = Dreams.of(dreamer, stage.at_once)

@@ -1,0 +1,126 @@
+"""DeepInversion: dreams whose pixels are optimised themselves, each batch from noise (Yin et al., CVPR 2020, section 3).
+
+Slower than a generator, which learns once and then dreams in no time, and finer: every image is of a class asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edge_dfcil.backbones import check_backbone
+from edge_dfcil.dreaming import objective
+from edge_dfcil.dreaming.inversion import Dream, Pool
+from edge_dfcil.errors import BackboneError
+from edge_dfcil.network import Network
+from edge_dfcil.recipe import Recipe
+from edge_dfcil.training import Stage, Terms
+
+LARGE = 128  # pixels a side from which images are sketched at half their size first
+SKETCHED = 2 / 3  # share of the steps at half size: 2,000 of 3,000 for ImageNet
+
+
+class Canvas:
+    """A batch of images that is optimised pixel by pixel.
+
+    Parameters
+    ----------
+    teacher
+        In eval mode, without gradients.
+    labels
+        The class that each image is to be of (N,).
+    student
+        A network that is learning from the dreams: they are then pulled to where it does not answer as the teacher yet.
+    """
+
+    def __init__(self, teacher: Network, labels: Tensor, recipe: Recipe, student: Network | None = None) -> None:
+        self.teacher, self.labels, self.recipe, self.student = teacher, labels, recipe, student
+        self._statistics = objective.BatchStatistics(teacher)
+        # Black and white in normalised space, by channel.
+        self._low, self._high = (
+            teacher.normalize(torch.zeros_like(teacher.mean)),
+            teacher.normalize(torch.ones_like(teacher.mean)),
+        )
+        self._images = self._blank(torch.randn(len(labels), 3, *self._first_size(), device=labels.device))
+
+    def stages(self) -> Iterator[Stage]:
+        """From noise to images: one stage, or a sketch at half size and then the whole."""
+        steps = self.recipe.pixel_steps
+        if self._images.shape[-1] < self.teacher.image_size:
+            sketched = round(SKETCHED * steps)
+            yield self._stage("sketch", sketched)
+            size = self.teacher.image_size
+            self._images = self._blank(F.interpolate(self._images.detach(), (size, size), mode="bilinear"))
+            steps -= sketched
+        yield self._stage("dream", steps)
+
+    @torch.no_grad()
+    def dream(self) -> Dream:
+        """The images as they are now, with the teacher's logits."""
+        images = self._images.detach().clamp(self._low, self._high)
+        return Dream(images, self.teacher.classify(images).float())
+
+    def _first_size(self) -> tuple[int, int]:
+        size = self.teacher.image_size
+        if size >= LARGE:
+            with contextlib.suppress(BackboneError):  # a backbone that runs at one size only
+                if check_backbone(self.teacher.backbone, size // 2) == self.teacher.head.in_features:
+                    size //= 2
+        return size, size
+
+    @staticmethod
+    def _blank(images: Tensor) -> nn.Parameter:
+        return nn.Parameter(images.contiguous(memory_format=torch.channels_last))
+
+    def _stage(self, name: str, steps: int) -> Stage:
+        optimizer = torch.optim.Adam([self._images], self.recipe.pixel_learning_rate, betas=(0.5, 0.9))
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+        return Stage(name, [torch.arange(len(self.labels), device=self.labels.device)], steps, self.loss, optimizer, scheduler)
+
+    def loss(self, index: Tensor) -> Terms:
+        """The weighted objective (DeepInversion, eqs. 2 to 4) of some of the images; statistics are theirs alone."""
+        recipe, teacher = self.recipe, self.teacher
+        with torch.no_grad():
+            self._images.clamp_(self._low, self._high)  # where the last step left the range of pixels
+        images = self._seen(self._images[index])
+        with self._statistics.recording() as seen:
+            o = teacher.classify(images).float()
+        terms = {
+            "class": F.cross_entropy(o, self.labels[index]),
+            "statistics": recipe.pixel_statistics * objective.feature_statistics(seen, recipe.pixel_first_layer),
+            "variation": recipe.pixel_variation * objective.total_variation(images),
+        }
+        if recipe.pixel_l2:
+            terms["l2"] = recipe.pixel_l2 * objective.l2(images)
+        if self.student is not None:
+            terms["competition"] = recipe.competition * objective.competition(o, self.student.classify(images).float())
+        return terms
+
+    def _seen(self, images: Tensor) -> Tensor:
+        """Shifted round the edges, and mirrored in half of the steps where the recipe says that mirrored images are alike."""
+        jitter = self.recipe.pixel_jitter
+        rows, columns = torch.randint(-jitter, jitter + 1, (2,)).tolist()
+        images = images.roll((rows, columns), (2, 3))
+        return images.flip(3) if self.recipe.flip and torch.rand(()) < 0.5 else images
+
+
+def paint(pool: Pool, teacher: Network, wanted: Tensor, recipe: Recipe, student: Network | None = None) -> Iterator[Stage]:
+    """Fills a pool with pixel dreams of the wanted classes, an even share each, batch by batch; cut to those that came out.
+
+    Statistics are matched over a batch, so each has `pixel_batch` images of all the classes that the teacher knows, whatever
+    is wanted of them. Dreams in which the teacher sees no wanted class in the end are left out.
+    """
+    size, filled, device = len(pool), 0, wanted.device
+    everything = torch.arange(teacher.n_classes, device=device)
+    order = wanted.repeat(-(-size // len(wanted)))[:size]
+    for labels in order.split(recipe.pixel_batch):
+        more = everything.repeat(-(-recipe.pixel_batch // len(everything)))[: recipe.pixel_batch - len(labels)]
+        canvas = Canvas(teacher, torch.cat([labels, more]), recipe, student)
+        yield from canvas.stages()
+        dream = canvas.dream()[torch.arange(len(labels), device=device)]
+        filled += pool.write(filled, size, dream[torch.isin(dream.labels, wanted)])
+    pool.close_gap(filled, 0)
