@@ -139,7 +139,7 @@ def compare(graph: bytes, quantized: bytes, setting: Int8) -> Comparison:
         if agreement[name] < AGREEMENT:
             raise ExportError(
                 f"the INT8 graph gives another answer than the model for {1 - agreement[name]:.1%} of the {len(images)} {name}, "
-                f"{1 - AGREEMENT:.0%} is allowed. Nothing was written. Calibrate on images like those it will see, or export float"
+                f"{1 - AGREEMENT:.0%} is allowed. Nothing was written. Calibrate on images like those to come, or export floats"
             )
     return Comparison(agreement, accuracy, largest)
 

@@ -88,8 +88,8 @@ def test_what_it_refuses(able, learnt, train, tmp_path):
         able.export(tmp_path / "x.onnx", "int8", calibration=[], progress=False)
     with pytest.raises(ExportError, match="make it first"):
         able.export(tmp_path / "no" / "x.onnx", "int8")
+    setting = Int8(np.zeros((0, 3, 16, 16), np.uint8), {})
     with pytest.raises(ExportError, match="no image to calibrate on"):
-        setting = Int8(np.zeros((0, 3, 16, 16), np.uint8), {})
         export_onnx(able.network, tmp_path / "x.onnx", classes=able.classes, image_size=16, int8=setting)
     assert not list(tmp_path.iterdir())
 
