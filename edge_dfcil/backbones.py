@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -175,6 +176,32 @@ def check_name(backbone: nn.Module, name: str) -> None:
         raise BackboneError(
             f"the classifier's tensors are not those of {name}; leave backbone=None, and pass the module to load()"
         )
+
+
+def narrow(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Gives each layer the width of its tensors, where those are smaller: a pruned network has the layers of the whole one.
+
+    What the layers hold afterwards is not set. Tensors of other names or kinds are left to who loads them.
+    """
+    for name, layer in backbone.named_modules():
+        weight = tensors.get(f"{name}.weight")
+        own = getattr(layer, "weight", None)
+        if weight is None or own is None or weight.shape == own.shape or weight.dim() != own.dim():
+            continue
+        if any(new > old for new, old in zip(weight.shape, own.shape, strict=True)):
+            continue
+        layer.weight = nn.Parameter(own.new_empty(weight.shape))
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(own.new_empty(len(weight)))
+        if isinstance(layer, nn.Conv2d):
+            depthwise = layer.groups > 1 and layer.groups == layer.in_channels
+            layer.groups = len(weight) if depthwise else layer.groups
+            layer.out_channels, layer.in_channels = len(weight), weight.shape[1] * layer.groups
+        elif isinstance(layer, nn.Linear):
+            layer.out_features, layer.in_features = weight.shape
+        elif isinstance(layer, BATCHNORM):
+            layer.num_features = len(weight)
+            layer.running_mean, layer.running_var = own.new_zeros(len(weight)), own.new_ones(len(weight))
 
 
 def batchnorm_layers(module: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm]:

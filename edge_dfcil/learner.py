@@ -321,7 +321,8 @@ class Learner:
         """A learner with another backbone, untrained, and all else alike, the classes included."""
         settings: Any = {"method": self.method, "recipe": self.recipe, "device": self.device, "seed": self.seed}
         new, before = Learner(backbone, image_size=image_size or self.image_size, **settings), self.network
-        network = new.network.grown(len(self.classes))
+        with devices.seeded(self.seed, self.device):
+            network = new.network.grown(len(self.classes))
         network.set_statistics(before.mean.flatten().tolist(), before.std.flatten().tolist())
         return self.having(network, new.backbone)
 
@@ -369,6 +370,10 @@ class Learner:
         self._cancel.set()
 
     # Answering
+
+    def check_answering(self) -> None:
+        """Raises `NotLearnedError` before the first task."""
+        self._answering()
 
     def _answering(self) -> Committed:
         committed = self._committed
@@ -523,8 +528,10 @@ class Learner:
                     f"{path} was made with a backbone of its own ({settings['architecture']}); build that module and pass "
                     "Learner.load(path, backbone=module)"
                 )
+            module = copy.deepcopy(backbone) if backbone is not None else backbones.build(name)
+            backbones.narrow(module, {key.removeprefix("backbone."): tensor for key, tensor in tensors.items()})
             learner = cls(
-                backbone if backbone is not None else name,
+                module,
                 image_size=settings["image_size"],
                 method=method or settings["method"],
                 recipe=Recipe.from_dict(settings["recipe"]),

@@ -160,6 +160,74 @@ class StageReport:
 
 
 @dataclass(frozen=True)
+class DistillReport:
+    """What one `distill` did.
+
+    Attributes
+    ----------
+    teacher, student
+        The names of the backbones.
+    parameters
+        Of the teacher and of the student.
+    dreams
+        How many were made, and thrown away.
+    agreement
+        Share of dreams, made for this and not learnt from, for which both answer alike.
+    accuracy
+        Of teacher and student on the images to measure on; None without any.
+    stages
+        In order.
+    """
+
+    teacher: str
+    student: str
+    parameters: tuple[int, int]
+    dreams: int
+    agreement: float
+    accuracy: tuple[float, float] | None
+    seconds: float
+    stages: tuple[StageReport, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What one `prune` did.
+
+    Attributes
+    ----------
+    filters, parameters, flops
+        Before and after; floating-point operations for one image.
+    milliseconds
+        For one image in ONNX Runtime with one thread on this machine, before and after, measured in turns.
+    table_milliseconds
+        What the convolutions come to by the table that pruning went by.
+    channels
+        How many each pruned layer has left, by the layer's name.
+    accuracy
+        Before, pruned, and repaired, on the images to measure on; None without any.
+    agreement
+        After the repair: share of fresh dreams for which both answer alike; None without a repair.
+    """
+
+    filters: tuple[int, int]
+    parameters: tuple[int, int]
+    flops: tuple[int, int]
+    milliseconds: tuple[float, float]
+    table_milliseconds: tuple[float, float]
+    channels: dict[str, int]
+    accuracy: tuple[float, float, float] | None
+    agreement: float | None
+    seconds: float
+    stages: tuple[StageReport, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class TaskReport:
     """What one `learn_task` did.
 

@@ -19,12 +19,12 @@ HOUSE = ["demos", "benchmarks", "edge_dfcil", "exporters"]
 LIGHT = ("edge_dfcil.errors", "edge_dfcil.results")  # all that exporters may share with the package above them
 INSIDE = [
     "__main__ cli",
-    "demo",
+    "demo compression",
     "learner",
     "planning",
     "memory",
     "methods",
-    "dreaming compression",
+    "dreaming",
     "progress",
     "training",
     "folders data",

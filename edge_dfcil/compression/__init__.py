@@ -1,0 +1,9 @@
+"""Smaller models without data: a student of another backbone, or the same one with fewer channels, learnt from dreams.
+
+`distill` and `prune` take a learner and return another, which predicts, exports and learns its next task like any.
+"""
+
+from edge_dfcil.compression.distillation import Distillation, distill
+from edge_dfcil.compression.pruning import Pruning, prune
+
+__all__ = ["Distillation", "Pruning", "distill", "prune"]

@@ -1,0 +1,215 @@
+"""Data-free knowledge transfer: a student learns from dreams of its teacher alone (DeepInversion, Yin et al., CVPR 2020,
+section 4.4), round by round; from the second round on the dreams are adaptive, made where both still differ."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+
+from edge_dfcil import devices, training
+from edge_dfcil.augment import augment
+from edge_dfcil.dreaming.inversion import Dream, Dreamer, Pool, make_pool
+from edge_dfcil.dreaming.pixels import paint
+from edge_dfcil.errors import SettingError
+from edge_dfcil.labels import Classes
+from edge_dfcil.methods.distillation import distil
+from edge_dfcil.network import Network
+from edge_dfcil.progress import with_progress
+from edge_dfcil.results import DistillReport, StageReport
+from edge_dfcil.training import Callback, Stage, Terms
+
+if TYPE_CHECKING:
+    from edge_dfcil.learner import Learner
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a student learns from its teacher's dreams. The temperature is the paper's, the rest is made for a CPU."""
+
+    rounds: int = 12  # in each, dreams are added to the pool, and then the student learns from all of it
+    dreams: int = 640  # added to the pool a round; it is thrown away at the end
+    generator_steps: int = 80  # a round, from the second one on; the first has the recipe's
+    steps: int = 200  # of the student, a round
+    batch: int = 64
+    learning_rate: float = 0.1  # SGD, the peak of one cycle over all rounds
+    temperature: float = 3.0
+    # "adaptive" dreams compete with the student from the second round on; "noise" is the baseline: no dreams at all.
+    source: Literal["adaptive", "dreams", "noise"] = "adaptive"
+    quality: Literal["fast", "best"] = "fast"  # of the dreams: by a generator, or pixel by pixel
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "dreams", "generator_steps", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.source not in ("adaptive", "dreams", "noise") or self.quality not in ("fast", "best"):
+            raise SettingError(f"source={self.source!r}, quality={self.quality!r}: not what is offered")
+
+
+FRESH = 256  # dreams that teacher and student are compared on
+REPAIR = Distillation(rounds=4, learning_rate=0.02)  # of a pruned network, which knows most of it already
+
+
+def distill(
+    learner: Learner,
+    to: str | nn.Module,
+    *,
+    settings: Distillation | None = None,
+    evaluation: Any | None = None,
+    classes: Classes | None = None,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
+) -> tuple[Learner, DistillReport]:
+    """A learner with another backbone that knows what `learner` knows, taught by dreams. `learner` is not changed.
+
+    Parameters
+    ----------
+    to
+        The student's backbone, as for `Learner`: a name, or a module, which is copied.
+    settings
+        None for `Distillation()`.
+    evaluation
+        A loader of known classes to measure teacher and student on; nobody learns from it.
+    classes
+        Names by target value for `evaluation`; None takes its data set's.
+
+    Raises
+    ------
+    NotLearnedError, BackboneError, DataError
+        Before anything is trained: nothing learnt yet, a backbone that cannot be built, no image to measure on.
+    DivergedError
+        When a loss is not finite.
+    """
+    settings = settings or Distillation()
+    learner.check_answering()
+    student = learner.sibling(to)
+    begin = time.perf_counter()
+    before = learner.evaluate(evaluation, classes).accuracy if evaluation is not None else None
+    with shown(callbacks, progress) as callbacks, devices.seeded(learner.seed, learner.device):
+        network = student.network.grown(0)
+        stages, agreement = teach(network, learner.network.frozen(), learner, settings, callbacks)
+    student = student.having(network.eval(), student.backbone)
+    after = student.evaluate(evaluation, classes).accuracy if evaluation is not None else None
+    return student, DistillReport(
+        teacher=learner.backbone or type(learner.network.backbone).__qualname__,
+        student=student.backbone or type(network.backbone).__qualname__,
+        parameters=(parameters(learner.network), parameters(network)),
+        dreams=settings.rounds * settings.dreams if settings.source != "noise" else 0,
+        agreement=agreement,
+        accuracy=None if before is None or after is None else (before, after),
+        seconds=time.perf_counter() - begin,
+        stages=tuple(stages),
+    )
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+@contextmanager
+def shown(callbacks: Sequence[Callback], progress: bool) -> Iterator[Sequence[Callback]]:
+    """The callbacks, with progress where somebody watches, closed afterwards."""
+    callbacks = with_progress(callbacks, progress)
+    try:
+        yield callbacks
+    finally:
+        for callback in callbacks:
+            callback.on_exit()
+
+
+def teach(
+    student: Network, teacher: Network, learner: Learner, settings: Distillation, callbacks: Sequence[Callback]
+) -> tuple[list[StageReport], float]:
+    """Trains a student in rounds; returns what was done, and for how many of the last dreams, made after the last round and
+    never learnt from, both answer alike."""
+    lesson = _Lesson(student, teacher, learner, settings)
+    stages = [training.fit(stage, learner.device, callbacks, lambda: False) for stage in lesson.stages()]
+    training.check_finite(student)
+    return stages, lesson.agreement()
+
+
+class _Lesson:
+    def __init__(self, student: Network, teacher: Network, learner: Learner, settings: Distillation) -> None:
+        self._student, self._teacher, self._settings, self._device = student, teacher, settings, learner.device
+        total = settings.rounds * settings.dreams
+        self._recipe = replace(learner.recipe, pool=total)
+        self._still = replace(self._recipe, brightness=0.0, contrast=0.0)  # dreams are mirrored and shifted only
+        self._wanted = torch.arange(teacher.n_classes, device=self._device)
+        self._pool, self._filled = Pool(total, teacher, self._device), 0
+        self._fresh: Dream | None = None  # what was dreamt last
+        self._dreamer = Dreamer(teacher, self._wanted, self._recipe)
+        self._optimizer = torch.optim.SGD(
+            student.parameters(), settings.learning_rate, momentum=0.9, weight_decay=self._recipe.weight_decay
+        )
+        steps = max(2, settings.rounds * settings.steps)
+        self._scheduler: LRScheduler = OneCycleLR(
+            self._optimizer, settings.learning_rate, total_steps=steps, cycle_momentum=False
+        )
+
+    def stages(self) -> Iterator[Stage]:
+        settings = self._settings
+        for number in range(settings.rounds):
+            yield from self._dreams(number)
+            yield Stage(
+                "distil", self, settings.steps, self._loss, self._optimizer, self._scheduler, [self._student],
+                clip_gradient=self._recipe.clip_gradient,
+            )  # fmt: skip
+        if settings.source != "noise" and settings.quality == "fast":
+            self._fresh = self._dreamer.dream(FRESH)
+        else:
+            yield from self._dream(FRESH, settings.rounds)
+
+    def _dreams(self, number: int) -> Iterator[Stage]:
+        """Adds a round's dreams to the pool."""
+        yield from self._dream(self._settings.dreams, number)
+        assert self._fresh is not None
+        self._filled += self._pool.write(self._filled, len(self._pool), self._fresh)
+
+    def _dream(self, n: int, number: int) -> Iterator[Stage]:
+        """Leaves about `n` dreams of a round's kind in `_fresh`."""
+        settings, adaptive = self._settings, self._settings.source == "adaptive" and number > 0
+        student = self._student.eval() if adaptive else None
+        if settings.source == "noise":
+            self._fresh = self._noise(n)
+            return
+        if settings.quality == "best":
+            few = Pool(n, self._teacher, self._device)
+            yield from paint(few, self._teacher, self._wanted, self._recipe, student)
+        else:
+            self._dreamer.student = student
+            if number > 0:
+                self._dreamer.recipe = replace(self._recipe, generator_steps=settings.generator_steps)
+            yield self._dreamer.stage()
+            few = make_pool(self._dreamer, n)
+        self._fresh = few[torch.arange(len(few), device=self._device)]
+
+    @torch.no_grad()
+    def _noise(self, n: int) -> Dream:
+        size = self._teacher.image_size
+        images = torch.randn(n, 3, size, size, device=self._device).contiguous(memory_format=torch.channels_last)
+        return Dream(images, self._teacher.classify(images).float())
+
+    def __iter__(self) -> Iterator[Dream]:
+        """Batches of what has been dreamt so far."""
+        while True:
+            yield self._pool[torch.randint(self._filled, (self._settings.batch,), device=self._device)]
+
+    def _loss(self, dream: Dream) -> Terms:
+        """Both see the same mirrored and shifted images, so that few dreams teach a lot."""
+        images = augment(dream.images, self._still)
+        with torch.no_grad():
+            before = self._teacher.classify(images)
+        return {"distillation": distil(self._student.classify(images), before, self._settings.temperature)}
+
+    @torch.no_grad()
+    def agreement(self) -> float:
+        """On dreams that nobody has learnt from; on noise where there are none."""
+        assert self._fresh is not None, "the stages have not been run"
+        answers: Tensor = self._student.eval().classify(self._fresh.images).argmax(1)
+        return float((answers == self._fresh.labels).float().mean())

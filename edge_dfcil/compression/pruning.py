@@ -1,0 +1,385 @@
+"""Data-free pruning (DeepInversion, Yin et al., CVPR 2020, section 4.3): channels that dreams say matter least leave, in
+groups that suit the hardware, and the rest is repaired by distillation on dreams.
+
+What must leave together, through residuals and depthwise layers, is worked out by torch-pruning; each of its groups is then
+checked: the network without some of its channels must answer as the one in which they are set to zero.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edge_dfcil import devices, training
+from edge_dfcil.backbones import BATCHNORM
+from edge_dfcil.compression.distillation import REPAIR, Distillation, parameters, shown, teach
+from edge_dfcil.compression.latency import LatencyTable, Shape
+from edge_dfcil.dreaming.inversion import Dream, Dreamer, make_pool
+from edge_dfcil.errors import BackboneError, SettingError
+from edge_dfcil.labels import Classes
+from edge_dfcil.network import Network
+from edge_dfcil.results import PruneReport, StageReport
+from edge_dfcil.training import Callback
+from exporters.timing import latencies
+
+if TYPE_CHECKING:
+    from edge_dfcil.learner import Learner
+
+ALIKE = 1e-3  # a pruned network's logits and the masked one's; zero channels are summed in another order
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How far a network is pruned, and by what. One of the three targets is given.
+
+    Attributes
+    ----------
+    ratio
+        Share of filters, that is output channels of convolutions, to take away.
+    flops
+        Share of floating-point operations to keep.
+    latency
+        Share of the latency to keep, by the table measured on this machine.
+    group
+        Channels leave so many at a time; a layer keeps as many at least.
+    eta
+        Weight of the latency saved, as a share of the whole, against the damage done, as a share of all importance.
+    dreams
+        From which importance is read.
+    rounds
+        How often importance is read anew on the way, about.
+    repair
+        How the pruned network learns from the original; None leaves it as it is.
+    """
+
+    ratio: float | None = None
+    flops: float | None = None
+    latency: float | None = None
+    group: int = 8
+    eta: float = 0.1
+    dreams: int = 256
+    rounds: int = 20
+    repair: Distillation | None = field(default=REPAIR)
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in ("ratio", "flops", "latency") if getattr(self, name) is not None}
+        if len(given) != 1:
+            raise SettingError(f"{', '.join(given) or 'no target'} is given; give one of ratio, flops and latency")
+        ((name, share),) = given.items()
+        if not 0 < share < 1:
+            raise SettingError(f"{name} is {share}; it is a share, above 0 and below 1")
+        if self.group < 1 or self.dreams < 1 or self.rounds < 1 or self.eta < 0:
+            raise SettingError(f"group={self.group}, dreams={self.dreams}, rounds={self.rounds}, eta={self.eta}: too small")
+
+
+def prune(
+    learner: Learner,
+    settings: Pruning,
+    *,
+    table: LatencyTable | None = None,
+    evaluation: Any | None = None,
+    classes: Classes | None = None,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
+) -> tuple[Learner, PruneReport]:
+    """A learner with fewer channels in the same backbone. `learner` is not changed.
+
+    Parameters
+    ----------
+    table
+        Latencies of convolutions; None takes the one that is kept for this machine.
+    evaluation, classes
+        As for `distill`.
+
+    Raises
+    ------
+    NotLearnedError
+        Before the first task.
+    BackboneError
+        When no channel of the backbone can be taken away, or too few for the target.
+    SettingError
+        When torch-pruning is not installed.
+    """
+    learner.check_answering()
+    begin, stages = time.perf_counter(), []
+    teacher, table = learner.network.frozen(), table or LatencyTable()
+    with shown(callbacks, progress) as callbacks, devices.seeded(learner.seed, learner.device):
+        dream, stage = _dreams(learner, teacher, settings.dreams, callbacks)
+        stages.append(stage)
+        network = learner.network.grown(0)
+        cutter = _Cutter(network, dream, settings, table)
+        cutter.cut()
+        table.save()
+        pruned = learner.having(copy.deepcopy(network).eval(), learner.backbone)
+        agreement = None
+        if settings.repair is not None:
+            repaired, agreement = teach(network, teacher, learner, settings.repair, callbacks)
+            stages += repaired
+    smaller = learner.having(network.eval(), learner.backbone)
+    accuracy = None
+    if evaluation is not None:
+        before, broken, after = (one.evaluate(evaluation, classes).accuracy for one in (learner, pruned, smaller))
+        accuracy = before, broken, after
+    return smaller, PruneReport(
+        filters=(cutter.before.filters, cutter.now.filters),
+        parameters=(parameters(learner.network), parameters(network)),
+        flops=(cutter.before.flops, cutter.now.flops),
+        milliseconds=_measured(learner, smaller),
+        table_milliseconds=(cutter.before.milliseconds, cutter.now.milliseconds),
+        channels=cutter.channels,
+        accuracy=accuracy,
+        agreement=agreement,
+        seconds=time.perf_counter() - begin,
+        stages=tuple(stages),
+    )
+
+
+def _measured(before: Learner, after: Learner) -> tuple[float, float]:
+    """Milliseconds of both for one image, as they would be shipped."""
+    graphs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, learner in (("before", before), ("after", after)):
+            graphs[name] = Path(learner.export(Path(folder) / f"{name}.onnx").path).read_bytes()
+    seconds = latencies(graphs, before.image_size)
+    return 1000 * seconds["before"], 1000 * seconds["after"]
+
+
+def _dreams(learner: Learner, teacher: Network, n: int, callbacks: Sequence[Callback]) -> tuple[Dream, StageReport]:
+    wanted = torch.arange(teacher.n_classes, device=learner.device)
+    dreamer = Dreamer(teacher, wanted, learner.recipe)
+    report = training.fit(dreamer.stage(), learner.device, callbacks, lambda: False)
+    pool = make_pool(dreamer, n)
+    return pool[torch.arange(len(pool), device=learner.device)], report
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What a network comes to."""
+
+    filters: int
+    flops: int
+    milliseconds: float
+
+
+class _Cutter:
+    """Takes channels out of a network, in place, until it is as small as asked."""
+
+    def __init__(self, network: Network, dream: Dream, settings: Pruning, table: LatencyTable) -> None:
+        self._network, self._dream, self._settings, self._table = network, dream, settings, table
+        self._whole = nn.Sequential(network.backbone, network.head).eval()
+        self._names = {module: name for name, module in network.backbone.named_modules()}
+        self._shapes = _convolutions(network)
+        self.before = self._size(self._shapes)
+        self.channels: dict[str, int] = {}
+        self._graph = self._dependencies(self._whole)
+        self._roots = [root for root in self._candidates() if self._answers_as_masked(root)]
+        if not self._roots:
+            raise BackboneError(f"no layer of this backbone has {2 * settings.group} channels of which some can be taken away")
+
+    @property
+    def now(self) -> _Size:
+        return self._size(_convolutions(self._network))
+
+    def cut(self) -> None:
+        """Until the target is met. Raises `BackboneError` when the layers have no more channels to give."""
+        each = 1
+        while not self._done():
+            scored = sorted(self._scored(), key=lambda candidate: candidate[0])
+            if not scored:
+                raise BackboneError(
+                    f"the target cannot be met: {self.now.filters} of {self.before.filters} filters are left, and every layer "
+                    f"that channels can be taken from has {self._settings.group} to {2 * self._settings.group - 1}. Ask for less"
+                )
+            each = max(1, round(len(scored) / self._settings.rounds)) if each == 1 else each
+            for _, root, channels in scored[:each]:
+                self._group(root, channels).prune()
+                self.channels[self._names[root]] = root.out_channels
+                if self._done():
+                    break
+
+    def _done(self) -> bool:
+        settings, now, before = self._settings, self.now, self.before
+        if settings.ratio is not None:
+            return now.filters <= (1 - settings.ratio) * before.filters
+        if settings.flops is not None:
+            return now.flops <= settings.flops * before.flops
+        assert settings.latency is not None
+        return now.milliseconds <= settings.latency * before.milliseconds
+
+    def _scored(self) -> Iterator[tuple[float, nn.Conv2d, list[int]]]:
+        """For each layer the group of channels to take next, by damage less eta times the latency saved."""
+        importance = self._importance()
+        total = sum(float(values.sum()) for values in importance.values()) or 1.0
+        whole, shapes = self.before.milliseconds, _convolutions(self._network)
+        for root, values in importance.items():
+            if len(values) - self._settings.group < self._settings.group:
+                continue
+            order = values.argsort()[: self._settings.group].tolist()
+            damage = float(values[order].sum()) / total
+            saved = self._saved(root, order, shapes) / whole if self._settings.eta else 0.0
+            yield damage - self._settings.eta * saved, root, sorted(order)
+
+    # Dependencies
+
+    def _dependencies(self, whole: nn.Module) -> Any:
+        try:
+            import torch_pruning
+        except ImportError as error:
+            raise SettingError(f"pruning needs torch-pruning ({error}): pip install 'edge-dfcil[prune]'") from error
+        return torch_pruning.DependencyGraph().build_dependency(whole, example_inputs=self._dream.images[:2])
+
+    def _group(self, root: nn.Conv2d, channels: list[int], graph: Any = None) -> Any:
+        import torch_pruning
+
+        return (graph or self._graph).get_pruning_group(root, torch_pruning.prune_conv_out_channels, idxs=channels)
+
+    def _candidates(self) -> list[nn.Conv2d]:
+        """A convolution for each set of layers that lose channels together, where it has enough of them and BatchNorm."""
+        found = []
+        for group in self._graph.get_all_groups(ignored_layers=[self._network.head], root_module_types=[nn.Conv2d]):
+            root = group[0][0].target.module
+            if root.out_channels >= 2 * self._settings.group and any(_is_batchnorm(dep) for dep, _ in group):
+                found.append(root)
+        return found
+
+    def _answers_as_masked(self, root: nn.Conv2d) -> bool:
+        """Whether a network without some channels answers as the one in which all that makes them is zero."""
+        images = self._dream.images[:4]
+        masked, cut = copy.deepcopy(self._whole), copy.deepcopy(self._whole)
+        place = {module: name for name, module in self._whole.named_modules()}
+        channels = list(range(0, root.out_channels, 2))
+        for dep, index in self._group(root, channels):
+            if dep.target.module in place and (_is_batchnorm(dep) or _gives(dep)):
+                layer = masked.get_submodule(place[dep.target.module])
+                for parameter in layer.parameters(recurse=False):
+                    parameter.data[index] = 0
+        try:
+            self._group(cut.get_submodule(place[root]), channels, self._dependencies(cut)).prune()
+            with torch.no_grad():
+                return bool((cut(images) - masked(images)).abs().max() < ALIKE)
+        except (RuntimeError, ValueError, IndexError):  # a group that does not fit together
+            return False
+
+    # Importance
+
+    def _importance(self) -> dict[nn.Conv2d, Tensor]:
+        """Of each root's channels: mean over dreams of the squared change of the answer that scaling the channel begins,
+        (sum of gradient x weight)^2 over all that makes it.
+
+        The paper takes the gradient of the KL to the teacher, which is zero where pruning begins. Its curvature is not: it
+        is the mean square of the gradient of ln p(y), with y drawn from the answer, and that is what is taken.
+        """
+        members = {root: list(self._batchnorms(root)) for root in self._roots}
+        found = {root: torch.zeros(root.out_channels, device=self._dream.logits.device) for root in self._roots}
+        for images, logits in zip(self._dream.images.split(64), self._dream.logits.split(64), strict=True):
+            outputs: dict[nn.Module, Tensor] = {}
+            layers = {layer for pairs in members.values() for layer, _ in pairs}
+            handles = [layer.register_forward_hook(_keep(outputs)) for layer in layers]
+            try:
+                answer = self._whole(images)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            drawn = torch.multinomial(logits.softmax(1), 1).squeeze(1)
+            kept = list(outputs)
+            gradients = torch.autograd.grad(F.cross_entropy(answer, drawn, reduction="sum"), [outputs[layer] for layer in kept])
+            # The output times its gradient, summed over the image, is gradient x weight summed over the layer's scale and shift.
+            change = {
+                layer: (outputs[layer].detach() * gradient).flatten(2).sum(2)
+                for layer, gradient in zip(kept, gradients, strict=True)
+            }
+            for root, pairs in members.items():
+                found[root] += sum(change[layer][:, index] for layer, index in pairs).square().sum(0)  # type: ignore[union-attr]
+        return {root: values / len(self._dream) for root, values in found.items()}
+
+    def _batchnorms(self, root: nn.Conv2d) -> Iterator[tuple[nn.Module, list[int]]]:
+        """The BatchNorm layers of a root's channels, and where in them each channel is."""
+        for dep, index in self._group(root, list(range(root.out_channels))):
+            if _is_batchnorm(dep) and len(index) == root.out_channels:
+                yield dep.target.module, list(index)
+
+    # Cost
+
+    def _size(self, shapes: dict[nn.Conv2d, Shape]) -> _Size:
+        return _Size(
+            sum(shape.channels_out for shape in shapes.values()),
+            sum(shape.flops for shape in shapes.values()) + 2 * self._network.head.weight.numel(),
+            sum(self._table(shape) for shape in shapes.values()),
+        )
+
+    def _saved(self, root: nn.Conv2d, channels: list[int], shapes: dict[nn.Conv2d, Shape]) -> float:
+        """Milliseconds that the network is faster without some of a root's channels, by the table."""
+        after = dict(shapes)
+        for dep, index in self._group(root, channels):
+            layer = dep.target.module
+            if layer in after:
+                after[layer] = _less(after[layer], dep, len(index))
+        return sum(self._table(shapes[layer]) - self._table(after[layer]) for layer in shapes if after[layer] != shapes[layer])
+
+
+def _keep(outputs: dict[nn.Module, Tensor]) -> Callable[..., None]:
+    def hook(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        outputs[layer] = output
+
+    return hook
+
+
+def _is_batchnorm(dep: Any) -> bool:
+    return isinstance(dep.target.module, BATCHNORM)
+
+
+def _gives(dep: Any) -> bool:
+    """Whether a dependency is of what a layer gives, not of what it takes; depthwise layers do both."""
+    import torch_pruning
+
+    giving = (
+        torch_pruning.prune_conv_out_channels,
+        torch_pruning.prune_depthwise_conv_out_channels,
+        torch_pruning.prune_linear_out_channels,
+    )
+    return dep.handler in giving
+
+
+def _less(shape: Shape, dep: Any, n: int) -> Shape:
+    """A convolution's shape after a dependency has taken `n` channels off one of its ends, or off both of a depthwise one."""
+    import torch_pruning
+
+    if dep.handler is torch_pruning.prune_depthwise_conv_out_channels or shape.groups > 1:
+        left = shape.channels_out - n
+        return replace(shape, channels_in=left, channels_out=left, groups=left)
+    if dep.handler is torch_pruning.prune_conv_out_channels:
+        return replace(shape, channels_out=shape.channels_out - n)
+    return replace(shape, channels_in=shape.channels_in - n)
+
+
+def _shape(layer: Any, height: int, width: int) -> Shape:
+    return Shape(layer.in_channels, layer.out_channels, layer.kernel_size[0], layer.stride[0], layer.groups, height, width)
+
+
+@torch.no_grad()
+def _convolutions(network: Network) -> dict[nn.Conv2d, Shape]:
+    """The convolutions of a backbone in the order in which an image meets them."""
+    found: dict[nn.Conv2d, Shape] = {}
+
+    def hook(layer: nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
+        found[layer] = _shape(layer, *inputs[0].shape[2:])
+
+    layers = [module for module in network.backbone.modules() if isinstance(module, nn.Conv2d)]
+    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
+    was_training = network.training
+    try:
+        network.eval().backbone(torch.zeros(1, 3, network.image_size, network.image_size, device=network.mean.device))
+    finally:
+        network.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return found
