@@ -53,6 +53,9 @@ def strict_option(command: Command) -> Command:
 
 
 MODEL = click.argument("model", type=click.Path(path_type=Path))
+EVALUATION = click.option(
+    "--eval", "evaluation", type=click.Path(path_type=Path), metavar="IMAGES", help="Measure before and after on these pictures."
+)
 
 
 @main.command()
@@ -191,7 +194,7 @@ def dream(model: Path, out: Path, per_class: int, quality: Literal["fast", "best
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT.onnx")
 @click.option("--quantize", type=click.Choice(["int8"]), help="A quarter of the size, calibrated on dreams.")
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="IMAGES", help="For int8: calibrate on these pictures.")
-@click.option("--eval", "evaluation", type=click.Path(path_type=Path), metavar="IMAGES", help="For int8: measure on these, too.")
+@EVALUATION
 @strict_option
 @device_option
 @json_option
@@ -209,12 +212,12 @@ def export(
     from edge_dfcil.learner import Learner
 
     learner = Learner.load(model, device)
-    folders = {
-        name: _folder(path, learner, strict, batch_size=64).loader
-        for name, path in {"calibration": calibration, "evaluation": evaluation}.items()
-        if path is not None
-    }
-    report = learner.export(out, quantize, **folders)
+    report = learner.export(
+        out,
+        quantize,
+        calibration=_pictures(calibration, learner, strict),
+        evaluation=_pictures(evaluation, learner, strict),
+    )
     lines = [
         f"{out}: {report.classes} classes, {report.bytes} bytes, probabilities within {report.max_difference:.1g} of the model's"
     ]
@@ -223,6 +226,103 @@ def export(
         lines += [f"answers as the model does for {share:.1%} of the {name}" for name, share in report.agreement.items()]
         lines += [f"accuracy on the {n}: {before:.1%} as float, {after:.1%}" for n, (before, after) in report.accuracy.items()]
     _answer(report.to_dict(), as_json, lines)
+
+
+@main.command("distill")
+@MODEL
+@click.option("--to", required=True, metavar="BACKBONE", help="The student's: resnet20, mobilenet_v3_small, ...")
+@click.option("--out", type=click.Path(path_type=Path), help="The student's file; MODEL with the backbone's name by default.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Of dreaming and learning; more is slower and better.")
+@click.option(
+    "--quality", type=click.Choice(["fast", "best"]), default="fast", show_default=True, help="best optimises every pixel."
+)
+@EVALUATION
+@strict_option
+@device_option
+@json_option
+def distill_command(
+    model: Path,
+    to: str,
+    out: Path | None,
+    rounds: int | None,
+    quality: Literal["fast", "best"],
+    evaluation: Path | None,
+    strict: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Teach another BACKBONE what MODEL knows, from dreams alone."""
+    from edge_dfcil.compression import Distillation, distill
+    from edge_dfcil.learner import Learner
+
+    out = _beside(model, to, out)
+    learner = Learner.load(model, device)
+    settings = Distillation(quality=quality, rounds=Distillation.rounds if rounds is None else rounds)
+    student, report = distill(learner, to, settings=settings, evaluation=_pictures(evaluation, learner, strict))
+    student.save(out)
+    before, after = report.parameters
+    lines = [f"{out}: {report.student}, {after} parameters instead of {report.teacher}'s {before}"]
+    lines.append(f"answers as its teacher for {report.agreement:.1%} of fresh dreams; {report.seconds:.0f} s")
+    if report.accuracy is not None:
+        lines.append("accuracy {:.1%} as teacher, {:.1%} as student".format(*report.accuracy))
+    _answer({**report.to_dict(), "model": str(out)}, as_json, lines)
+
+
+@main.command("prune")
+@MODEL
+@click.option("--ratio", type=float, help="Share of filters to take away, for example 0.2.")
+@click.option("--target-flops", "flops", type=float, help="Share of floating-point operations to keep.")
+@click.option("--target-latency", "latency", type=float, help="Share of the latency to keep, by a table measured here.")
+@click.option("--group", type=click.IntRange(min=1), default=8, show_default=True, help="Channels leave so many at a time.")
+@click.option("--no-repair", is_flag=True, help="Do not learn from the original afterwards.")
+@click.option("--out", type=click.Path(path_type=Path), help="The pruned model's file; MODEL-pruned by default.")
+@EVALUATION
+@strict_option
+@device_option
+@json_option
+def prune_command(
+    model: Path,
+    no_repair: bool,
+    out: Path | None,
+    evaluation: Path | None,
+    strict: bool,
+    device: str,
+    as_json: bool,
+    **target: Any,
+) -> None:
+    """Take channels out of MODEL that matter little, and repair the rest, without data. Give one target."""
+    from dataclasses import replace
+
+    from edge_dfcil.compression import Pruning, prune
+    from edge_dfcil.learner import Learner
+
+    out = _beside(model, "pruned", out)
+    settings = Pruning(**target)
+    settings = replace(settings, repair=None) if no_repair else settings
+    learner = Learner.load(model, device)
+    smaller, report = prune(learner, settings, evaluation=_pictures(evaluation, learner, strict))
+    smaller.save(out)
+    lines = [
+        f"{out}: {report.filters[1]} of {report.filters[0]} filters, {report.parameters[1]} of {report.parameters[0]} parameters"
+    ]
+    lines.append("{:.2f} ms an image before, {:.2f} ms after (ONNX Runtime, one thread)".format(*report.milliseconds))
+    if report.accuracy is not None:
+        lines.append("accuracy {:.1%} before, {:.1%} pruned, {:.1%} repaired".format(*report.accuracy))
+    _answer({**report.to_dict(), "model": str(out)}, as_json, lines)
+
+
+def _beside(model: Path, word: str, out: Path | None) -> Path:
+    """Where a smaller model goes: what was asked for, or beside the whole one. Told before anything is trained."""
+    out = out or model.with_name(f"{model.stem}-{word}{model.suffix}")
+    if not out.parent.is_dir():
+        raise SettingError(f"{out.parent} is not a folder; make it first")
+    if out.exists() and model.exists() and out.samefile(model):
+        raise SettingError(f"{out} is the model itself, which stays as it is; name another file")
+    return out
+
+
+def _pictures(path: Path | None, learner: Learner, strict: bool) -> Any | None:
+    return None if path is None else _folder(path, learner, strict, batch_size=64).loader
 
 
 @main.command()

@@ -101,7 +101,7 @@ def quantize(graph: bytes, calibration: Images) -> bytes:
 def _reader(images: Images) -> Any:
     from onnxruntime.quantization import CalibrationDataReader
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self._batches = iter(np.array_split(images, -(-len(images) // BATCH)))
 

@@ -125,9 +125,36 @@ def test_damaged_pictures_are_named_skipped_and_counted_or_refused(learnt, train
     assert len(answer["skipped"]) == 2
 
 
+def test_a_model_becomes_smaller(pictures, model, tmp_path):
+    """Distilled, pruned and in INT8: each a file of its own, the model as it was."""
+    before = model.read_bytes()
+    done = cli("distill", model, "--to", "resnet14", "--rounds", 1, "--eval", pictures[0], "--json")
+    answer = json.loads(done.stdout)
+    assert answer["student"] == "resnet14" and len(answer["accuracy"]) == 2
+    assert Learner.load(answer["model"]).backbone == "resnet14"
+    assert Path(answer["model"]) == tmp_path / "model-resnet14.safetensors"
+
+    out = tmp_path / "small.safetensors"
+    answer = json.loads(cli("prune", model, "--ratio", "0.1", "--no-repair", "--out", out, "--json").stdout)
+    assert answer["filters"][1] <= 0.9 * answer["filters"][0]
+    assert json.loads(cli("predict", out, pictures[0] / "0" / "1.png", "--json").stdout)[0]["label"] in ("0", "1")
+
+    shown = cli(
+        "export", model, tmp_path / "int8.onnx", "--quantize", "int8", "--calibration", pictures[0], "--eval", pictures[0]
+    )
+    assert "of the float file's size" in shown.stdout and "of the dreams" in shown.stdout
+    assert model.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["distill", "{model}", "--to", "resnet33"], "resnet33"),
+        (["distill", "{model}", "--to", "resnet8", "--out", "{model}"], "is the model itself"),
+        (["distill", "{model}", "--to", "resnet8", "--out", "{tmp}/no/m"], "make it first"),
+        (["prune", "{model}"], "give one of ratio"),
+        (["prune", "{model}", "--ratio", "2"], "above 0 and below 1"),
+        (["export", "{model}", "{tmp}/m.onnx", "--eval", "{pictures}"], "for quantize='int8'"),
         (["learn", "{tmp}/nowhere", "--model", "{model}"], "is not a folder"),
         (["learn", "{tmp}", "--model", "{model}"], "folder of pictures for each class"),
         (["learn", "{pictures}", "--model", "{model}"], "known already"),

@@ -263,7 +263,7 @@ class _Cutter:
                 for parameter in layer.parameters(recurse=False):
                     parameter.data[index] = 0
         try:
-            self._group(cut.get_submodule(place[root]), channels, self._dependencies(cut)).prune()
+            self._group(cut.get_submodule(place[root]), channels, self._dependencies(cut)).prune()  # type: ignore[arg-type]
             with torch.no_grad():
                 return bool((cut(images) - masked(images)).abs().max() < ALIKE)
         except (RuntimeError, ValueError, IndexError):  # a group that does not fit together
