@@ -13,9 +13,11 @@ from typing import Any
 import click
 
 from benchmarks import accuracy, datasets, steps
+from benchmarks import latency as latencies
 from benchmarks import memory as memories
 from benchmarks import report as reports
 from benchmarks import speed as speeds
+from benchmarks import workshop as workshops
 from edge_dfcil.errors import EdgeDfcilError
 
 RESULTS = click.option(
@@ -157,6 +159,41 @@ def run_memory(data: Path, kinds: str, out: Path) -> None:
     """Plans against peaks under budgets, bytes kept against replay, and whether memory grows; resumable at any run."""
     out.mkdir(parents=True, exist_ok=True)
     click.echo(memories.describe(memories.run(kinds.split(","), data, out, lambda line: click.echo(line, err=True))))
+
+
+@main.command("workshop")
+@DATA
+@click.option("--parts", default=",".join(workshops.PARTS), show_default=True, help="What to run; steps done already are kept.")
+@click.option(
+    "--models", type=click.Path(file_okay=False, path_type=Path), default="edge-dfcil-workshop", help="Folder of models."
+)
+@click.option("--quick", is_flag=True, help="Tiny: whether it runs, not how well.")
+@RESULTS
+def run_workshop(data: Path, parts: str, models: Path, quick: bool, out: Path) -> None:
+    """Distillation, pruning, INT8 and adoption through dreams; resumable at any step."""
+    models.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    setting = workshops.QUICK if quick else workshops.FULL
+    shop = workshops.Workshop(datasets.load(data), out, models, setting)
+    click.echo(workshops.describe(shop.run(["teacher", *parts.split(",")], lambda line: click.echo(line, err=True))))
+
+
+@main.command("latency")
+@click.option("--model", required=True, type=click.Path(exists=True, path_type=Path), help="A model file.")
+@click.option("--pruned", type=click.Path(exists=True, path_type=Path), help="The same model, pruned.")
+@click.option("--distilled", type=click.Path(exists=True, path_type=Path), help="A student of it.")
+@click.option("--json", "as_json", is_flag=True, help="Print figures for machines.")
+@click.option("--quick", is_flag=True, help="A few rounds, without torch.compile: whether it runs, not how fast.")
+@RESULTS
+def run_latency(model: Path, as_json: bool, quick: bool, out: Path, **others: Path | None) -> None:
+    """How fast a model answers in every form that it ships in, and how soon after its process starts."""
+    given = {name: path for name, path in others.items() if path is not None}
+    rounds = 3 if quick else 30
+    found = latencies.run(model, given, lambda line: click.echo(line, err=True), rounds=rounds, compiled=not quick)
+    if not quick:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / latencies.FILE).write_text(json.dumps(found, indent=1) + "\n")
+    click.echo(json.dumps(found) if as_json else latencies.describe(found))
 
 
 @main.command("report")

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks import embedding, memory, speed
+from benchmarks import embedding, latency, memory, speed, workshop
 from benchmarks.accuracy import omega
 
 Results = list[dict[str, Any]]  # one a seed
@@ -53,6 +53,10 @@ def write(folder: Path) -> str:
         memory.plot(held, axes)
         figure.savefig(folder / "memory.png", dpi=150)
         parts += ["## Memory", memory.describe(held), "![bytes kept by image size](memory.png)"]
+    if (made := _measured(folder / workshop.FILE)) is not None:
+        parts += ["## Workshop", workshop.describe(made)]
+    if (answers := _measured(folder / latency.FILE)) is not None:
+        parts += ["## Latency", latency.describe(answers)]
     text = "\n\n".join(parts) + "\n"
     (folder / "README.md").write_text(text)
     return text

@@ -224,6 +224,28 @@ def test_speed_checks_that_both_do_the_same_and_prints_its_ratios():
         assert sum(shares.values()) == pytest.approx(1)
 
 
+def test_the_workshop_runs_every_step_and_goes_on_where_it_stopped(data, tmp_path):
+    out, models = tmp_path / "out", tmp_path / "models"
+    shop = ["workshop", "--data", str(tmp_path), "--quick", "--out", str(out), "--models", str(models)]
+    done = CliRunner().invoke(main, [*shop, "--parts", "distill,adopt"], catch_exceptions=False)
+    assert "| resnet8 adaptive |" in done.stdout and "| lwf_mc |" in done.stdout and "pruned" not in done.stdout
+    found = json.loads((out / "workshop.json").read_text())
+    again = CliRunner().invoke(main, shop, catch_exceptions=False)
+    assert "teacher" not in again.stderr, "what is done is kept"
+    assert "prune by importance and latency" in again.stdout and "calibrated on dreams" in again.stdout
+    after = json.loads((out / "workshop.json").read_text())
+    assert {name: after[name] for name in found if name not in ("versions", "machine")}.items() <= after.items()
+    assert 0 <= after["adopt abd"]["old"] <= 1 and after["adopt upper bound"]["combined"] <= 1
+
+    timed = ["latency", "--quick", "--model", str(models / "teacher.safetensors")]
+    timed += ["--distilled", str(models / "resnet8-adaptive.safetensors"), "--out", str(out)]
+    done = CliRunner().invoke(main, timed)
+    if done.exit_code:  # a teacher of four steps may answer otherwise in INT8, and is not exported then
+        assert "another answer than the model" in done.output
+    else:
+        assert "| onnx float, distilled |" in done.stdout and "with ONNX Runtime alone" in done.stdout
+
+
 def test_committed_figures_come_from_committed_files():
     """The README of the results is what the report makes of them now."""
     text = (accuracy.RESULTS / "README.md").read_text()

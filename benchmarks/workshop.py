@@ -1,0 +1,306 @@
+"""What dreams are good for besides remembering: smaller models, INT8, and going on from somebody else's classifier.
+
+One teacher of 20 CIFAR-100 classes serves all of it. Every line of the tables is a step of its own, and what is done is kept
+in the result file, so that the command can be stopped and run again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks import datasets, machine
+from edge_dfcil import RECIPES, Learner
+from edge_dfcil.augment import augment
+from edge_dfcil.backbones import build
+from edge_dfcil.compression import Distillation, Pruning, distill, prune
+from edge_dfcil.errors import BackboneError, ExportError
+from edge_dfcil.recipe import Recipe
+
+FILE = "workshop.json"
+CALIBRATION = 500  # real images that INT8 is calibrated on for comparison
+MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100's, for the classifier trained elsewhere
+
+
+RECIPE = replace(RECIPES["edge"], first_epochs=24, learning_rate=0.05, pixel_steps=200)
+LESSON = Distillation(rounds=24, dreams=512, steps=400)
+REPAIR = Distillation(rounds=6, dreams=512, steps=200, learning_rate=0.02)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much of everything."""
+
+    backbone: str = "resnet32"
+    students: tuple[str, ...] = ("resnet20", "mobilenet_v3_small")
+    classes: int = 20
+    new_classes: int = 10
+    images: int = 0  # of the training set, in all; 0 takes all
+    epochs: int = 24
+    batch_size: int = 32
+    learning_rate: float = 0.05
+    recipe: Recipe = RECIPE
+    distillation: Distillation = LESSON
+    repair: Distillation = REPAIR
+    prune_ratio: float = 0.2
+    group: int = 8
+    seed: int = 0
+
+
+FULL = Setting()
+QUICK = Setting(
+    backbone="resnet8",
+    students=("resnet8",),
+    classes=3,
+    new_classes=2,
+    images=96,
+    epochs=1,
+    recipe=replace(
+        RECIPES["edge"], first_epochs=1, epochs=1, min_steps=4, generator_steps=4, latent=8, width=8, pool=32, pixel_steps=2,
+        pixel_batch=16, refine_epochs=1, refine_min_steps=2,
+    ),
+    distillation=Distillation(rounds=2, dreams=32, generator_steps=2, steps=2, batch=16),
+    repair=Distillation(rounds=1, dreams=32, generator_steps=2, steps=2, batch=16),
+    group=4,
+)  # fmt: skip
+PARTS = ("teacher", "distill", "prune", "int8", "adopt")
+
+
+class Workshop:
+    """The steps, each a method that returns what it found."""
+
+    def __init__(self, data: datasets.Data, out: Path, models: Path, setting: Setting) -> None:
+        self._data, self._models, self._setting = data, models, setting
+        self._order = datasets.class_order(len(data.names), setting.seed)
+        self._path = out / FILE
+        self._found: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    def run(self, parts: list[str], say: Callable[[str], None]) -> dict[str, Any]:
+        for name, step in self._steps(parts):
+            if name not in self._found:
+                say(name)
+                begin = time.perf_counter()
+                self._found[name] = {**step(), "minutes": (time.perf_counter() - begin) / 60}
+                self._found |= {"versions": machine.versions(), "machine": machine.machine(torch.device("cpu"))}
+                self._path.write_text(json.dumps(self._found, indent=1) + "\n")
+        return self._found
+
+    def _steps(self, parts: list[str]) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
+        s = self._setting
+        steps: list[tuple[str, str, Callable[[], dict[str, Any]]]] = [("teacher", "teacher", self._train)]
+        for student in s.students:
+            for source in ("noise", "dreams", "adaptive"):
+                steps.append(("distill", f"distill {student} {source}", self._distill(student, source)))
+        steps += [
+            ("prune", "prune by importance", self._prune(eta=0.0, ratio=s.prune_ratio)),
+            ("prune", "prune by importance and latency", self._prune(eta=0.1, ratio=s.prune_ratio)),
+            ("int8", "int8 calibrated on dreams", lambda: self._int8(real=False)),
+            ("int8", "int8 calibrated on real images", lambda: self._int8(real=True)),
+            ("adopt", "adopted", self._elsewhere),
+        ]
+        for name, changes in (
+            ("abd", {}),
+            ("deep_inversion", {"dreams": "pixels"}),
+            ("lwf_mc", {}),
+        ):
+            steps.append(("adopt", f"adopt {name}", self._adopt(name, changes)))
+        steps.append(("adopt", "adopt upper bound", self._everything))
+        return [(name, step) for part, name, step in steps if part in parts]
+
+    # Data and models
+
+    def _seen(self, which: str, begin: int, end: int) -> datasets.Part:
+        return self._data.part(which, self._order[begin:end], self._setting.batch_size if which == "train" else 500)
+
+    def _train_part(self, begin: int, end: int) -> datasets.Part:
+        part, n = self._seen("train", begin, end), self._setting.images
+        if not n:
+            return part
+        few = torch.randperm(len(part.images), generator=torch.Generator().manual_seed(0))[:n]
+        return replace(part, images=part.images[few], targets=part.targets[few])
+
+    @property
+    def _test(self) -> list[Any]:
+        return [*self._seen("test", 0, self._setting.classes)]
+
+    @property
+    def _teacher(self) -> Learner:
+        return Learner.load(self._models / "teacher.safetensors", "cpu")
+
+    def _train(self) -> dict[str, Any]:
+        s = self._setting
+        learner = Learner(s.backbone, recipe=s.recipe, device="cpu", seed=s.seed)
+        learner.learn_task(self._train_part(0, s.classes), self._data.names)
+        learner.save(self._models / "teacher.safetensors")
+        return {"accuracy": learner.evaluate(self._test, self._data.names).accuracy}
+
+    # Compression
+
+    def _distill(self, student: str, source: Any) -> Callable[[], dict[str, Any]]:
+        def step() -> dict[str, Any]:
+            settings = replace(self._setting.distillation, source=source)
+            found, report = distill(self._teacher, student, settings=settings, evaluation=self._test, classes=self._data.names)
+            found.save(self._models / f"{student}-{source}.safetensors")
+            return {**report.to_dict(), "settings": vars(settings), "stages": None}
+
+        return step
+
+    def _prune(self, eta: float, ratio: float) -> Callable[[], dict[str, Any]]:
+        def step() -> dict[str, Any]:
+            s = self._setting
+            settings = Pruning(ratio=ratio, group=s.group, eta=eta, repair=s.repair)
+            try:
+                found, report = prune(self._teacher, settings, evaluation=self._test, classes=self._data.names)
+            except BackboneError as error:
+                return {"refused": str(error)}
+            found.save(self._models / f"pruned-{eta}.safetensors")
+            return {**report.to_dict(), "eta": eta, "stages": None}
+
+        return step
+
+    def _int8(self, real: bool) -> dict[str, Any]:
+        calibration = None
+        if real:
+            part = self._train_part(0, self._setting.classes)
+            calibration = [(part.images[:CALIBRATION], part.targets[:CALIBRATION])]
+        path = self._models / f"int8-{'real' if real else 'dreams'}.onnx"
+        try:
+            report = self._teacher.export(path, "int8", calibration=calibration, evaluation=self._test, classes=self._data.names)
+        except ExportError as error:
+            return {"refused": str(error)}
+        return {**report.to_dict(), "path": path.name}
+
+    # Somebody else's classifier
+
+    def _elsewhere(self) -> dict[str, Any]:
+        """A plain PyTorch training, without the SDK, that leaves a state dict."""
+        accuracy = self._plain(self._setting.classes, self._models / "elsewhere.safetensors")
+        return {"accuracy": accuracy}
+
+    def _everything(self) -> dict[str, Any]:
+        """The same on old and new classes together: the upper bound."""
+        s = self._setting
+        return {"combined": self._plain(s.classes + s.new_classes, None)}
+
+    def _plain(self, classes: int, path: Path | None) -> float:
+        from safetensors.torch import save_file
+
+        s = self._setting
+        torch.manual_seed(s.seed)
+        module = self._module(classes)
+        part = self._train_part(0, classes)
+        output = {target: number for number, target in enumerate(self._order[:classes])}
+        steps = s.epochs * -(-len(part.images) // s.batch_size)
+        optimizer = torch.optim.SGD(module.parameters(), s.learning_rate, 0.9, weight_decay=2e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, s.learning_rate, total_steps=steps, cycle_momentum=False)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        for _ in range(s.epochs):
+            for images, targets in part:
+                seen = ((augment(images.float() / 255, s.recipe) - mean) / std).contiguous(memory_format=torch.channels_last)
+                loss = F.cross_entropy(module(seen), torch.tensor([output[t] for t in targets.tolist()]))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        module.eval()
+        if path is not None:
+            save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, path)
+        right = total = 0
+        with torch.no_grad():
+            for images, targets in self._seen("test", 0, classes):
+                found = module((images.float() / 255 - mean) / std).argmax(1).tolist()
+                right += sum(one == output[t] for one, t in zip(found, targets.tolist(), strict=True))
+                total += len(found)
+        return right / total
+
+    def _module(self, classes: int) -> nn.Module:
+        backbone = build("resnet20" if self._setting is FULL else self._setting.backbone)
+        return nn.Sequential(backbone, nn.Linear(64, classes)).to(memory_format=torch.channels_last)
+
+    def _adopt(self, method: str, changes: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+        def step() -> dict[str, Any]:
+            from safetensors.torch import load_file
+
+            s = self._setting
+            module = self._module(s.classes)
+            module.load_state_dict(load_file(self._models / "elsewhere.safetensors"))
+            names = [self._data.names[number] for number in self._order[: s.classes]]
+            learner = Learner.from_classifier(
+                module.eval(),
+                names,
+                image_size=32,
+                mean=MEAN,
+                std=STD,
+                method=method,
+                recipe=replace(s.recipe, **changes),
+                device="cpu",
+                seed=s.seed,
+            )
+            learner.learn_task(self._train_part(s.classes, s.classes + s.new_classes), self._data.names)
+            found = learner.evaluate([*self._seen("test", 0, s.classes + s.new_classes)], self._data.names)
+            old, new = found.per_task
+            return {"old": old, "new": new, "combined": found.accuracy}
+
+        return step
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The findings as Markdown."""
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{100 * value:.1f}"
+
+    lines = [f"A teacher of {percent(found['teacher']['accuracy'])} % on its classes, trained here.", ""]
+    rows = {name.split(" ", 1)[1]: row for name, row in found.items() if name.startswith("distill ")}
+    if rows:
+        lines += [
+            "| student, and what it learnt from | parameters | accuracy, % | of the teacher's, % | agreement, % | minutes |"
+        ]
+        lines += ["|---|---|---|---|---|---|"]
+        for name, row in rows.items():
+            before, after = row["accuracy"]
+            lines.append(
+                f"| {name} | {row['parameters'][1]} | {percent(after)} | {percent(after / before)} "
+                f"| {percent(row['agreement'])} | {row['minutes']:.1f} |"
+            )
+    rows = {name: row for name, row in found.items() if name.startswith("prune ")}
+    if rows:
+        lines += ["", "| pruned | filters left, % | work left, % | latency left, % | accuracy before, unrepaired, repaired, % |"]
+        lines += ["|---|---|---|---|---|"]
+        for name, row in rows.items():
+            if "refused" in row:
+                lines.append(f"| {name} | {row['refused']} | | | |")
+                continue
+            left = [percent(row[key][1] / row[key][0]) for key in ("filters", "flops", "milliseconds")]
+            lines.append(f"| {name} | {' | '.join(left)} | {' / '.join(map(percent, row['accuracy']))} |")
+    rows = {name: row for name, row in found.items() if name.startswith("int8 ")}
+    if rows:
+        lines += ["", "| INT8 | size of float, % | times as fast | accuracy as float, as INT8, % | agreement on pictures, % |"]
+        lines += ["|---|---|---|---|---|"]
+        for name, row in rows.items():
+            if "refused" in row:
+                lines.append(f"| {name} | {row['refused']} | | | |")
+                continue
+            accuracy = " / ".join(map(percent, row["accuracy"]["pictures"]))
+            size, agreement = percent(row["bytes"] / row["float_bytes"]), percent(row["agreement"]["pictures"])
+            lines.append(f"| {name.removeprefix('int8 ')} | {size} | {row['speedup']:.2f} | {accuracy} | {agreement} |")
+    rows = {name.removeprefix("adopt "): row for name, row in found.items() if name.startswith("adopt ")}
+    if rows:
+        lines += [
+            "",
+            f"A classifier trained elsewhere, {percent(found['adopted']['accuracy'])} % on its classes, learns new ones:",
+            "",
+        ]
+        lines += ["| method | old classes, % | new classes, % | combined, % |", "|---|---|---|---|"]
+        lines += [
+            f"| {n} | {percent(r.get('old'))} | {percent(r.get('new'))} | {percent(r['combined'])} |" for n, r in rows.items()
+        ]
+    return "\n".join(lines)
