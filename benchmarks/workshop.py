@@ -26,6 +26,7 @@ from edge_dfcil.errors import BackboneError, ExportError
 from edge_dfcil.recipe import Recipe
 
 FILE = "workshop.json"
+PAGE = "workshop-dreams.png"
 CALIBRATION = 500  # real images that INT8 is calibrated on for comparison
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100's, for the classifier trained elsewhere
 
@@ -71,7 +72,7 @@ QUICK = Setting(
     repair=Distillation(rounds=1, dreams=32, generator_steps=2, steps=2, batch=16),
     group=4,
 )  # fmt: skip
-PARTS = ("teacher", "distill", "prune", "int8", "adopt")
+PARTS = ("teacher", "dreams", "distill", "prune", "int8", "adopt")
 
 
 class Workshop:
@@ -96,6 +97,7 @@ class Workshop:
     def _steps(self, parts: list[str]) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
         s = self._setting
         steps: list[tuple[str, str, Callable[[], dict[str, Any]]]] = [("teacher", "teacher", self._train)]
+        steps.append(("dreams", "dreams", self._page))
         for student in s.students:
             for source in ("noise", "dreams", "adaptive"):
                 steps.append(("distill", f"distill {student} {source}", self._distill(student, source)))
@@ -141,6 +143,32 @@ class Workshop:
         learner.learn_task(self._train_part(0, s.classes), self._data.names)
         learner.save(self._models / "teacher.safetensors")
         return {"accuracy": learner.evaluate(self._test, self._data.names).accuracy}
+
+    def _page(self) -> dict[str, Any]:
+        """A page of pictures: real ones, a generator's dreams, and pixel dreams, a row a class."""
+        from matplotlib.figure import Figure
+
+        teacher, rows, columns = self._teacher, min(10, self._setting.classes), 5
+        names = teacher.classes[:rows]
+        train = self._seen("train", 0, self._setting.classes)
+        sets = {"real, not kept": (train.images, [self._data.names[target] for target in train.targets.tolist()])}
+        share = {}
+        for title, quality in (("dreamt fast, by a generator", "fast"), ("dreamt best, by the pixel", "best")):
+            images = teacher.dream(8 * len(teacher.classes), quality=quality)  # type: ignore[arg-type]
+            sets[title] = images, [prediction.label for prediction in teacher.predict(images)]
+            share[quality] = len(set(sets[title][1])) / len(teacher.classes)
+        figure = Figure(figsize=(11, 0.75 * rows + 0.5), layout="constrained")
+        for side, (title, (images, labels)) in zip(figure.subfigures(1, 3, wspace=0.05), sets.items(), strict=True):
+            side.suptitle(title)
+            grid = side.subplots(rows, columns, squeeze=False)
+            for name, row in zip(names, grid, strict=True):
+                mine = [index for index, label in enumerate(labels) if label == name][:columns]
+                for axes in row:
+                    axes.axis("off")
+                for axes, index in zip(row, mine, strict=False):
+                    axes.imshow(images[index].permute(1, 2, 0).numpy())
+        figure.savefig(self._path.with_name(PAGE), dpi=100)
+        return {"classes_dreamt": share}
 
     # Compression
 
@@ -303,4 +331,6 @@ def describe(found: dict[str, Any]) -> str:
         lines += [
             f"| {n} | {percent(r.get('old'))} | {percent(r.get('new'))} | {percent(r['combined'])} |" for n, r in rows.items()
         ]
+    if "dreams" in found:
+        lines += ["", f"![real photographs beside dreams]({PAGE})"]
     return "\n".join(lines)

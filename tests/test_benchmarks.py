@@ -227,8 +227,9 @@ def test_speed_checks_that_both_do_the_same_and_prints_its_ratios():
 def test_the_workshop_runs_every_step_and_goes_on_where_it_stopped(data, tmp_path):
     out, models = tmp_path / "out", tmp_path / "models"
     shop = ["workshop", "--data", str(tmp_path), "--quick", "--out", str(out), "--models", str(models)]
-    done = CliRunner().invoke(main, [*shop, "--parts", "distill,adopt"], catch_exceptions=False)
+    done = CliRunner().invoke(main, [*shop, "--parts", "dreams,distill,adopt"], catch_exceptions=False)
     assert "| resnet8 adaptive |" in done.stdout and "| lwf_mc |" in done.stdout and "pruned" not in done.stdout
+    assert (out / "workshop-dreams.png").stat().st_size > 0
     found = json.loads((out / "workshop.json").read_text())
     again = CliRunner().invoke(main, shop, catch_exceptions=False)
     assert "teacher" not in again.stderr, "what is done is kept"
