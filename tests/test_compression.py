@@ -12,6 +12,8 @@ from torch import nn
 from edge_dfcil import BackboneError, DataError, Learner, NotLearnedError, SettingError
 from edge_dfcil.compression import Distillation, Pruning, distill, prune
 from edge_dfcil.compression.latency import LatencyTable, Shape, measure_convolution
+from edge_dfcil.compression.pruning import Cutter
+from edge_dfcil.dreaming.inversion import Dream
 from exporters import OnnxClassifier
 from tests.conftest import NAMES, QUICK, quick_learner, same_weights, weights
 
@@ -170,6 +172,32 @@ def test_depthwise_layers_and_residuals_of_a_mobilenet(train, test, table, tmp_p
     assert report.filters[1] <= 0.7 * report.filters[0]
     assert smaller.network.head.in_features <= learner.network.head.in_features
     assert Learner.load(smaller.save(tmp_path / "m"), "cpu").predict(test.images[:4]) == smaller.predict(test.images[:4])
+
+
+def test_what_would_be_saved_is_what_is_saved(train, tmp_path):
+    """The latency that a step of pruning promises, against the network that it leaves; depthwise layers among it."""
+    shapes = []
+
+    def measure(shape: Shape) -> float:
+        assert min(shape.channels_in, shape.channels_out, shape.groups) > 0
+        shapes.append(shape)
+        return flops(shape)
+
+    learner = Learner("mobilenet_v3_small", image_size=32, recipe=QUICK, device="cpu")
+    learner.learn_task(train.of(KNOWN), NAMES, progress=False)
+    teacher = learner.network.frozen()
+    images = torch.randn(4, 3, 32, 32)
+    cutter = Cutter(
+        learner.network.grown(0),
+        Dream(images, teacher.classify(images)),
+        Pruning(ratio=0.1),
+        LatencyTable(tmp_path / "t", measure),
+    )
+    for root in list(cutter.roots):
+        before, now = cutter.now.milliseconds, list(range(8))
+        promised = cutter.saved(root, now)
+        cutter.group(root, now).prune()
+        assert before - cutter.now.milliseconds == pytest.approx(promised)
 
 
 def test_the_table_is_measured_once_and_kept(tmp_path):

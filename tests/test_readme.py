@@ -17,23 +17,24 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from edge_dfcil import recipe, training
-from exporters import int8
+from edge_dfcil import recipe
 from tests.test_cli import folder_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(python|sh)\n(.*?)^```", README, re.M | re.S)
 
-# Two steps a stage where the recipe has no say, and whatever a network that has learnt next to nothing answers in INT8 will do.
-QUICK = """
-from edge_dfcil import training
+# The same for the lessons of a smaller model; and whatever a network that has learnt next to nothing answers in INT8 will do.
+SHORT = """
+from edge_dfcil.compression import distillation, pruning
 from exporters import int8
-fit = training.fit
-def few(stage, *rest):
-    stage.steps = min(stage.steps, 2) if stage.name == "distil" else stage.steps
-    return fit(stage, *rest)
-training.fit, int8.AGREEMENT = few, 0.0
+short = {"rounds": 1, "dreams": 32, "generator_steps": 2, "steps": 2, "batch": 16}
+for name, value in short.items():
+    setattr(distillation.Distillation, name, value)  # what the command line reads
+    object.__setattr__(distillation.REPAIR, name, value)
+make = distillation.Distillation.__init__
+make.__defaults__ = (*short.values(), *make.__defaults__[len(short) :])
+int8.AGREEMENT = 0.0
 """
 FEW = {"min_steps": 8, "epochs": 1, "first_epochs": 1, "generator_steps": 4, "width": 8, "pool": 64, "refine_min_steps": 2}
 
@@ -50,7 +51,7 @@ def folder(tmp_path_factory, train):
     command.parent.mkdir()
     command.write_text(
         f"#!{sys.executable}\nfrom dataclasses import replace\nfrom edge_dfcil import recipe\n"
-        f"recipe.RECIPES['edge'] = replace(recipe.RECIPES['edge'], **{FEW})\n{QUICK}\nfrom edge_dfcil.cli import main\nmain()\n"
+        f"recipe.RECIPES['edge'] = replace(recipe.RECIPES['edge'], **{FEW})\n{SHORT}\nfrom edge_dfcil.cli import main\nmain()\n"
     )
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
     return root
@@ -73,9 +74,6 @@ def test_block(number, folder, namespace, monkeypatch):
         assert done.returncode == 0, done.stderr
     else:
         monkeypatch.setitem(recipe.RECIPES, "edge", replace(recipe.RECIPES["edge"], **FEW))
-        monkeypatch.setattr(training, "fit", training.fit)  # put back afterwards
-        monkeypatch.setattr(int8, "AGREEMENT", int8.AGREEMENT)
-        exec(QUICK, {})
         exec(compile(code, "README.md", "exec"), namespace)
 
 

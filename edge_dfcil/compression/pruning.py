@@ -116,7 +116,7 @@ def prune(
         dream, stage = _dreams(learner, teacher, settings.dreams, callbacks)
         stages.append(stage)
         network = learner.network.grown(0)
-        cutter = _Cutter(network, dream, settings, table)
+        cutter = Cutter(network, dream, settings, table)
         cutter.cut()
         table.save()
         pruned = learner.having(copy.deepcopy(network).eval(), learner.backbone)
@@ -170,7 +170,7 @@ class _Size:
     milliseconds: float
 
 
-class _Cutter:
+class Cutter:
     """Takes channels out of a network, in place, until it is as small as asked."""
 
     def __init__(self, network: Network, dream: Dream, settings: Pruning, table: LatencyTable) -> None:
@@ -181,8 +181,8 @@ class _Cutter:
         self.before = self._size(self._shapes)
         self.channels: dict[str, int] = {}
         self._graph = self._dependencies(self._whole)
-        self._roots = [root for root in self._candidates() if self._answers_as_masked(root)]
-        if not self._roots:
+        self.roots = [root for root in self._candidates() if self._answers_as_masked(root)]
+        if not self.roots:
             raise BackboneError(f"no layer of this backbone has {2 * settings.group} channels of which some can be taken away")
 
     @property
@@ -201,7 +201,7 @@ class _Cutter:
                 )
             each = max(1, round(len(scored) / self._settings.rounds)) if each == 1 else each
             for _, root, channels in scored[:each]:
-                self._group(root, channels).prune()
+                self.group(root, channels).prune()
                 self.channels[self._names[root]] = root.out_channels
                 if self._done():
                     break
@@ -219,13 +219,13 @@ class _Cutter:
         """For each layer the group of channels to take next, by damage less eta times the latency saved."""
         importance = self._importance()
         total = sum(float(values.sum()) for values in importance.values()) or 1.0
-        whole, shapes = self.before.milliseconds, _convolutions(self._network)
+        whole = self.before.milliseconds
         for root, values in importance.items():
             if len(values) - self._settings.group < self._settings.group:
                 continue
             order = values.argsort()[: self._settings.group].tolist()
             damage = float(values[order].sum()) / total
-            saved = self._saved(root, order, shapes) / whole if self._settings.eta else 0.0
+            saved = self.saved(root, order) / whole if self._settings.eta else 0.0
             yield damage - self._settings.eta * saved, root, sorted(order)
 
     # Dependencies
@@ -237,7 +237,7 @@ class _Cutter:
             raise SettingError(f"pruning needs torch-pruning ({error}): pip install 'edge-dfcil[prune]'") from error
         return torch_pruning.DependencyGraph().build_dependency(whole, example_inputs=self._dream.images[:2])
 
-    def _group(self, root: nn.Conv2d, channels: list[int], graph: Any = None) -> Any:
+    def group(self, root: nn.Conv2d, channels: list[int], graph: Any = None) -> Any:
         import torch_pruning
 
         return (graph or self._graph).get_pruning_group(root, torch_pruning.prune_conv_out_channels, idxs=channels)
@@ -257,13 +257,13 @@ class _Cutter:
         masked, cut = copy.deepcopy(self._whole), copy.deepcopy(self._whole)
         place = {module: name for name, module in self._whole.named_modules()}
         channels = list(range(0, root.out_channels, 2))
-        for dep, index in self._group(root, channels):
+        for dep, index in self.group(root, channels):
             if dep.target.module in place and (_is_batchnorm(dep) or _gives(dep)):
                 layer = masked.get_submodule(place[dep.target.module])
                 for parameter in layer.parameters(recurse=False):
                     parameter.data[index] = 0
         try:
-            self._group(cut.get_submodule(place[root]), channels, self._dependencies(cut)).prune()  # type: ignore[arg-type]
+            self.group(cut.get_submodule(place[root]), channels, self._dependencies(cut)).prune()  # type: ignore[arg-type]
             with torch.no_grad():
                 return bool((cut(images) - masked(images)).abs().max() < ALIKE)
         except (RuntimeError, ValueError, IndexError):  # a group that does not fit together
@@ -278,8 +278,8 @@ class _Cutter:
         The paper takes the gradient of the KL to the teacher, which is zero where pruning begins. Its curvature is not: it
         is the mean square of the gradient of ln p(y), with y drawn from the answer, and that is what is taken.
         """
-        members = {root: list(self._batchnorms(root)) for root in self._roots}
-        found = {root: torch.zeros(root.out_channels, device=self._dream.logits.device) for root in self._roots}
+        members = {root: list(self._batchnorms(root)) for root in self.roots}
+        found = {root: torch.zeros(root.out_channels, device=self._dream.logits.device) for root in self.roots}
         for images, logits in zip(self._dream.images.split(64), self._dream.logits.split(64), strict=True):
             outputs: dict[nn.Module, Tensor] = {}
             layers = {layer for pairs in members.values() for layer, _ in pairs}
@@ -303,7 +303,7 @@ class _Cutter:
 
     def _batchnorms(self, root: nn.Conv2d) -> Iterator[tuple[nn.Module, list[int]]]:
         """The BatchNorm layers of a root's channels, and where in them each channel is."""
-        for dep, index in self._group(root, list(range(root.out_channels))):
+        for dep, index in self.group(root, list(range(root.out_channels))):
             if _is_batchnorm(dep) and len(index) == root.out_channels:
                 yield dep.target.module, list(index)
 
@@ -316,12 +316,16 @@ class _Cutter:
             sum(self._table(shape) for shape in shapes.values()),
         )
 
-    def _saved(self, root: nn.Conv2d, channels: list[int], shapes: dict[nn.Conv2d, Shape]) -> float:
+    def saved(self, root: nn.Conv2d, channels: list[int]) -> float:
         """Milliseconds that the network is faster without some of a root's channels, by the table."""
-        after = dict(shapes)
-        for dep, index in self._group(root, channels):
+        shapes = _convolutions(self._network)
+        after, ends = dict(shapes), set()
+        for dep, index in self.group(root, channels):
             layer = dep.target.module
-            if layer in after:
+            # A depthwise layer stands in the group for either of its ends, but loses its channels once.
+            end = (layer, "both" if shapes[layer].groups > 1 else dep.handler) if layer in after else None
+            if end is not None and end not in ends:
+                ends.add(end)
                 after[layer] = _less(after[layer], dep, len(index))
         return sum(self._table(shapes[layer]) - self._table(after[layer]) for layer in shapes if after[layer] != shapes[layer])
 
@@ -353,10 +357,10 @@ def _less(shape: Shape, dep: Any, n: int) -> Shape:
     """A convolution's shape after a dependency has taken `n` channels off one of its ends, or off both of a depthwise one."""
     import torch_pruning
 
-    if dep.handler is torch_pruning.prune_depthwise_conv_out_channels or shape.groups > 1:
+    if shape.groups > 1:
         left = shape.channels_out - n
         return replace(shape, channels_in=left, channels_out=left, groups=left)
-    if dep.handler is torch_pruning.prune_conv_out_channels:
+    if dep.handler == torch_pruning.prune_conv_out_channels:
         return replace(shape, channels_out=shape.channels_out - n)
     return replace(shape, channels_in=shape.channels_in - n)
 
