@@ -150,9 +150,14 @@ def table(folder: Path, methods: dict[str, Results]) -> str:
             f"{mean(sum(r['seconds']) for r in results) / 60:.1f}",
         ]
         rows.append("| " + " | ".join(cells) + " |")
-    machines = {f"{r['machine']['processor']}, {r['machine']['threads']} threads" for rs in methods.values() for r in rs}
+    machines = {_machine(r["machine"]) for results in methods.values() for r in results}
     note = "Minutes are of runs that may have shared their machine; compare speeds by the speed table only."
     return "\n".join(rows) + f"\n\nRun on {'; '.join(sorted(machines))}. {note}"
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    kept = ", freed memory kept by the allocator" if machine.get("allocator") else ""
+    return f"{machine['processor']}, {machine['threads']} threads{kept}"
 
 
 def _mean(values: Sequence[float | None], form: str = "1f") -> str:
