@@ -20,7 +20,6 @@ from edge_dfcil import (
     ClassError,
     DataError,
     DivergedError,
-    ExportError,
     Learner,
     NotLearnedError,
     SettingError,
@@ -494,11 +493,6 @@ class TestBackbones:
 def test_settings_that_cannot_work(settings, error, message):
     with pytest.raises(error, match=message):
         Learner("resnet8", **settings)
-
-
-def test_quantized_export_is_refused_plainly(learnt, tmp_path):
-    with pytest.raises(ExportError, match="not in this version"):
-        learnt.export(tmp_path / "x.onnx", quantize="int8")
 
 
 def test_a_data_loader_of_tensors(train):
