@@ -84,7 +84,7 @@ def test_a_run_says_all_that_a_reader_needs(data, tmp_path):
     assert set(dreams["mid"][0]) == {"to_new_real", "to_old_synthetic"}
     assert plain["mid"] == []
     assert {"torch", "numpy", "python", "edge_dfcil"} == set(plain["versions"])
-    assert set(plain["machine"]) == {"device", "processor", "threads"}
+    assert set(plain["machine"]) == {"device", "processor", "threads", "allocator"}
 
 
 def test_the_report_is_made_from_the_files(data, tmp_path):
