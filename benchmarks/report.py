@@ -43,8 +43,10 @@ def write(folder: Path) -> str:
     for protocol, methods in read(folder).items():
         parts += [f"## {protocol}", describe(next(iter(methods.values()))[0]), table(folder, methods)]
         plot(methods, folder / f"{protocol}.png")
-        plot_bytes(methods, folder / f"{protocol}-bytes.png")
-        parts += [f"![accuracy after each task]({protocol}.png)", f"![accuracy against bytes kept]({protocol}-bytes.png)"]
+        parts += [f"![accuracy after each task]({protocol}.png)"]
+        if keeps_differ(methods):
+            plot_bytes(methods, folder / f"{protocol}-bytes.png")
+            parts += [f"![accuracy against bytes kept]({protocol}-bytes.png)"]
         parts += _embeddings(folder, protocol, methods)
     if (timed := _measured(folder / speed.FILE)) is not None:
         parts += ["## Speed", speed.describe(timed)]
@@ -181,8 +183,14 @@ def plot(methods: dict[str, Results], path: Path) -> None:
         style = "-" if number < 10 else "--"
         axes.plot([size * (task + 1) for task in range(len(accuracy))], accuracy, style, marker="o", markersize=3, label=method)
     axes.set(xlabel="classes learnt", ylabel="accuracy on all of them, %", ylim=(0, 100))
-    axes.legend(fontsize="x-small", ncols=2)
+    figure.legend(loc="outside lower center", fontsize="x-small", ncols=1 if len(methods) < 4 else 3)
     figure.savefig(path, dpi=150)
+
+
+def keeps_differ(methods: dict[str, Results]) -> bool:
+    """Whether some methods keep more than others, beyond a hundredth: else a picture of it would say nothing."""
+    kept = [mean(r["bytes_kept"] for r in results) for results in methods.values()]
+    return max(kept) > 1.01 * min(kept)
 
 
 def plot_bytes(methods: dict[str, Results], path: Path) -> None:
