@@ -32,8 +32,8 @@ MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100's, f
 
 
 RECIPE = replace(RECIPES["edge"], first_epochs=24, learning_rate=0.05, pixel_steps=200)
-LESSON = Distillation(rounds=24, dreams=512, steps=400)
-REPAIR = Distillation(rounds=6, dreams=512, steps=200, learning_rate=0.02)
+LESSON = Distillation(rounds=12, dreams=768, steps=300)
+REPAIR = Distillation(rounds=4, dreams=640, steps=200, learning_rate=0.02)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Setting:
     classes: int = 20
     new_classes: int = 10
     images: int = 0  # of the training set, in all; 0 takes all
-    epochs: int = 24
+    epochs: int = 16
     batch_size: int = 32
     learning_rate: float = 0.05
     recipe: Recipe = RECIPE
@@ -110,7 +110,7 @@ class Workshop:
         ]
         for name, changes in (
             ("abd", {}),
-            ("deep_inversion", {"dreams": "pixels"}),
+            ("deep_inversion", {"dreams": "pixels", "pool": s.recipe.pool // 2}),
             ("lwf_mc", {}),
         ):
             steps.append(("adopt", f"adopt {name}", self._adopt(name, changes)))
