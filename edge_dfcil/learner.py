@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from edge_dfcil import backbones, devices, labels, memory, metrics, planning, storage, training
 from edge_dfcil._version import __version__
+from edge_dfcil.augment import augment
 from edge_dfcil.data import RealBatches, Scan, check_images, read, scan
 from edge_dfcil.dreaming.inversion import Dreamer, Pool, make_pool
 from edge_dfcil.dreaming.pixels import paint
@@ -604,9 +605,18 @@ class Learner:
             outputs = labels.outputs_of(labels.name_targets(set(found), evaluation, classes), self.classes)
             targets["pictures"] = np.array([outputs[target] for target in found])
         # In turns, so that both halves have every class: dreams come sorted.
-        dreams = self.dream(max(MIN_CALIBRATION, 8 * len(self.classes)), progress=progress).numpy()
-        checks["dreams"] = dreams[1::2]
-        return Int8(dreams[::2] if pictures is None else pictures, checks, targets)
+        dreams = self.dream(max(MIN_CALIBRATION, 8 * len(self.classes)), progress=progress)
+        checks["dreams"] = dreams[1::2].numpy()
+        return Int8(self._varied(dreams[::2]) if pictures is None else pictures, checks, targets)
+
+    def _varied(self, dreams: Tensor) -> Any:
+        """Dreams (N, 3, S, S), uint8, each twice, with the brightness, contrast and place of real images in training.
+
+        Dreams have the mean and the spread of real activations, but not their tails, and ranges are made of those.
+        """
+        with devices.seeded(self._seed_of_task(), torch.device("cpu")):
+            varied = augment(torch.cat([dreams, dreams]).float() / 255, self.recipe)
+        return (255 * varied).round().to(torch.uint8).contiguous().numpy()
 
     def _pictures(self, loader: Any) -> tuple[Any, list[Any]]:
         """All images of a loader as an app feeds them to the file (N, 3, S, S), uint8, and their targets."""
@@ -620,7 +630,7 @@ class Learner:
         return np.concatenate(chunks), targets
 
 
-MIN_CALIBRATION = 512  # dreams for an INT8 export, at least: half to calibrate on, half to check
+MIN_CALIBRATION = 1024  # dreams for an INT8 export, at least: half to calibrate on, half to check
 
 
 def _set_statistics(network: Network, mean: Sequence[float] | None, std: Sequence[float] | None) -> bool:

@@ -287,17 +287,21 @@ def make_pool(dreamer: Dreamer, size: int, at_once: int | None = None) -> Pool:
     have = torch.zeros(teacher.n_classes, dtype=torch.long, device=dreamer.wanted.device)
     pool = Pool(size, teacher, dreamer.wanted.device)
     filled = spare = 0  # dreams within their class's quota, from the front; others, from the back, until those need the room
-    for _ in range(TRIES * -(-size // batch_size)):
+    in_vain, once = 0, -(-size // batch_size)
+    for _ in range(TRIES * once):
         dream = dreamer.dream(batch_size)
         one_hot = F.one_hot(dream.labels, teacher.n_classes)
         rank = have[dream.labels] + (one_hot.cumsum(0) * one_hot).sum(1)  # 1 for a class's first dream, and so on
         within = rank <= quota
         have += one_hot[within].sum(0)
+        in_vain = 0 if bool(within.any()) else in_vain + 1
         filled += pool.write(filled, size, dream[within])
         spare = min(spare, size - filled)
         spare += pool.write(filled, size - spare, dream[~within], from_the_back=True)
         if filled == size:
             return pool
+        if in_vain == max(once, TRIES):  # as many dreams as are needed have brought none that is: no more will come
+            break
     pool.close_gap(filled, spare)
     _check_some(pool, dreamer)
     return pool
