@@ -99,7 +99,7 @@ class Workshop:
         steps: list[tuple[str, str, Callable[[], dict[str, Any]]]] = [("teacher", "teacher", self._train)]
         steps.append(("dreams", "dreams", self._page))
         for student in s.students:
-            for source in ("noise", "dreams", "adaptive"):
+            for source in ("adaptive", "dreams", "noise"):
                 steps.append(("distill", f"distill {student} {source}", self._distill(student, source)))
         steps += [
             ("prune", "prune by importance", self._prune(eta=0.0, ratio=s.prune_ratio)),

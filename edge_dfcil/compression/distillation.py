@@ -139,7 +139,6 @@ class _Lesson:
         self._student, self._teacher, self._settings, self._device = student, teacher, settings, learner.device
         total = settings.rounds * settings.dreams
         self._recipe = replace(learner.recipe, pool=total)
-        self._still = replace(self._recipe, brightness=0.0, contrast=0.0)  # dreams are mirrored and shifted only
         self._wanted = torch.arange(teacher.n_classes, device=self._device)
         self._pool, self._filled = Pool(total, teacher, self._device), 0
         self._fresh: Dream | None = None  # what was dreamt last
@@ -201,10 +200,12 @@ class _Lesson:
             yield self._pool[torch.randint(self._filled, (self._settings.batch,), device=self._device)]
 
     def _loss(self, dream: Dream) -> Terms:
-        """Both see the same mirrored and shifted images, so that few dreams teach a lot."""
-        images = augment(dream.images, self._still)
+        """Both see the same images, varied as real ones are in training: few dreams teach a lot, and what they lack of the
+        real ones' light and shade is made up for."""
+        teacher = self._teacher
         with torch.no_grad():
-            before = self._teacher.classify(images)
+            images = teacher.normalize(augment(dream.images * teacher.std + teacher.mean, self._recipe))
+            before = teacher.classify(images)
         return {"distillation": distil(self._student.classify(images), before, self._settings.temperature)}
 
     @torch.no_grad()
