@@ -244,7 +244,7 @@ class Learner:
         try:
             self._cancel.clear()
             begin = time.perf_counter()
-            with memory.Meter(self.device) as meter, devices.seeded(self._seed_of_task(), self.device):
+            with self._measuring() as meter, devices.seeded(self._seed_of_task(), self.device):
                 scanned = scan(loader)
                 meter.exclude()  # what the loader keeps
                 plan = None
@@ -286,7 +286,7 @@ class Learner:
             self._cancel.clear()
             for callback in callbacks:
                 callback.on_plan_begin()
-            with memory.Meter(self.device) as meter, devices.seeded(self._seed_of_task(), self.device):
+            with self._measuring() as meter, devices.seeded(self._seed_of_task(), self.device):
                 scanned = scan(loader)
                 meter.exclude()
                 return self._plan(lambda learner: learner._begin(loader, scanned, classes, relearn)[0], meter)
@@ -294,6 +294,11 @@ class Learner:
             for callback in callbacks:
                 callback.on_exit()
             self._learning.release()
+
+    @contextlib.contextmanager
+    def _measuring(self) -> Iterator[memory.Meter]:
+        with memory.returned_at_once(self.memory_budget), memory.Meter(self.device) as meter:
+            yield meter
 
     def _plan(self, begin: Callable[[Learner], Task], meter: memory.Meter) -> MemoryPlan:
         """A plan within the budget; `begin` lays out the task for a learner, which for remedies is a smaller one."""

@@ -1,7 +1,7 @@
 """Planning a task's memory: measured, not guessed.
 
 The task is rehearsed: a few steps of every stage on a network that is thrown away, with few images at once and then with
-more, until it is known how many fit. The last rehearsal is the plan.
+more, until it is known how many fit. The last rehearsal, of whole batches in as many parts as they will go in, is the plan.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ENOUGH = 16  # with fewer at once, activations are rather recomputed: BatchNorm'
 GROWTH = 4  # of the images at once, at most, from one rehearsal to the next
 REHEARSALS = 8  # at most, of one choice of settings
 STEPS = 3  # of each stage in a rehearsal
-SMALL_POOL = 64  # dreams in a rehearsal's pool
+SMALL_POOL = 16  # dreams in a rehearsal's pool
 
 # The last resort, in order: what the recipe's numbers are divided by.
 SMALLER: tuple[dict[str, int], ...] = ({}, {"pool": 2}, {"pool": 4}, {"pool": 4, "width": 2}, {"pool": 4, "width": 4})
@@ -59,14 +59,26 @@ class Rehearsed:
     can_recompute: bool
 
     @property
+    def own(self) -> int:
+        """What it took above what was held before."""
+        return self.peak - self.base
+
+    def begun_at(self, base: int) -> Rehearsed:
+        """The same as if so much had been held when it began."""
+        more = base - self.base
+        items = self.items | {"scratch": max(0, self.items["scratch"] + more)}
+        return replace(self, base=base, peak=self.peak + more, items=items)
+
+    @property
     def least_an_image(self) -> float:
         """Bytes that one more image takes at least: its activations."""
         return max(1.0, self.items["activations"] / self.at_once)
 
     @property
     def most_an_image(self) -> float:
-        """The same at most: as if all scratch came with the images."""
-        return max(1.0, (self.items["activations"] + self.items["scratch"]) / self.at_once)
+        """The same at most: as if all scratch came with the images, up to twice as much as what is kept of them."""
+        kept = self.items["activations"]
+        return max(1.0, (kept + min(self.items["scratch"], 2 * kept)) / self.at_once)
 
 
 Stages = dict[str, Rehearsed]
@@ -102,8 +114,9 @@ class Planner:
         Raises `TooLarge` when nothing fits.
         """
         limit = float("inf") if budget is None else budget * (1 - MARGIN)
+        last = limit if budget is None else budget * (1 - MARGIN / 2)  # with whole batches, most of the unknown is known
         ways = self._changes()
-        if not self._fits(stages := self.least(), limit):
+        if not _fit(stages := self.least(), limit):
             raise TooLarge(stages)
         for changes in ways:
             recompute: set[str] = set()
@@ -111,20 +124,28 @@ class Planner:
             tight = {name for name, s in stages.items() if s.at_once < min(ENOUGH, s.whole) and s.can_recompute}
             if tight:
                 recompute, stages = tight, self._grown(changes, limit, tight)
-            if self._fits(stages, limit):
+            if _fit(stages := self._begun_now(stages), limit):
+                stages = self._in_whole(stages, changes, last, recompute)
+            if _fit(stages, last):
                 break
         else:
             raise TooLarge(stages)
-        return MemoryPlan(budget, tuple(self._planned(name, s, name in recompute) for name, s in stages.items()), changes)
+        planned = (StagePlan(name, stage.at_once, name in recompute, stage.peak, stage.items) for name, stage in stages.items())
+        return MemoryPlan(budget, tuple(planned), changes)
 
-    def _planned(self, name: str, stage: Rehearsed, recompute: bool) -> StagePlan:
-        peak = self._expected(stage)
-        scratch = max(0, stage.items["scratch"] + peak - stage.peak)
-        return StagePlan(name, stage.at_once, recompute, peak, stage.items | {"scratch": scratch})
+    def _in_whole(self, stages: Stages, changes: dict[str, int], limit: float, recompute: set[str]) -> Stages:
+        """The stages with whole batches, with fewer images at once where the limit is passed after all."""
+        at_once = {name: stage.at_once for name, stage in stages.items()}
+        while True:
+            stages = self._begun_now(self.rehearse(changes, at_once, recompute, in_whole=True))
+            over = [name for name, stage in stages.items() if stage.peak > limit and at_once[name] > FEWEST]
+            if not over:
+                return stages
+            at_once |= {name: max(FEWEST, at_once[name] // 2) for name in over}
 
     def least(self) -> Stages:
         """The stages with the smallest settings there are."""
-        return self.rehearse(self._changes()[-1], {}, None)
+        return self._begun_now(self.rehearse(self._changes()[-1], {}, None))
 
     def _changes(self) -> list[dict[str, int]]:
         task = self.begin()
@@ -151,7 +172,7 @@ class Planner:
             for name, stage in self.rehearse(changes, at_once, recompute).items():
                 grown = stage.at_once - best[name].at_once
                 if grown > 0:
-                    each[name] = max(stage.least_an_image, (_own(stage) - _own(best[name])) / grown)
+                    each[name] = max(stage.least_an_image, (stage.own - best[name].own) / grown)
                 if self._expected(stage) <= limit:
                     best[name] = stage
                 else:
@@ -172,13 +193,21 @@ class Planner:
 
     def _expected(self, stage: Rehearsed) -> int:
         """Its peak if it began now."""
-        return _own(stage) + self.meter.now
+        return stage.own + self.meter.now
 
-    def _fits(self, stages: Stages, limit: float) -> bool:
-        return all(self._expected(stage) <= limit for stage in stages.values())
+    def _begun_now(self, stages: Stages) -> Stages:
+        now = self.meter.now
+        return {name: stage.begun_at(now) for name, stage in stages.items()}
 
-    def rehearse(self, changes: dict[str, int], at_once: Mapping[str, int], recompute: set[str] | None) -> Stages:
-        """A few steps of each stage, with as many images at once as named, or else the fewest; None recomputes all it can."""
+    def rehearse(
+        self, changes: dict[str, int], at_once: Mapping[str, int], recompute: set[str] | None, in_whole: bool = False
+    ) -> Stages:
+        """A few steps of each stage, with as many images at once as named, or else the fewest; None recomputes all it can.
+
+        Batches are cut to two parts, which tells what more would take, unless they are wanted in whole: their many small
+        parts leave the heap in pieces.
+        """
+        base = self.meter.now
         task = self.begin()
         recipe = replace(task.recipe, **changes)  # type: ignore[arg-type]
         task.batches = task.batches.first()
@@ -195,28 +224,26 @@ class Planner:
             refine_min_steps=STEPS,
         )
         found: Stages = {}
-        base = self.meter.now
         for stage in measured(training.stages(task, self.method), self.meter):
             stage.steps = min(stage.steps, STEPS)
             stage.at_once = at_once.get(stage.name, FEWEST)
             stage.recompute = recompute is None or stage.name in recompute
-            watch = _Watch(stage, task)
+            watch = _Watch(stage, task, in_whole)
             training.fit(stage, task.device, (), self.cancelled)
             found[stage.name] = watch.found(self.meter.peak, base, recipe.pool)
         return found
 
 
-def _own(stage: Rehearsed) -> int:
-    """What a stage took above what was held before."""
-    return stage.peak - stage.base
+def _fit(stages: Stages, limit: float) -> bool:
+    return all(stage.peak <= limit for stage in stages.values())
 
 
 class _Watch:
-    """Looks on while a stage is rehearsed: shortens its largest batches to two parts, and counts what is kept for
-    the backward pass."""
+    """Looks on while a stage is rehearsed: shortens its largest batches to two parts, unless told not to, and counts what is
+    kept for the backward pass."""
 
-    def __init__(self, stage: Stage, task: Task) -> None:
-        self._stage, self._task, self._loss = stage, task, stage.loss
+    def __init__(self, stage: Stage, task: Task, in_whole: bool) -> None:
+        self._stage, self._task, self._loss, self._in_whole = stage, task, stage.loss, in_whole
         self._batches, self._whole, self._activations = stage.batches, 0, 0
         modules = [task.student, *([task.teacher] if task.teacher else []), *stage.trains]
         self._weights = {tensor.untyped_storage().data_ptr() for module in modules for tensor in module.parameters()}
@@ -226,8 +253,9 @@ class _Watch:
         for number, batch in enumerate(self._batches):
             self._whole = max(self._whole, len(batch))
             at_once = self._stage.at_once or len(batch)
-            # Two parts tell what more would take. A batch of another size, the last of a loader, goes in parts of its own.
-            yield batch[: 2 * at_once] if number == 0 or len(batch) == self._whole else batch
+            # A batch of another size, the last of a loader, goes in parts of its own.
+            cut = not self._in_whole and (number == 0 or len(batch) == self._whole)
+            yield batch[: 2 * at_once] if cut else batch
 
     def _watched(self, part: Any) -> Terms:
         kept: dict[int, int] = {}
