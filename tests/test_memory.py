@@ -80,6 +80,28 @@ class TestPlan:
         with pytest.raises(Cancelled):
             learnt.plan(Loader([batch]), NAMES)
 
+    def test_counts_the_weights_of_a_large_network(self):
+        """In a process of its own. Weights, gradients and momentum are most of what a network of 45 MB takes."""
+        done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)
+        weights, planned, taken = json.loads(done.stdout)
+        assert planned > 3 * weights
+        assert planned == pytest.approx(taken, rel=0.2)
+
+
+LARGE = """
+import json, torch
+torch.set_num_threads(1)
+from edge_dfcil import Learner
+from tests.conftest import QUICK
+
+torch.manual_seed(0)
+loader = [(torch.rand(8, 3, 32, 32), torch.arange(8) % 2)] * 6
+learner = Learner("resnet18", image_size=32, recipe=QUICK, device="cpu", memory_budget="400MB")
+report = learner.learn_task(loader, ["a", "b"], progress=False)
+weights = sum(p.nbytes for p in learner.network.parameters())
+print(json.dumps([weights, report.plan.peak_bytes, report.stages[0].peak_bytes]))
+"""
+
 
 class TestRefusal:
     def test_says_what_is_needed_and_what_would_help(self, learnt, train):
