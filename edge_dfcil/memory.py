@@ -147,7 +147,7 @@ def give_back(device: torch.device) -> None:
 # Holding
 
 M_MMAP_THRESHOLD = -3  # of mallopt
-LARGE = 10**6  # bytes from which a tensor is returned to the system when it is freed
+LARGE = 1 / 64  # of a budget: a tensor that takes so much is returned to the system when it is freed
 USUAL = 32 * 2**20  # what glibc lets its own threshold grow to, as tensors come and go
 
 
@@ -156,13 +156,13 @@ def returned_at_once(budget: int | None) -> Iterator[None]:
     """Under a budget glibc returns large tensors to the system as soon as they are freed.
 
     Else its threshold for that grows with what is freed, and its heap keeps holes: a fifth more memory for the same steps,
-    and how much is not known beforehand. A lower threshold saves a little more and costs a new mapping for every tensor.
+    and how much is not known beforehand. For small tensors that would save little, and a new mapping for each costs time.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if budget is not None and sys.platform == "linux" else None
-    if mallopt is None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None or budget is None:
         yield
         return
-    mallopt(M_MMAP_THRESHOLD, LARGE)
+    mallopt(M_MMAP_THRESHOLD, int(LARGE * budget))
     try:
         yield
     finally:

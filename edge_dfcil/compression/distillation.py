@@ -43,6 +43,9 @@ class Distillation:
     # "adaptive" dreams compete with the student from the second round on; "noise" is the baseline: no dreams at all.
     source: Literal["adaptive", "dreams", "noise"] = "adaptive"
     quality: Literal["fast", "best"] = "fast"  # of the dreams: by a generator, or pixel by pixel
+    # Ours, after DistilBERT (Sanh et al., 2019): the student begins with the teacher's tensors of the same name and shape, so
+    # that a shorter network of the same family has only to make up for the layers that it lacks.
+    inherit: bool = True
 
     def __post_init__(self) -> None:
         for name in ("rounds", "dreams", "generator_steps", "steps", "batch"):
@@ -93,6 +96,8 @@ def distill(
     before = learner.evaluate(evaluation, classes).accuracy if evaluation is not None else None
     with shown(callbacks, progress) as callbacks, devices.seeded(learner.seed, learner.device):
         network = student.network.grown(0)
+        if settings.inherit:
+            _inherit(network, learner.network)
         stages, agreement = teach(network, learner.network.frozen(), learner, settings, callbacks)
     student = student.having(network.eval(), student.backbone)
     after = student.evaluate(evaluation, classes).accuracy if evaluation is not None else None
@@ -106,6 +111,12 @@ def distill(
         seconds=time.perf_counter() - begin,
         stages=tuple(stages),
     )
+
+
+def _inherit(student: nn.Module, teacher: nn.Module) -> None:
+    """Copies the teacher's tensors that the student has by the same name and in the same shape."""
+    before, own = teacher.state_dict(), student.state_dict()
+    student.load_state_dict({n: before[n] if n in before and before[n].shape == t.shape else t for n, t in own.items()})
 
 
 def parameters(network: nn.Module) -> int:
