@@ -32,8 +32,8 @@ MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100's, f
 
 
 RECIPE = replace(RECIPES["edge"], first_epochs=24, learning_rate=0.05, pixel_steps=200)
-LESSON = Distillation(rounds=12, dreams=768, steps=300)
-REPAIR = Distillation(rounds=4, dreams=640, steps=200, learning_rate=0.02)
+LESSON = Distillation(rounds=4, dreams=1024, generator_steps=100, steps=200)
+REPAIR = Distillation(rounds=4, learning_rate=0.02)
 
 
 @dataclass(frozen=True)

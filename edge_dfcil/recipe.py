@@ -149,6 +149,7 @@ EDGE = replace(
     pixel_batch=128,
     pixel_learning_rate=0.1,
     pixel_statistics=1.0,  # with few steps and small batches, 10 leaves the class no say
+    competition=1.0,  # with few steps, 10 leaves the statistics no say: a student learns nothing from what is dreamt then
     pool=2560,
     refine_epochs=2,
     refine_min_steps=150,

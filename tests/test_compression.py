@@ -70,11 +70,19 @@ def test_it_is_the_same_under_one_seed_and_leaves_the_callers_random_state_alone
 
 
 def test_noise_teaches_less(able, known):
-    _, dreamt = distill(able, "resnet8", settings=SHORT, evaluation=known, classes=NAMES, progress=False)
-    noise = replace(SHORT, source="noise")
+    scratch = replace(SHORT, inherit=False)
+    _, dreamt = distill(able, "resnet8", settings=scratch, evaluation=known, classes=NAMES, progress=False)
+    noise = replace(scratch, source="noise")
     _, random = distill(able, "resnet8", settings=noise, evaluation=known, classes=NAMES, progress=False)
     assert random.dreams == 0
     assert random.accuracy[1] < dreamt.accuracy[1]
+
+
+def test_a_student_begins_with_what_it_shares_with_its_teacher(able):
+    still = replace(SHORT, rounds=1, steps=1, learning_rate=1e-9)
+    for inherit, share in ((True, 0.9), (False, 0.7)):
+        _, report = distill(able, "resnet8", settings=replace(still, inherit=inherit), progress=False)
+        assert (report.agreement > share) == inherit
 
 
 def test_pixel_dreams_teach_too(able):

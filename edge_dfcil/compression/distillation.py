@@ -38,7 +38,7 @@ class Distillation:
     generator_steps: int = 80  # a round, from the second one on; the first has the recipe's
     steps: int = 200  # of the student, a round
     batch: int = 64
-    learning_rate: float = 0.1  # SGD, the peak of one cycle over all rounds
+    learning_rate: float = 0.05  # SGD, the peak of one cycle over all rounds
     temperature: float = 3.0
     # "adaptive" dreams compete with the student from the second round on; "noise" is the baseline: no dreams at all.
     source: Literal["adaptive", "dreams", "noise"] = "adaptive"
