@@ -71,8 +71,8 @@ class Rehearsed:
 
     @property
     def least_an_image(self) -> float:
-        """Bytes that one more image takes at least: its activations."""
-        return max(1.0, self.items["activations"] / self.at_once)
+        """Bytes that one more image takes at least: its activations, and half as much for their gradients on the way back."""
+        return max(1.0, 1.5 * self.items["activations"] / self.at_once)
 
     @property
     def most_an_image(self) -> float:
@@ -82,6 +82,20 @@ class Rehearsed:
 
 
 Stages = dict[str, Rehearsed]
+
+
+class _Enough(training.Callback):
+    """Ends a stage's rehearsal once it has passed the limit: that it does not fit is known then."""
+
+    class Reached(Exception):
+        pass
+
+    def __init__(self, meter: Meter, limit: float) -> None:
+        self._meter, self._limit = meter, limit
+
+    def on_step_end(self, stage: Stage, step: int, losses: Mapping[str, Tensor], images: int) -> None:
+        if self._meter.peak > self._limit:
+            raise _Enough.Reached
 
 
 class TooLarge(Exception):
@@ -137,7 +151,7 @@ class Planner:
         """The stages with whole batches, with fewer images at once where the limit is passed after all."""
         at_once = {name: stage.at_once for name, stage in stages.items()}
         while True:
-            stages = self._begun_now(self.rehearse(changes, at_once, recompute, in_whole=True))
+            stages = self._begun_now(self.rehearse(changes, at_once, recompute, limit, in_whole=True))
             over = [name for name, stage in stages.items() if stage.peak > limit and at_once[name] > FEWEST]
             if not over:
                 return stages
@@ -145,7 +159,7 @@ class Planner:
 
     def least(self) -> Stages:
         """The stages with the smallest settings there are."""
-        return self._begun_now(self.rehearse(self._changes()[-1], {}, None))
+        return self._begun_now(self.rehearse(self._changes()[-1], {}, None, float("inf")))
 
     def _changes(self) -> list[dict[str, int]]:
         task = self.begin()
@@ -162,14 +176,14 @@ class Planner:
 
         Grows from few, by the room that is left over the most that an image has been seen to take.
         """
-        best = self.rehearse(changes, {}, recompute)
+        best = self.rehearse(changes, {}, recompute, limit)
         each = {name: stage.most_an_image for name, stage in best.items()}
         ceiling = {name: stage.whole + 1 for name, stage in best.items()}
         for _ in range(REHEARSALS):
             at_once = {name: self._more(stage, each[name], limit, ceiling[name]) for name, stage in best.items()}
             if all(at_once[name] == stage.at_once for name, stage in best.items()):
                 break
-            for name, stage in self.rehearse(changes, at_once, recompute).items():
+            for name, stage in self.rehearse(changes, at_once, recompute, limit).items():
                 grown = stage.at_once - best[name].at_once
                 if grown > 0:
                     each[name] = max(stage.least_an_image, (stage.own - best[name].own) / grown)
@@ -200,12 +214,17 @@ class Planner:
         return {name: stage.begun_at(now) for name, stage in stages.items()}
 
     def rehearse(
-        self, changes: dict[str, int], at_once: Mapping[str, int], recompute: set[str] | None, in_whole: bool = False
+        self,
+        changes: dict[str, int],
+        at_once: Mapping[str, int],
+        recompute: set[str] | None,
+        limit: float,
+        in_whole: bool = False,
     ) -> Stages:
         """A few steps of each stage, with as many images at once as named, or else the fewest; None recomputes all it can.
 
         Batches are cut to two parts, which tells what more would take, unless they are wanted in whole: their many small
-        parts leave the heap in pieces.
+        parts leave the heap in pieces. A stage that passes the limit, in bytes, is not rehearsed further.
         """
         base = self.meter.now
         task = self.begin()
@@ -229,7 +248,10 @@ class Planner:
             stage.at_once = at_once.get(stage.name, FEWEST)
             stage.recompute = recompute is None or stage.name in recompute
             watch = _Watch(stage, task, in_whole)
-            training.fit(stage, task.device, (), self.cancelled)
+            try:
+                training.fit(stage, task.device, [_Enough(self.meter, limit)], self.cancelled)
+            except _Enough.Reached:
+                stage.optimizer.zero_grad(set_to_none=True)
             found[stage.name] = watch.found(self.meter.peak, base, recipe.pool)
         return found
 
