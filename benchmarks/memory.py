@@ -314,6 +314,11 @@ def _growth(done: Found) -> str:
     return "### Task after task\n\n" + "\n".join(lines) if lines else ""
 
 
+def has_replay(found: dict[str, Any]) -> bool:
+    """Whether there is anything to plot."""
+    return bool(_of(found["cells"], "replay"))
+
+
 def plot(found: dict[str, Any], axes: Any) -> None:
     """Bytes at rest by image size, a line a method: model and what is kept beside it."""
     for method in METHODS:

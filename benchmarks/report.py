@@ -51,10 +51,12 @@ def write(folder: Path) -> str:
     if (timed := _measured(folder / speed.FILE)) is not None:
         parts += ["## Speed", speed.describe(timed)]
     if (held := _measured(folder / memory.FILE)) is not None:
-        figure, axes = _figure()
-        memory.plot(held, axes)
-        figure.savefig(folder / "memory.png", dpi=150)
-        parts += ["## Memory", memory.describe(held), "![bytes kept by image size](memory.png)"]
+        parts += ["## Memory", memory.describe(held)]
+        if memory.has_replay(held):
+            figure, axes = _figure()
+            memory.plot(held, axes)
+            figure.savefig(folder / "memory.png", dpi=150)
+            parts += ["![bytes kept by image size](memory.png)"]
     if (made := _measured(folder / workshop.FILE)) is not None:
         parts += ["## Workshop", workshop.describe(made)]
     if (answers := _measured(folder / latency.FILE)) is not None:
