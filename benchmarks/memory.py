@@ -244,18 +244,16 @@ def _budget_cells(runs: dict[Cell, Any], free: dict[Cell, Any], budget: int | No
             return f"refused: {needs} | | | | | | | "
     tasks = [task for one in runs.values() for task in one["tasks"]]
     last = next(iter(runs.values()))["tasks"][-1]
-    planned, reached = max((plan_and_peak(task) for task in tasks), key=lambda pair: abs(pair[0] / pair[1] - 1))
+    planned, reached = max((_plan_and_peak(task) for task in tasks), key=lambda pair: abs(pair[0] / pair[1] - 1))
     peaks = [max(task["kernel_peak"] for task in one["tasks"]) for one in runs.values()]
     within = f"{sum(peak <= budget for peak in peaks)} of {len(peaks)}" if budget else ""
     at_once = "/".join(str(stage["at_once"] or "all") for stage in last["stages"])
     shown = f"{planned / 1e6:.0f} | {reached / 1e6:.0f}" if budget else " | "
-    accuracy = (
-        f"{100 * _accuracy_of(runs):.1f} | {100 * _accuracy_of(free):.1f}" if free else f"{100 * _accuracy_of(runs):.1f} | "
-    )
+    accuracy = " | ".join(f"{100 * _accuracy_of(ones):.1f}" if ones else "" for ones in (runs, free))
     return f"{shown} | {max(peaks) / 1e6:.0f} | {within} | {at_once} | {_slower(runs, free)} | {accuracy}"
 
 
-def plan_and_peak(task: dict[str, Any]) -> tuple[int, int]:
+def _plan_and_peak(task: dict[str, Any]) -> tuple[int, int]:
     """Bytes that a task's plan expects of its largest stage, and those that its largest stage took."""
     return task["planned_peak"] or 1, max(stage["peak_bytes"] for stage in task["stages"])
 

@@ -138,9 +138,9 @@ class Planner:
             tight = {name for name, s in stages.items() if s.at_once < min(ENOUGH, s.whole) and s.can_recompute}
             if tight:
                 recompute, stages = tight, self._grown(changes, limit, tight)
-            if _fit(stages := self._begun_now(stages), limit):
-                stages = self._in_whole(stages, changes, last, recompute)
-            if _fit(stages, last):
+            if not _fit(stages := self._begun_now(stages), limit):
+                continue
+            if _fit(stages := self._in_whole(stages, changes, last, recompute), last):
                 break
         else:
             raise TooLarge(stages)
