@@ -24,7 +24,7 @@ from edge_dfcil import RECIPES, BudgetError, Learner
 from edge_dfcil.memory import give_back, held, parse
 
 FILE = "memory.json"
-BUDGETS = ("96MB", "128MB", "192MB", "256MB", "512MB", None)
+BUDGETS = ("16MB", "96MB", "128MB", "192MB", "256MB", "512MB", None)
 NETWORKS = (("resnet32", 32), ("mobilenet_v3_small", 64), ("mobilenet_v3_small", 96), ("resnet18", 64))
 SIZES = (("resnet32", 32), *(("mobilenet_v3_small", size) for size in (64, 96, 128, 224)))
 METHODS = ("abd", "deep_inversion", "dgr", "rehearsal", "rehearsal_jpeg")
@@ -126,7 +126,8 @@ def measure(cell: Cell, data: Path) -> dict[str, Any]:
         try:
             report = learner.learn_task(part, loaded.names)
         except BudgetError as error:
-            return {"refused": str(error), "tasks": tasks}
+            ended = "refused" if "nothing was trained" in str(error) else "failed"
+            return {ended: str(error), "tasks": tasks}
         kernel = machine.peak(learner.device) - before
         give_back(learner.device)
         evaluation = learner.evaluate(loaded.part("test", order[: (task + 1) * cell.classes], 250), loaded.names)
@@ -242,6 +243,8 @@ def _budget_cells(runs: dict[Cell, Any], free: dict[Cell, Any], budget: int | No
         if "refused" in one:
             needs = one["refused"].split("stage ", 1)[1].split(" even", 1)[0]
             return f"refused: {needs} | | | | | | | "
+        if "failed" in one:
+            return f"failed while learning: {one['failed']} | | | | | | | "
     tasks = [task for one in runs.values() for task in one["tasks"]]
     last = next(iter(runs.values()))["tasks"][-1]
     planned, reached = max((_plan_and_peak(task) for task in tasks), key=lambda pair: abs(pair[0] / pair[1] - 1))
