@@ -154,11 +154,13 @@ def run_speed(as_json: bool, quick: bool, out: Path, device: str) -> None:
 @click.option(
     "--kinds", default="growth,replay,budget,accuracy", show_default=True, help="What to run; those done already are kept."
 )
+@click.option("--seeds", default="0,1,2", show_default=True, help="Of the kinds that have more than one.")
 @RESULTS
-def run_memory(data: Path, kinds: str, out: Path) -> None:
+def run_memory(data: Path, kinds: str, seeds: str, out: Path) -> None:
     """Plans against peaks under budgets, bytes kept against replay, and whether memory grows; resumable at any run."""
     out.mkdir(parents=True, exist_ok=True)
-    click.echo(memories.describe(memories.run(kinds.split(","), data, out, lambda line: click.echo(line, err=True))))
+    chosen = [cell for cell in memories.cells(kinds.split(",")) if cell.seed in map(int, seeds.split(","))]
+    click.echo(memories.describe(memories.run(chosen, data, out, lambda line: click.echo(line, err=True))))
 
 
 @main.command("workshop")

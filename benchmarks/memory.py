@@ -78,11 +78,11 @@ def cells(kinds: list[str]) -> Iterator[Cell]:
     return (cell for cell in everything if cell.kind in kinds)
 
 
-def run(kinds: list[str], data: Path, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Runs every cell that the result file does not hold yet, each in a new process."""
+def run(chosen: list[Cell], data: Path, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Runs every chosen cell that the result file does not hold yet, each in a new process."""
     path = out / FILE
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cells": {}}
-    for cell in cells(kinds):
+    for cell in chosen:
         if cell.key in found["cells"]:
             continue
         say(cell.key)
