@@ -34,6 +34,25 @@ SMALLER: tuple[dict[str, int], ...] = ({}, {"pool": 2}, {"pool": 4}, {"pool": 4,
 
 
 @dataclass(frozen=True)
+class Way:
+    """How to rehearse a task.
+
+    Attributes
+    ----------
+    changes
+        What to put in place of the recipe's numbers.
+    recompute
+        Stages that compute their activations again instead of keeping them; None: all that can.
+    limit
+        Bytes above the level; a stage that passes them is not rehearsed further.
+    """
+
+    changes: dict[str, int]
+    recompute: frozenset[str] | None = frozenset()
+    limit: float = float("inf")
+
+
+@dataclass(frozen=True)
 class Rehearsed:
     """What a rehearsal found of a stage.
 
@@ -133,33 +152,32 @@ class Planner:
         if not _fit(stages := self.least(), limit):
             raise TooLarge(stages)
         for changes in ways:
-            recompute: set[str] = set()
-            stages = self._grown(changes, limit, recompute)
-            tight = {name for name, s in stages.items() if s.at_once < min(ENOUGH, s.whole) and s.can_recompute}
+            stages = self._grown(way := Way(changes, limit=limit))
+            tight = frozenset(name for name, s in stages.items() if s.at_once < min(ENOUGH, s.whole) and s.can_recompute)
             if tight:
-                recompute, stages = tight, self._grown(changes, limit, tight)
+                stages = self._grown(way := replace(way, recompute=tight))
             if not _fit(stages := self._begun_now(stages), limit):
                 continue
-            if _fit(stages := self._in_whole(stages, changes, last, recompute), last):
+            if _fit(stages := self._in_whole(stages, replace(way, limit=last)), last):
                 break
         else:
             raise TooLarge(stages)
-        planned = (StagePlan(name, stage.at_once, name in recompute, stage.peak, stage.items) for name, stage in stages.items())
+        planned = (StagePlan(name, stage.at_once, name in tight, stage.peak, stage.items) for name, stage in stages.items())
         return MemoryPlan(budget, tuple(planned), changes)
 
-    def _in_whole(self, stages: Stages, changes: dict[str, int], limit: float, recompute: set[str]) -> Stages:
+    def _in_whole(self, stages: Stages, way: Way) -> Stages:
         """The stages with whole batches, with fewer images at once where the limit is passed after all."""
         at_once = {name: stage.at_once for name, stage in stages.items()}
         while True:
-            stages = self._begun_now(self.rehearse(changes, at_once, recompute, limit, in_whole=True))
-            over = [name for name, stage in stages.items() if stage.peak > limit and at_once[name] > FEWEST]
+            stages = self._begun_now(self.rehearse(way, at_once, in_whole=True))
+            over = [name for name, stage in stages.items() if stage.peak > way.limit and at_once[name] > FEWEST]
             if not over:
                 return stages
             at_once |= {name: max(FEWEST, at_once[name] // 2) for name in over}
 
     def least(self) -> Stages:
         """The stages with the smallest settings there are."""
-        return self._begun_now(self.rehearse(self._changes()[-1], {}, None, float("inf")))
+        return self._begun_now(self.rehearse(Way(self._changes()[-1], recompute=None), {}))
 
     def _changes(self) -> list[dict[str, int]]:
         task = self.begin()
@@ -171,23 +189,23 @@ class Planner:
         ]
         return [changes for number, changes in enumerate(found) if changes not in found[:number]]
 
-    def _grown(self, changes: dict[str, int], limit: float, recompute: set[str]) -> Stages:
+    def _grown(self, way: Way) -> Stages:
         """Every stage with the most images at once that stay below the limit, and the fewest if none do.
 
         Grows from few, by the room that is left over the most that an image has been seen to take.
         """
-        best = self.rehearse(changes, {}, recompute, limit)
+        best = self.rehearse(way, {})
         each = {name: stage.most_an_image for name, stage in best.items()}
         ceiling = {name: stage.whole + 1 for name, stage in best.items()}
         for _ in range(REHEARSALS):
-            at_once = {name: self._more(stage, each[name], limit, ceiling[name]) for name, stage in best.items()}
+            at_once = {name: self._more(stage, each[name], way.limit, ceiling[name]) for name, stage in best.items()}
             if all(at_once[name] == stage.at_once for name, stage in best.items()):
                 break
-            for name, stage in self.rehearse(changes, at_once, recompute, limit).items():
+            for name, stage in self.rehearse(way, at_once).items():
                 grown = stage.at_once - best[name].at_once
                 if grown > 0:
                     each[name] = max(stage.least_an_image, (stage.own - best[name].own) / grown)
-                if self._expected(stage) <= limit:
+                if self._expected(stage) <= way.limit:
                     best[name] = stage
                 else:
                     ceiling[name] = stage.at_once
@@ -213,22 +231,15 @@ class Planner:
         now = self.meter.now
         return {name: stage.begun_at(now) for name, stage in stages.items()}
 
-    def rehearse(
-        self,
-        changes: dict[str, int],
-        at_once: Mapping[str, int],
-        recompute: set[str] | None,
-        limit: float,
-        in_whole: bool = False,
-    ) -> Stages:
-        """A few steps of each stage, with as many images at once as named, or else the fewest; None recomputes all it can.
+    def rehearse(self, way: Way, at_once: Mapping[str, int], in_whole: bool = False) -> Stages:
+        """A few steps of each stage, with as many images at once as named, or else the fewest.
 
         Batches are cut to two parts, which tells what more would take, unless they are wanted in whole: their many small
-        parts leave the heap in pieces. A stage that passes the limit, in bytes, is not rehearsed further.
+        parts leave the heap in pieces.
         """
         base = self.meter.now
         task = self.begin()
-        recipe = replace(task.recipe, **changes)  # type: ignore[arg-type]
+        recipe = replace(task.recipe, **way.changes)  # type: ignore[arg-type]
         task.batches = task.batches.first()
         if task.teacher is not None and task.remembers:
             task.old = torch.arange(task.teacher.n_classes, device=task.device)  # an untrained generator may miss the others
@@ -246,10 +257,10 @@ class Planner:
         for stage in measured(training.stages(task, self.method), self.meter):
             stage.steps = min(stage.steps, STEPS)
             stage.at_once = at_once.get(stage.name, FEWEST)
-            stage.recompute = recompute is None or stage.name in recompute
+            stage.recompute = way.recompute is None or stage.name in way.recompute
             watch = _Watch(stage, task, in_whole)
             try:
-                training.fit(stage, task.device, [_Enough(self.meter, limit)], self.cancelled)
+                training.fit(stage, task.device, [_Enough(self.meter, way.limit)], self.cancelled)
             except _Enough.Reached:
                 stage.optimizer.zero_grad(set_to_none=True)
             found[stage.name] = watch.found(self.meter.peak, base, recipe.pool)
