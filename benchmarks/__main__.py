@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from benchmarks import accuracy, datasets, steps
+from benchmarks import accuracy, datasets, memory_tables, steps
 from benchmarks import latency as latencies
 from benchmarks import memory as memories
 from benchmarks import report as reports
@@ -160,7 +160,7 @@ def run_memory(data: Path, kinds: str, seeds: str, out: Path) -> None:
     """Plans against peaks under budgets, bytes kept against replay, and whether memory grows; resumable at any run."""
     out.mkdir(parents=True, exist_ok=True)
     chosen = [cell for cell in memories.cells(kinds.split(",")) if cell.seed in map(int, seeds.split(","))]
-    click.echo(memories.describe(memories.run(chosen, data, out, lambda line: click.echo(line, err=True))))
+    click.echo(memory_tables.describe(memories.run(chosen, data, out, lambda line: click.echo(line, err=True))))
 
 
 @main.command("workshop")

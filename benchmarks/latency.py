@@ -129,3 +129,14 @@ def describe(found: dict[str, Any]) -> str:
         f"with torch, {start['torch'] / start['onnx']:.1f} times as long.",
     ]
     return "\n".join(lines)
+
+
+def summary(found: dict[str, Any]) -> str:
+    """The findings in short, for the README."""
+    column = next(iter(found["seconds"]))
+    seconds, start = found["seconds"][column], found["start"]
+    forms = ", ".join(f"{name} {seconds[BASE] / value:.1f}" for name, value in seconds.items() if name.startswith("onnx"))
+    return (
+        f"Times as fast as torch eager ({found['backbone']}, {column}): {forms}. From the start of a process to its first "
+        f"answer: {start['onnx']:.2f} s with ONNX Runtime alone, {start['torch']:.2f} s with torch."
+    )

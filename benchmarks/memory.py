@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from torchvision.io import encode_jpeg
 from benchmarks import datasets, machine, yardsticks
 from benchmarks.yardsticks.rehearsal_jpeg import QUALITY
 from edge_dfcil import RECIPES, BudgetError, Learner
-from edge_dfcil.memory import give_back, held, parse
+from edge_dfcil.memory import give_back, held
 
 FILE = "memory.json"
 BUDGETS = ("16MB", "96MB", "128MB", "192MB", "256MB", "512MB", None)
@@ -189,145 +188,6 @@ def kept(learner: Learner, method: str | yardsticks.Yardstick, image_size: int) 
     if "bytes" in method.kept:
         return {"model": model, "more": sum(len(encode_jpeg(image, QUALITY)) for image in photographs(image_size, STORED))}
     return {"model": model, "more": method.bytes_kept}
-
-
-# Telling
-
-Found = dict[str, dict[str, Any]]  # cells by key
-
-
-def describe(found: dict[str, Any]) -> str:
-    """The findings as Markdown."""
-    done: Found = found["cells"]
-    parts = [
-        f"Each run in a process of its own ({found['machine']['processor']}, {found['machine']['threads']} threads, torch "
-        f"{found['versions']['torch']}). Bytes are above what the process held when `learn_task` was called; peaks are the "
-        "kernel's own count, the highest of both tasks and of all seeds.",
-        *(table for table in (_budgets(done), _accuracy(done), _replay(done), _growth(done)) if table),
-    ]
-    return "\n\n".join(parts)
-
-
-def _of(done: Found, kind: str, **wanted: Any) -> dict[Cell, dict[str, Any]]:
-    chosen = {cell: done[cell.key] for cell in cells([kind]) if cell.key in done}
-    return {cell: one for cell, one in chosen.items() if all(getattr(cell, name) == value for name, value in wanted.items())}
-
-
-def _table(title: str, note: str, head: str, rows: list[str]) -> str:
-    line = "|---" * (head.count("|") - 1) + "|"
-    return "\n".join([f"### {title}", "", note, "", head, line, *rows]) if rows else ""
-
-
-def _budgets(done: Found) -> str:
-    rows = []
-    for backbone, size in NETWORKS:
-        free = _of(done, "budget", backbone=backbone, image_size=size, budget=None)
-        for budget in BUDGETS:
-            runs = _of(done, "budget", backbone=backbone, image_size=size, budget=budget)
-            if runs:
-                rows.append(f"| {backbone}, {size} px | {budget or 'none'} | {_budget_cells(runs, free, parse(budget))} |")
-    head = (
-        "| network | budget | planned, MB | reached, MB | highest, MB | within | images at once (dream/learn/refine) "
-        "| seconds a step over none | accuracy after two tasks, % | the same without a budget, % |"
-    )
-    note = (
-        "Two tasks of 2 classes, 128 images each, six epochs, batches of 64. Planned is what the plan expects of the largest "
-        "stage, reached what the largest stage took, both of the run in which they differ most; highest is of everything, the "
-        "planning included, and must be within the budget. After so few steps accuracy tells large differences only."
-    )
-    return _table("Under a budget", note, head, rows)
-
-
-def _budget_cells(runs: dict[Cell, Any], free: dict[Cell, Any], budget: int | None) -> str:
-    for one in runs.values():
-        if "refused" in one:
-            needs = one["refused"].split("stage ", 1)[1].split(" even", 1)[0]
-            return f"refused: {needs} | | | | | | | "
-        if "failed" in one:
-            return f"failed while learning: {one['failed']} | | | | | | | "
-    tasks = [task for one in runs.values() for task in one["tasks"]]
-    last = next(iter(runs.values()))["tasks"][-1]
-    planned, reached = max((_plan_and_peak(task) for task in tasks), key=lambda pair: abs(pair[0] / pair[1] - 1))
-    peaks = [max(task["kernel_peak"] for task in one["tasks"]) for one in runs.values()]
-    within = f"{sum(peak <= budget for peak in peaks)} of {len(peaks)}" if budget else ""
-    at_once = "/".join(str(stage["at_once"] or "all") for stage in last["stages"])
-    shown = f"{planned / 1e6:.0f} | {reached / 1e6:.0f}" if budget else " | "
-    accuracy = " | ".join(f"{100 * _accuracy_of(ones):.1f}" if ones else "" for ones in (runs, free))
-    return f"{shown} | {max(peaks) / 1e6:.0f} | {within} | {at_once} | {_slower(runs, free)} | {accuracy}"
-
-
-def _plan_and_peak(task: dict[str, Any]) -> tuple[int, int]:
-    """Bytes that a task's plan expects of its largest stage, and those that its largest stage took."""
-    return task["planned_peak"] or 1, max(stage["peak_bytes"] for stage in task["stages"])
-
-
-def _slower(runs: dict[Cell, Any], free: dict[Cell, Any]) -> str:
-    """Seconds a step of the second task's learning, over those without a budget, same seed."""
-    by_seed = {cell.seed: one for cell, one in free.items()}
-    ratios = [_step(one) / _step(by_seed[cell.seed]) for cell, one in runs.items() if cell.seed in by_seed]
-    return f"{mean(ratios):.2f}" if ratios else ""
-
-
-def _step(one: dict[str, Any]) -> float:
-    learn = next(stage for stage in one["tasks"][-1]["stages"] if stage["name"] == "learn")
-    return float(learn["seconds"] / learn["steps"])
-
-
-def _accuracy_of(runs: dict[Cell, Any]) -> float:
-    return mean(one["tasks"][-1]["accuracy"] for one in runs.values())
-
-
-def _accuracy(done: Found) -> str:
-    rows, free = [], _of(done, "accuracy", budget=None)
-    for budget in ("128MB", None) if free else ():
-        runs = _of(done, "accuracy", budget=budget)
-        each = ", ".join(f"{100 * one['tasks'][-1]['accuracy']:.1f}" for one in runs.values())
-        peak = max(task["kernel_peak"] for one in runs.values() for task in one["tasks"]) / 1e6
-        rows.append(f"| {budget or 'none'} | {100 * _accuracy_of(runs):.1f} | {each} | {peak:.0f} | {_slower(runs, free)} |")
-    head = "| budget | accuracy after two tasks, % | each seed | measured peak, MB | seconds a step over none |"
-    note = "resnet32, two tasks of 10 classes of CIFAR-100, all images, batches of 64, recipe `edge` with four epochs."
-    return _table("What a budget costs", note, head, rows)
-
-
-def _replay(done: Found) -> str:
-    rows = []
-    for cell, one in _of(done, "replay").items():
-        model, more, peak = one["kept"]["model"], one["kept"]["more"], one["tasks"][-1]["kernel_peak"]
-        shown = " | ".join(f"{value / 1e6:.1f}" for value in (model, more, peak))
-        rows.append(f"| {cell.image_size} px, {cell.backbone} | {cell.method} | {shown} |")
-    head = "| images | method | model, MB | kept beside it, MB | peak while learning, MB |"
-    note = (
-        f"Replay keeps {STORED:,} images, as pixels or as JPEG of quality {QUALITY} (crops of scikit-learn's two photographs); "
-        "a second task of 2 classes, 32 images each, no budget."
-    )
-    return _table("Beside replay", note, head, rows)
-
-
-def _growth(done: Found) -> str:
-    lines = []
-    for cell, one in _of(done, "growth").items():
-        resident = [task["resident_after"] / 1e6 for task in one["tasks"]]
-        lines.append(
-            f"{cell.backbone}, {cell.tasks} tasks of {cell.classes} classes: resident after each task, MB: "
-            + ", ".join(f"{value:.0f}" for value in resident)
-            + f". The last over the third: {resident[-1] / resident[2]:.3f}."
-        )
-    return "### Task after task\n\n" + "\n".join(lines) if lines else ""
-
-
-def has_replay(found: dict[str, Any]) -> bool:
-    """Whether there is anything to plot."""
-    return bool(_of(found["cells"], "replay"))
-
-
-def plot(found: dict[str, Any], axes: Any) -> None:
-    """Bytes at rest by image size, a line a method: model and what is kept beside it."""
-    for method in METHODS:
-        runs = {cell.image_size: one for cell, one in _of(found["cells"], "replay", method=method).items()}
-        total = [(one["kept"]["model"] + one["kept"]["more"]) / 1e6 for one in runs.values()]
-        axes.plot(list(runs), total, "-" if method != "deep_inversion" else "--", marker="o", markersize=3, label=method)
-    axes.set(xlabel="image size, px", ylabel="kept between tasks, MB (model included)", yscale="log")
-    axes.legend(fontsize="x-small")
 
 
 if __name__ == "__main__":

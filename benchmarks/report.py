@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks import embedding, latency, memory, speed, workshop
+from benchmarks import embedding, latency, memory, memory_tables, speed, workshop
 from benchmarks.accuracy import omega
 
 Results = list[dict[str, Any]]  # one a seed
@@ -51,10 +51,10 @@ def write(folder: Path) -> str:
     if (timed := _measured(folder / speed.FILE)) is not None:
         parts += ["## Speed", speed.describe(timed)]
     if (held := _measured(folder / memory.FILE)) is not None:
-        parts += ["## Memory", memory.describe(held)]
-        if memory.has_replay(held):
+        parts += ["## Memory", memory_tables.describe(held)]
+        if memory_tables.has_replay(held):
             figure, axes = _figure()
-            memory.plot(held, axes)
+            memory_tables.plot(held, axes)
             figure.savefig(folder / "memory.png", dpi=150)
             parts += ["![bytes kept by image size](memory.png)"]
     if (made := _measured(folder / workshop.FILE)) is not None:
@@ -75,8 +75,24 @@ PUBLISHED, PUBLISHED_HOURS = "43.9 ± 0.9", 78  # ABD, CIFAR-100, 5 tasks (Smith
 def write_readme(folder: Path, readme: Path = README) -> None:
     """Replaces what stands between the README's marks."""
     text = readme.read_text()
-    begin, end = text.index("-->", text.index("<!-- photographs:")) + 3, text.index("<!-- /photographs -->")
-    readme.write_text(text[:begin] + "\n" + summary(folder) + text[end:])
+    for mark, shown in SUMMARIES.items():
+        begin, end = text.index("-->", text.index(f"<!-- {mark}:")) + 3, text.index(f"<!-- /{mark} -->")
+        text = text[:begin] + "\n" + shown(folder) + text[end:]
+    readme.write_text(text)
+
+
+def budgets(folder: Path) -> str:
+    """The README's account of memory."""
+    found = _measured(folder / memory.FILE)
+    return memory_tables.summary(found) + "\n" if found else ""
+
+
+def smaller(folder: Path) -> str:
+    """The README's account of compression and of what ships."""
+    made, answers = _measured(folder / workshop.FILE), _measured(folder / latency.FILE)
+    parts = [workshop.summary(made)] if made else []
+    parts += [latency.summary(answers)] if answers else []
+    return "\n\n".join(parts) + "\n" if parts else ""
 
 
 def summary(folder: Path) -> str:
@@ -237,3 +253,6 @@ def _embeddings(folder: Path, protocol: str, methods: dict[str, Results]) -> lis
         embedding.draw(files, folder / f"{protocol}-embedding.png")
         parts.append(f"![features after the second task, in two principal components]({protocol}-embedding.png)")
     return parts
+
+
+SUMMARIES = {"photographs": summary, "budgets": budgets, "smaller": smaller}  # by mark in the README

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import datasets, machine
+from benchmarks.tables import percent, table
 from edge_dfcil import RECIPES, Learner
 from edge_dfcil.augment import augment
 from edge_dfcil.backbones import build
@@ -86,7 +87,7 @@ class Workshop:
 
     def run(self, parts: list[str], say: Callable[[str], None]) -> dict[str, Any]:
         for name, step in self._steps(parts):
-            if name not in self._found:
+            if name not in self._found or (name == "teacher" and not self._teacher_file.exists()):
                 say(name)
                 begin = time.perf_counter()
                 self._found[name] = {**step(), "minutes": (time.perf_counter() - begin) / 60}
@@ -134,14 +135,18 @@ class Workshop:
         return [*self._seen("test", 0, self._setting.classes)]
 
     @property
+    def _teacher_file(self) -> Path:
+        return self._models / "teacher.safetensors"
+
+    @property
     def _teacher(self) -> Learner:
-        return Learner.load(self._models / "teacher.safetensors", "cpu")
+        return Learner.load(self._teacher_file, "cpu")
 
     def _train(self) -> dict[str, Any]:
         s = self._setting
         learner = Learner(s.backbone, recipe=s.recipe, device="cpu", seed=s.seed)
         learner.learn_task(self._train_part(0, s.classes), self._data.names)
-        learner.save(self._models / "teacher.safetensors")
+        learner.save(self._teacher_file)
         return {"accuracy": learner.evaluate(self._test, self._data.names).accuracy}
 
     def _page(self) -> dict[str, Any]:
@@ -282,55 +287,71 @@ class Workshop:
 
 def describe(found: dict[str, Any]) -> str:
     """The findings as Markdown."""
-
-    def percent(value: float | None) -> str:
-        return "" if value is None else f"{100 * value:.1f}"
-
-    lines = [f"A teacher of {percent(found['teacher']['accuracy'])} % on its classes, trained here.", ""]
-    rows = {name.split(" ", 1)[1]: row for name, row in found.items() if name.startswith("distill ")}
-    if rows:
-        lines += [
-            "| student, and what it learnt from | parameters | accuracy, % | of the teacher's, % | agreement, % | minutes |"
-        ]
-        lines += ["|---|---|---|---|---|---|"]
-        for name, row in rows.items():
-            before, after = row["accuracy"]
-            lines.append(
-                f"| {name} | {row['parameters'][1]} | {percent(after)} | {percent(after / before)} "
-                f"| {percent(row['agreement'])} | {row['minutes']:.1f} |"
-            )
-    rows = {name: row for name, row in found.items() if name.startswith("prune ")}
-    if rows:
-        lines += ["", "| pruned | filters left, % | work left, % | latency left, % | accuracy before, unrepaired, repaired, % |"]
-        lines += ["|---|---|---|---|---|"]
-        for name, row in rows.items():
-            if "refused" in row:
-                lines.append(f"| {name} | {row['refused']} | | | |")
-                continue
-            left = [percent(row[key][1] / row[key][0]) for key in ("filters", "flops", "milliseconds")]
-            lines.append(f"| {name} | {' | '.join(left)} | {' / '.join(map(percent, row['accuracy']))} |")
-    rows = {name: row for name, row in found.items() if name.startswith("int8 ")}
-    if rows:
-        lines += ["", "| INT8 | size of float, % | times as fast | accuracy as float, as INT8, % | agreement on pictures, % |"]
-        lines += ["|---|---|---|---|---|"]
-        for name, row in rows.items():
-            if "refused" in row:
-                lines.append(f"| {name} | {row['refused']} | | | |")
-                continue
-            accuracy = " / ".join(map(percent, row["accuracy"]["pictures"]))
-            size, agreement = percent(row["bytes"] / row["float_bytes"]), percent(row["agreement"]["pictures"])
-            lines.append(f"| {name.removeprefix('int8 ')} | {size} | {row['speedup']:.2f} | {accuracy} | {agreement} |")
-    rows = {name.removeprefix("adopt "): row for name, row in found.items() if name.startswith("adopt ")}
-    if rows:
-        lines += [
-            "",
-            f"A classifier trained elsewhere, {percent(found['adopted']['accuracy'])} % on its classes, learns new ones:",
-            "",
-        ]
-        lines += ["| method | old classes, % | new classes, % | combined, % |", "|---|---|---|---|"]
-        lines += [
-            f"| {n} | {percent(r.get('old'))} | {percent(r.get('new'))} | {percent(r['combined'])} |" for n, r in rows.items()
-        ]
+    parts = [
+        f"A teacher of {percent(found['teacher']['accuracy'])} % on its classes, trained here.",
+        *_tables(found),
+    ]
     if "dreams" in found:
-        lines += ["", f"![real photographs beside dreams]({PAGE})"]
-    return "\n".join(lines)
+        parts.append(f"![real photographs beside dreams]({PAGE})")
+    return "\n\n".join(parts)
+
+
+def summary(found: dict[str, Any]) -> str:
+    """The findings in short, for the README."""
+    before = percent(found["teacher"]["accuracy"])
+    parts = [f"A resnet32 of 20 classes of CIFAR-100, {before} %, made smaller from dreams alone:"]
+    parts += _tables(found)
+    return "\n\n".join(parts)
+
+
+def _tables(found: dict[str, Any]) -> list[str]:
+    return [part for part in (_students(found), _pruned(found), _quantised(found), _adopted(found)) if part]
+
+
+def _rows(found: dict[str, Any], part: str) -> dict[str, dict[str, Any]]:
+    """What was found of a part, by the rest of each step's name."""
+    return {name.removeprefix(part + " "): row for name, row in found.items() if name.startswith(part + " ")}
+
+
+def _students(found: dict[str, Any]) -> str:
+    head = ["student, and what it learnt from", "parameters", "accuracy, %", "of the teacher's, %", "agreement, %", "minutes"]
+    rows = []
+    for name, row in _rows(found, "distill").items():
+        before, after = row["accuracy"]
+        shares = map(percent, (after, after / before, row["agreement"]))
+        rows.append([name, str(row["parameters"][1]), *shares, f"{row['minutes']:.1f}"])
+    return table(head, rows)
+
+
+def _pruned(found: dict[str, Any]) -> str:
+    head = ["pruned", "filters left, %", "work left, %", "latency left, %", "accuracy before, unrepaired, repaired, %"]
+    rows = []
+    for name, row in _rows(found, "prune").items():
+        if "refused" in row:
+            rows.append([name, row["refused"]])
+            continue
+        left = [percent(row[key][1] / row[key][0]) for key in ("filters", "flops", "milliseconds")]
+        rows.append([name, *left, " / ".join(map(percent, row["accuracy"]))])
+    return table(head, rows)
+
+
+def _quantised(found: dict[str, Any]) -> str:
+    head = ["INT8", "size of float, %", "times as fast", "accuracy as float, as INT8, %", "agreement on pictures, %"]
+    rows = []
+    for name, row in _rows(found, "int8").items():
+        if "refused" in row:
+            rows.append([name, row["refused"]])
+            continue
+        accuracy = " / ".join(map(percent, row["accuracy"]["pictures"]))
+        size, agreement = percent(row["bytes"] / row["float_bytes"]), percent(row["agreement"]["pictures"])
+        rows.append([name, size, f"{row['speedup']:.2f}", accuracy, agreement])
+    return table(head, rows)
+
+
+def _adopted(found: dict[str, Any]) -> str:
+    head = ["method", "old classes, %", "new classes, %", "combined, %"]
+    rows = [[n, *(percent(r.get(key)) for key in ("old", "new", "combined"))] for n, r in _rows(found, "adopt").items()]
+    told = (
+        f"A classifier trained elsewhere, {percent(found.get('adopted', {}).get('accuracy'))} % on its classes, learns new ones:"
+    )
+    return f"{told}\n\n{table(head, rows)}" if rows else ""

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
-from benchmarks import accuracy, embedding, report
+from benchmarks import accuracy, embedding, memory, memory_tables, report
 from benchmarks.__main__ import main
 from benchmarks.datasets import Data, class_order, load, pack
 from edge_dfcil import DataError, SettingError
@@ -245,6 +245,43 @@ def test_the_workshop_runs_every_step_and_goes_on_where_it_stopped(data, tmp_pat
         assert "another answer than the model" in done.output
     else:
         assert "| onnx float, distilled |" in done.stdout and "with ONNX Runtime alone" in done.stdout
+
+
+def test_the_memory_benchmark_runs_each_cell_in_a_process_and_tells(tmp_path):
+    random = np.random.default_rng(0)
+    arrays = {f"{part}_y": np.repeat(np.arange(4, dtype=np.uint8), 8) for part in ("train", "test")}
+    arrays |= {f"{part}_x": random.integers(0, 256, (32, 32, 32, 3), dtype=np.uint8) for part in ("train", "test")}
+    np.savez(tmp_path / "cifar100.npz", class_names=np.array([*"abcd"]), **arrays)
+    small = {"images": 8, "batch_size": 8, "epochs": 1, "generator_steps": 2}
+    chosen = [memory.Cell("budget", "resnet32", 32, budget=budget, **small) for budget in ("16MB", None)]
+
+    said = []
+    found = memory.run(chosen, tmp_path, tmp_path, said.append)
+    assert said == [cell.key for cell in chosen]
+    refused, free = (found["cells"][cell.key] for cell in chosen)
+    assert "nothing was trained" in refused["refused"] and not refused["tasks"]
+    assert len(free["tasks"]) == 2 and free["tasks"][1]["kernel_peak"] > 0
+    assert memory.run(chosen, tmp_path, tmp_path, said.append) == found and len(said) == 2, "what is done is not run again"
+
+    full, short = memory_tables.describe(found), memory_tables.summary(found)
+    assert "| resnet32, 32 px | 16MB | refused: 'learn' needs" in full
+    assert "| resnet32, 32 px | refused |" in short and "(1.00) |" in short
+
+
+def test_a_task_that_failed_and_a_run_above_its_budget_are_told():
+    stage = {"name": "learn", "peak_bytes": 100, "seconds": 2.0, "steps": 4, "at_once": 8}
+    task = {"kernel_peak": 130e6, "planned_peak": 100, "stages": [stage], "accuracy": 0.5}
+    done = {"tasks": [task], "kept": {"model": 1, "more": 0}}
+    cells = {
+        "budget resnet32 32 abd 128MB 0": done,
+        "budget resnet32 32 abd 128MB 1": {"refused": "stage 'learn' needs 2 GB even so", "tasks": []},
+        "budget resnet32 32 abd 192MB 0": {"failed": "took more", "tasks": []},
+        "budget resnet32 32 abd None 0": done,
+    }
+    full = memory_tables.describe({"cells": cells, "machine": {"processor": "x", "threads": 1}, "versions": {"torch": "2"}})
+    assert "| 130 | 0 of 1, 1 refused |" in full
+    assert "failed while learning: took more" in full
+    assert "within the budget in 0 of the 1 runs" in memory_tables.summary({"cells": cells})
 
 
 def test_committed_figures_come_from_committed_files():

@@ -94,9 +94,10 @@ def test_the_table_is_that_of_the_result_file():
     assert f"{100 * result['final_accuracy']['upper_bound']:.1f}" in shown
 
 
-def test_the_figures_on_photographs_are_those_of_the_result_files():
-    shown = README[README.index("<!-- photographs:") : README.index("<!-- /photographs -->")]
-    assert report.summary(ROOT / "benchmarks" / "results") in shown
+@pytest.mark.parametrize("mark", report.SUMMARIES)
+def test_the_figures_are_those_of_the_result_files(mark):
+    shown = README[README.index(f"<!-- {mark}:") : README.index(f"<!-- /{mark} -->")]
+    assert report.SUMMARIES[mark](ROOT / "benchmarks" / "results") in shown
 
 
 def test_the_readme_promises_what_is_true():

@@ -1,0 +1,21 @@
+"""Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A line a row; short rows are filled up with empty cells. Nothing when there is no row."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join([*line, *[""] * (len(head) - len(line))]) + " |" for line in lines) if rows else ""
+
+
+def percent(share: float | None) -> str:
+    """With one decimal, without the sign; empty for None."""
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def megabytes(size: float) -> str:
+    """Whole ones, without the unit."""
+    return f"{size / 1e6:.0f}"
