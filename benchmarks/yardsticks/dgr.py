@@ -20,6 +20,7 @@ from edge_dfcil.network import Network
 from edge_dfcil.training import Stage, Task, Terms
 
 LEARNING_RATE = 1e-3  # Adam, of the VAE
+MOST_LOG_VARIANCE = 20.0  # so that its first steps on large images do not run out of numbers
 
 
 class VAE(nn.Module):
@@ -50,6 +51,7 @@ class VAE(nn.Module):
     def loss(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction (binary cross-entropy) and KL to N(0, I), each summed over an image's parts (N,)."""
         mean, log_variance = self.encoder(pixels).chunk(2, 1)
+        log_variance = log_variance.clamp(max=MOST_LOG_VARIANCE)
         logits = self.decode(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
         reconstruction = F.binary_cross_entropy_with_logits(logits, pixels, reduction="none").sum((1, 2, 3))
         return reconstruction, 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
