@@ -36,13 +36,16 @@ def has_replay(found: dict[str, Any]) -> bool:
     return bool(_of(found["cells"], "replay"))
 
 
-def plot(found: dict[str, Any], axes: Any) -> None:
-    """Bytes at rest by image size, a line a method: model and what is kept beside it."""
-    for method in METHODS:
-        runs = {cell.image_size: one for cell, one in _of(found["cells"], "replay", method=method).items()}
-        total = [_at_rest(one) / 1e6 for one in runs.values()]
-        axes.plot(list(runs), total, "-" if method != "deep_inversion" else "--", marker="o", markersize=3, label=method)
-    axes.set(xlabel="image size, px", ylabel="kept between tasks, MB (model included)", yscale="log")
+def plot(found: dict[str, Any], figure: Any) -> None:
+    """Bytes at rest, and the most while learning, by image size; a line a method."""
+    sizes = {"kept between tasks, MB (model included)": _at_rest, "most while learning, MB (no budget)": _highest}
+    for axes, (title, size_of) in zip(figure.subplots(1, 2), sizes.items(), strict=True):
+        for method in METHODS:
+            runs = {cell.image_size: one for cell, one in _of(found["cells"], "replay", method=method).items()}
+            values = [size_of(one) / 1e6 for one in runs.values()]
+            axes.plot(list(runs), values, "-" if method != "deep_inversion" else "--", marker="o", markersize=3, label=method)
+        axes.set(xlabel="image size, px", ylabel=title, yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(fontsize="x-small")
 
 
@@ -157,7 +160,7 @@ def _replay(done: dict[str, Any]) -> str:
     )
     rows = []
     for cell, one in _of(done, "replay").items():
-        sizes = (one["kept"]["model"], one["kept"]["more"], one["tasks"][-1]["kernel_peak"])
+        sizes = (one["kept"]["model"], one["kept"]["more"], _highest(one))
         rows.append([f"{cell.image_size} px, {cell.backbone}", cell.method, *(f"{size / 1e6:.1f}" for size in sizes)])
     return _section("Beside replay", note, table(head, rows))
 

@@ -53,10 +53,10 @@ def write(folder: Path) -> str:
     if (held := _measured(folder / memory.FILE)) is not None:
         parts += ["## Memory", memory_tables.describe(held)]
         if memory_tables.has_replay(held):
-            figure, axes = _figure()
-            memory_tables.plot(held, axes)
+            figure = _empty(width=9)
+            memory_tables.plot(held, figure)
             figure.savefig(folder / "memory.png", dpi=150)
-            parts += ["![bytes kept by image size](memory.png)"]
+            parts += ["![memory by image size, at rest and while learning](memory.png)"]
     if (made := _measured(folder / workshop.FILE)) is not None:
         parts += ["## Workshop", workshop.describe(made)]
     if (answers := _measured(folder / latency.FILE)) is not None:
@@ -83,8 +83,10 @@ def write_readme(folder: Path, readme: Path = README) -> None:
 
 def budgets(folder: Path) -> str:
     """The README's account of memory."""
-    found = _measured(folder / memory.FILE)
-    return memory_tables.summary(found) + "\n" if found else ""
+    if (found := _measured(folder / memory.FILE)) is None:
+        return ""
+    picture = "\n\n![memory by image size, at rest and while learning](benchmarks/results/memory.png)"
+    return memory_tables.summary(found) + (picture if memory_tables.has_replay(found) else "") + "\n"
 
 
 def smaller(folder: Path) -> str:
@@ -226,10 +228,14 @@ def plot_bytes(methods: dict[str, Results], path: Path) -> None:
 
 
 def _figure() -> Any:
+    figure = _empty()
+    return figure, figure.subplots()
+
+
+def _empty(width: float = 7) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    return figure, figure.subplots()
+    return Figure(figsize=(width, 4), layout="constrained")
 
 
 def _embeddings(folder: Path, protocol: str, methods: dict[str, Results]) -> list[str]:
