@@ -70,7 +70,7 @@ PRESETS = {
 }
 
 # ABD less one part each. The head refinement, which is ours and would make up for some of it, is off in all of them.
-UNREFINED = {"refine_epochs": 0, "align_head": False}
+UNREFINED = {"refine_epochs": 0, "align_head": 0.0}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "abd:published": UNREFINED,
     "abd:no_head_finetuning": UNREFINED | {"head_finetuning": False},

@@ -85,8 +85,8 @@ class Recipe:
     refine_min_steps: int = 0
     refine_learning_rate: float = 0.005
     # Ours, after "Maintaining discrimination and fairness" (Zhao et al., CVPR 2020): at the end, the head's rows of the
-    # current classes are scaled down to the mean norm of the old ones, for which there were only dreams.
-    align_head: bool = False
+    # current classes are scaled down to this share of the old ones' mean norm, for which there were only dreams; 0: not.
+    align_head: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "generator_steps", "generator_batch", "latent", "width", "pixel_steps", "pixel_batch"):
@@ -96,7 +96,7 @@ class Recipe:
         for name in (*rates, "content_temperature"):
             if not getattr(self, name) > 0:
                 raise SettingError(f"recipe.{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("min_steps", "refine_epochs", "refine_min_steps", "pool", "crop_padding", "weight_decay"):
+        for name in ("min_steps", "refine_epochs", "refine_min_steps", "pool", "crop_padding", "weight_decay", "align_head"):
             if getattr(self, name) < 0:
                 raise SettingError(f"recipe.{name} is {getattr(self, name)}; it must not be negative")
         if self.dreams == "pixels" and not self.pool:
@@ -154,7 +154,7 @@ EDGE = replace(
     refine_epochs=2,
     refine_min_steps=150,
     refine_learning_rate=0.05,
-    align_head=True,
+    align_head=1.0,
 )
 
 RECIPES = {"paper": PAPER, "edge": EDGE}

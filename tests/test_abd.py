@@ -138,14 +138,14 @@ def test_ablations_of_the_cross_entropies():
     assert set(find_method("abd").loss(task, batch)) == {"standard", "head", "distillation"}
 
 
-@pytest.mark.parametrize(("scale", "after"), [(3.0, 1.0), (0.5, 0.5)])
-def test_alignment_scales_long_new_rows_to_the_mean_norm_of_the_old(scale, after):
+@pytest.mark.parametrize(("scale", "share", "after"), [(3.0, 1.0, 1.0), (3.0, 0.8, 0.8), (0.5, 1.0, 0.5)])
+def test_alignment_scales_long_new_rows_to_a_share_of_the_mean_norm_of_the_old(scale, share, after):
     head = nn.Linear(4, 5)
     with torch.no_grad():
         head.weight.copy_(F.normalize(torch.randn(5, 4), dim=1))
         head.weight[[1, 3]] *= scale
     before = head.weight.detach().clone()
-    align(head, torch.tensor([0, 2, 4]), torch.tensor([1, 3]))
+    align(head, torch.tensor([0, 2, 4]), torch.tensor([1, 3]), share)
     assert torch.equal(head.weight[[0, 2, 4]], before[[0, 2, 4]])
     assert torch.allclose(head.weight[[1, 3]], before[[1, 3]] * after / scale)
 

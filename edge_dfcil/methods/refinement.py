@@ -27,14 +27,14 @@ def refine_head(task: Task) -> Iterator[Stage]:
     if task.recipe.refine_epochs:
         yield _refinement(task)
     if task.recipe.align_head:
-        align(task.student.head, task.old, task.current)
+        align(task.student.head, task.old, task.current, task.recipe.align_head)
 
 
 @torch.no_grad()
-def align(head: nn.Linear, old: Tensor, current: Tensor) -> None:
-    """Scales the rows of the current classes down to the mean norm of the old classes' rows; shorter ones stay."""
+def align(head: nn.Linear, old: Tensor, current: Tensor, share: float) -> None:
+    """Scales the rows of the current classes down to a share of the mean norm of the old classes' rows; shorter ones stay."""
     norm = head.weight.norm(dim=1)
-    head.weight[current] *= (norm[old].mean() / norm[current].mean()).clamp(max=1)
+    head.weight[current] *= (share * norm[old].mean() / norm[current].mean()).clamp(max=1)
 
 
 def _refinement(task: Task) -> Stage:
