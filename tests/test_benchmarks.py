@@ -233,7 +233,7 @@ def test_the_workshop_runs_every_step_and_goes_on_where_it_stopped(data, tmp_pat
     found = json.loads((out / "workshop.json").read_text())
     again = CliRunner().invoke(main, shop, catch_exceptions=False)
     assert "teacher" not in again.stderr, "what is done is kept"
-    assert "prune by importance and latency" in again.stdout and "calibrated on dreams" in again.stdout
+    assert "| by importance and latency |" in again.stdout and "calibrated on dreams" in again.stdout
     after = json.loads((out / "workshop.json").read_text())
     assert {name: after[name] for name in found if name not in ("versions", "machine")}.items() <= after.items()
     assert 0 <= after["adopt abd"]["old"] <= 1 and after["adopt upper bound"]["combined"] <= 1
