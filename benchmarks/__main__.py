@@ -159,7 +159,8 @@ def run_speed(as_json: bool, quick: bool, out: Path, device: str) -> None:
 def run_memory(data: Path, kinds: str, seeds: str, out: Path) -> None:
     """Plans against peaks under budgets, bytes kept against replay, and whether memory grows; resumable at any run."""
     out.mkdir(parents=True, exist_ok=True)
-    chosen = [cell for cell in memories.cells(kinds.split(",")) if cell.seed in map(int, seeds.split(","))]
+    wanted = set(map(int, seeds.split(",")))
+    chosen = [cell for cell in memories.cells(kinds.split(",")) if cell.seed in wanted]
     click.echo(memory_tables.describe(memories.run(chosen, data, out, lambda line: click.echo(line, err=True))))
 
 

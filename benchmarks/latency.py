@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks import machine
+from benchmarks.tables import table
 from edge_dfcil import Learner
 from exporters.timing import in_turns, session
 
@@ -111,32 +112,35 @@ def describe(found: dict[str, Any]) -> str:
     """The findings as Markdown: how many times as fast as torch eager."""
     columns = list(found["seconds"])
     base = [f"{1000 * found['seconds'][column][BASE]:.2f} ms for {column}" for column in columns]
-    lines = [
+    told = (
         f"{found['backbone']}, {found['machine']['processor']}, torch {found['versions']['torch']}: times as fast as {BASE}, "
-        f"which takes {', '.join(base)}; medians, in turns.",
-        "",
-        f"| form | size, kB | {' | '.join(columns)} |",
-        "|---|---|" + "---|" * len(columns),
-    ]
-    for name in found["seconds"][columns[0]]:
-        ratios = [f"{found['seconds'][column][BASE] / found['seconds'][column][name]:.2f}" for column in columns]
+        f"which takes {', '.join(base)}; medians, in turns."
+    )
+    ratios = {column: _ratios(found, column) for column in columns}
+    rows = []
+    for name in ratios[columns[0]]:
         size = found["sizes"].get(name)
-        lines.append(f"| {name} | {'' if size is None else f'{size / 1e3:.0f}'} | {' | '.join(ratios)} |")
-    start = found["start"]
-    lines += [
-        "",
-        f"From the start of a process to its first answer: {start['onnx']:.2f} s with ONNX Runtime alone, {start['torch']:.2f} s "
-        f"with torch, {start['torch'] / start['onnx']:.1f} times as long.",
-    ]
-    return "\n".join(lines)
+        shown = [f"{ratios[column][name]:.2f}" for column in columns]
+        rows.append([name, "" if size is None else f"{size / 1e3:.0f}", *shown])
+    return "\n\n".join([told, table(["form", "size, kB", *columns], rows), _start(found)])
 
 
 def summary(found: dict[str, Any]) -> str:
     """The findings in short, for the README."""
     column = next(iter(found["seconds"]))
-    seconds, start = found["seconds"][column], found["start"]
-    forms = ", ".join(f"{name} {seconds[BASE] / value:.1f}" for name, value in seconds.items() if name.startswith("onnx"))
+    forms = ", ".join(f"{name} {ratio:.1f}" for name, ratio in _ratios(found, column).items() if name.startswith("onnx"))
+    return f"Times as fast as {BASE} ({found['backbone']}, {column}): {forms}. {_start(found)}"
+
+
+def _ratios(found: dict[str, Any], column: str) -> dict[str, float]:
+    """How many times as fast as torch eager each form is."""
+    seconds = found["seconds"][column]
+    return {name: seconds[BASE] / value for name, value in seconds.items()}
+
+
+def _start(found: dict[str, Any]) -> str:
+    onnx, torch_too = found["start"]["onnx"], found["start"]["torch"]
     return (
-        f"Times as fast as torch eager ({found['backbone']}, {column}): {forms}. From the start of a process to its first "
-        f"answer: {start['onnx']:.2f} s with ONNX Runtime alone, {start['torch']:.2f} s with torch."
+        f"From the start of a process to its first answer: {onnx:.2f} s with ONNX Runtime alone, {torch_too:.2f} s with torch, "
+        f"{torch_too / onnx:.1f} times as long."
     )

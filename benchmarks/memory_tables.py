@@ -185,10 +185,9 @@ def _budgets_in_short(done: dict[str, Any]) -> str:
     for network in NETWORKS:
         free, row = _under(done, network, None), []
         for budget in BUDGETS:
-            learnt = _learnt(_under(done, network, budget))
-            kept += [_highest(one) <= (parse(budget) or 0) for one in learnt.values() if budget]
-            most = megabytes(max(map(_highest, learnt.values()), default=0))
-            row.append(f"{most} ({_slower(learnt, free)})" if learnt else "refused")
+            runs = _under(done, network, budget)
+            kept += [_highest(one) <= (parse(budget) or 0) for one in _learnt(runs).values() if budget]
+            row.append(_in_short(runs, free))
         if free:
             rows.append([f"{network[0]}, {network[1]} px", *row])
     if not rows:
@@ -199,6 +198,16 @@ def _budgets_in_short(done: dict[str, Any]) -> str:
         f"of the {len(kept)} runs that were not refused."
     )
     return f"{table(head, rows)}\n\n{note}"
+
+
+def _in_short(runs: Runs, free: Runs) -> str:
+    """The most that was taken and how much slower a step was; or what happened instead, and to how many."""
+    learnt = _learnt(runs)
+    cell = [f"{megabytes(max(map(_highest, learnt.values())))} ({_slower(learnt, free)})"] if learnt else []
+    for ended in ("refused", "failed"):
+        count = sum(ended in one for one in runs.values())
+        cell += [ended if count == len(runs) else f"{count} of {len(runs)} {ended}"] if count else []
+    return ", ".join(cell)
 
 
 def _accuracy_in_short(done: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks import embedding, latency, memory, memory_tables, speed, workshop
+from benchmarks import embedding, latency, memory, memory_tables, speed, tables, workshop
 from benchmarks.accuracy import omega
 
 Results = list[dict[str, Any]]  # one a seed
@@ -102,22 +102,21 @@ def summary(folder: Path) -> str:
     found = read(folder)
     # Ablations have a dot in their names, changed recipes an equals sign.
     methods = {name: results for name, results in found[SHOWN].items() if "." not in name and "=" not in name}
-    lines = ["| method | final accuracy, % | seeds | kept between tasks, MB | of that images or a generator, MB |"]
-    lines.append("|---|---|---|---|---|")
+    head = ["method", "final accuracy, %", "seeds", "kept between tasks, MB", "of that images or a generator, MB"]
+    rows = []
     model = min(mean(r["bytes_kept"] for r in results) for results in methods.values()) / 1e6
     for name, results in methods.items():
         kept = mean(r["bytes_kept"] for r in results) / 1e6
         more = f"{kept - model:.2f}" if kept - model > 0.005 else "0"
-        lines.append(f"| {name} | {final(results)} | {len(results)} | {kept:.2f} | {more} |")
-    lines += ["", *_all_classes(found)]
+        rows.append([name, final(results), str(len(results)), f"{kept:.2f}", more])
+    parts = [tables.table(head, rows), *_all_classes(found)]
     if (timed := _measured(folder / speed.FILE)) is not None:
-        lines += [
-            "",
+        parts += [
             f"At equal mathematics a classifier step of ABD is {timed['classifier_step_ratio']:.1f} times as fast as a plain "
             f"transcription of the published one, and a generator step {timed['generator_step_ratio']:.1f} times "
             f"({timed['setting']['backbone']}, {timed['machine']['threads']} CPU threads).",
         ]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _measured(path: Path) -> dict[str, Any] | None:
@@ -154,29 +153,26 @@ def describe(result: dict[str, Any]) -> str:
 
 def table(folder: Path, methods: dict[str, Results]) -> str:
     """Markdown, a row a method."""
-    rows = [
-        "| method | seeds | after each task, % | final, % | average, % | forgetting, % | Omega "
-        "| kept, MB | process peak, MB | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["method", "seeds", "after each task, %", "final, %", "average, %", "forgetting, %", "Omega"]
+    head += ["kept, MB", "process peak, MB", "minutes"]
+    rows = []
     for method, results in methods.items():
         each = " / ".join(f"{value:.1f}" for value in by_task(results))
-        cells = [
+        rows.append([
             method,
             ", ".join(str(r["seed"]) for r in results),
             each,
             final(results),
-            f"{100 * mean(r['average_incremental_accuracy'] for r in results):.1f}",
-            f"{100 * mean(r['forgetting'] for r in results):.1f}",
+            tables.percent(mean(r["average_incremental_accuracy"] for r in results)),
+            tables.percent(mean(r["forgetting"] for r in results)),
             _mean([omega(r, folder) for r in results]),
             f"{mean(r['bytes_kept'] for r in results) / 1e6:.2f}",
             _mean([max(r["peak_bytes"]) / 1e6 if r.get("peak_bytes") else None for r in results], "0f"),
             f"{mean(sum(r['seconds']) for r in results) / 60:.1f}",
-        ]
-        rows.append("| " + " | ".join(cells) + " |")
+        ])  # fmt: skip
     machines = {_machine(r["machine"]) for results in methods.values() for r in results}
     note = "Minutes are of runs that may have shared their machine; compare speeds by the speed table only."
-    return "\n".join(rows) + f"\n\nRun on {'; '.join(sorted(machines))}. {note}"
+    return f"{tables.table(head, rows)}\n\nRun on {'; '.join(sorted(machines))}. {note}"
 
 
 def _machine(machine: dict[str, Any]) -> str:
@@ -245,14 +241,14 @@ def _embeddings(folder: Path, protocol: str, methods: dict[str, Results]) -> lis
         found = [one for r in results for one in r.get("mid", [])]
         if found:
             new, synthetic = mean(one["to_new_real"] for one in found), mean(one["to_old_synthetic"] for one in found)
-            rows.append(f"| {method} | {new:.2f} | {synthetic:.2f} | {synthetic / new:.2f} |")
+            rows.append([method, f"{new:.2f}", f"{synthetic:.2f}", f"{synthetic / new:.2f}"])
     if not rows:
         return []
-    head = "| method | old real to new real | old real to old synthetic | second over first |\n|---|---|---|---|\n"
+    head = ["method", "old real to new real", "old real to old synthetic", "second over first"]
     parts = [
         "MID, the distance of mean features over the standard deviation of old real images' features (ABD, section 4), mean "
         "over tasks and seeds. Above 1 in the last column, the features tell real from dreamt before old from new.",
-        head + "\n".join(rows),
+        tables.table(head, rows),
     ]
     files = {method: folder / f"{protocol}-{method}-seed0-features.npz" for method in ("deep_inversion", "abd")}
     if all(file.exists() for file in files.values()):

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import machine, tries
 from benchmarks.steps import QUICK, Bench, Setting, in_turns
+from benchmarks.tables import table
 from edge_dfcil import RECIPES, devices
 from edge_dfcil.recipe import Recipe
 
@@ -137,37 +138,41 @@ def profile(step: Callable[[], Any], device: torch.device) -> dict[str, float]:
 def describe(found: dict[str, Any]) -> str:
     """The findings as Markdown."""
     s, seconds = found["setting"], found["seconds"]
-    lines = [
+    told = (
         f"{s['backbone']}, batch {s['batch']}, the published generator, {s['n_old']} old and {s['n_new']} new classes, "
         f"{found['machine']['processor']} ({found['machine']['device']}), {found['machine']['threads']} threads, torch "
         f"{found['versions']['torch']}; medians of {s['rounds']} rounds in turns. No term of our loss differs from the "
-        f"published one by more than {found['losses_differ_by']:.0e} of the whole.",
-        "",
-        "| step | published, s | ours, s | ratio |",
-        "|---|---|---|---|",
-    ]
+        f"published one by more than {found['losses_differ_by']:.0e} of the whole."
+    )
+    steps = []
     for name in ("classifier", "generator"):
-        lines.append(
-            f"| {name} | {seconds[f'published {name} step']:.3f} | {seconds[f'our {name} step']:.3f} "
-            f"| {found[f'{name}_step_ratio']:.2f} |"
-        )
-    lines += ["", f"| under `edge` | s |\n|---|---|\n| classifier step | {seconds['edge classifier step']:.3f} |"]
-    lines[-1] += f"\n| generator step | {seconds['edge generator step']:.3f} |"
-    lines[-1] += f"\n| fine-tuning on as many images (the floor) | {seconds['fine-tuning on as many images']:.3f} |"
-    lines += ["", f"| a task of {s['images']} images, computed from the steps | hours |", "|---|---|"]
-    lines += [f"| {name} | {hours:.2f} |" for name, hours in found["tasks"].items()]
-    lines += ["", "| tried | time over ours |", "|---|---|"]
-    lines += [f"| {name} | {value if isinstance(value, str) else f'{value:.2f}'} |" for name, value in found["tries"].items()]
-    lines += ["", "| share of the step's time | classifier step, % | generator step, % |", "|---|---|---|"]
+        pair = [f"{seconds[f'{whose} {name} step']:.3f}" for whose in ("published", "our")]
+        steps.append([name, *pair, f"{found[f'{name}_step_ratio']:.2f}"])
+    edge = {
+        "classifier step": "edge classifier step",
+        "generator step": "edge generator step",
+        "fine-tuning on as many images (the floor)": "fine-tuning on as many images",
+    }
+    tried = {name: value if isinstance(value, str) else f"{value:.2f}" for name, value in found["tries"].items()}
     classifier, generator = found["profile"]["classifier step"], found["profile"]["generator step"]
-    lines += [f"| {part} | {100 * share:.0f} | {100 * generator[part]:.0f} |" for part, share in classifier.items()]
     floor = {
         name: sum(share for part, share in shares.items() if "convolutions" in part) for name, shares in found["profile"].items()
     }
-    lines += [
-        "",
+    parts = [
+        told,
+        table(["step", "published, s", "ours, s", "ratio"], steps),
+        table(["under `edge`", "s"], [[name, f"{seconds[key]:.3f}"] for name, key in edge.items()]),
+        table(
+            [f"a task of {s['images']} images, computed from the steps", "hours"],
+            [[name, f"{hours:.2f}"] for name, hours in found["tasks"].items()],
+        ),
+        table(["tried", "time over ours"], [[name, value] for name, value in tried.items()]),
+        table(
+            ["share of the step's time", "classifier step, %", "generator step, %"],
+            [[part, f"{100 * share:.0f}", f"{100 * generator[part]:.0f}"] for part, share in classifier.items()],
+        ),
         "The convolutions alone are the floor: "
         + " and ".join(f"{100 * share:.0f} % of the {name}" for name, share in floor.items())
         + ".",
     ]
-    return "\n".join(lines)
+    return "\n\n".join(parts)

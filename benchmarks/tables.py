@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A line a row; short rows are filled up with empty cells. Nothing when there is no row."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join([*line, *[""] * (len(head) - len(line))]) + " |" for line in lines) if rows else ""
+    filled = [[*row, *[""] * (len(head) - len(row))] for row in rows]
+    lines = [f"| {' | '.join(line)} |" for line in (head, *filled)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) if rows else ""
 
 
 def percent(share: float | None) -> str:

@@ -287,71 +287,58 @@ class Workshop:
 
 def describe(found: dict[str, Any]) -> str:
     """The findings as Markdown."""
-    parts = [
-        f"A teacher of {percent(found['teacher']['accuracy'])} % on its classes, trained here.",
-        *_tables(found),
-    ]
-    if "dreams" in found:
-        parts.append(f"![real photographs beside dreams]({PAGE})")
-    return "\n\n".join(parts)
+    picture = [f"![real photographs beside dreams]({PAGE})"] if "dreams" in found else []
+    return "\n\n".join([summary(found), *picture])
 
 
 def summary(found: dict[str, Any]) -> str:
-    """The findings in short, for the README."""
-    before = percent(found["teacher"]["accuracy"])
-    parts = [f"A resnet32 of 20 classes of CIFAR-100, {before} %, made smaller from dreams alone:"]
-    parts += _tables(found)
-    return "\n\n".join(parts)
+    """The same without the picture."""
+    told = f"A teacher of {percent(found['teacher']['accuracy'])} % on its classes, trained here."
+    parts = (_students(found), _pruned(found), _quantised(found), _adopted(found))
+    return "\n\n".join([told, *(part for part in parts if part)])
 
 
-def _tables(found: dict[str, Any]) -> list[str]:
-    return [part for part in (_students(found), _pruned(found), _quantised(found), _adopted(found)) if part]
-
-
-def _rows(found: dict[str, Any], part: str) -> dict[str, dict[str, Any]]:
-    """What was found of a part, by the rest of each step's name."""
-    return {name.removeprefix(part + " "): row for name, row in found.items() if name.startswith(part + " ")}
+def _rows(found: dict[str, Any], part: str, figures: Callable[[dict[str, Any]], list[str]]) -> list[list[str]]:
+    """A row for each step of a part: the rest of its name, and its figures or why it was refused."""
+    steps = {name.removeprefix(part): row for name, row in found.items() if name.startswith(part)}
+    return [[name, row["refused"]] if "refused" in row else [name, *figures(row)] for name, row in steps.items()]
 
 
 def _students(found: dict[str, Any]) -> str:
-    head = ["student, and what it learnt from", "parameters", "accuracy, %", "of the teacher's, %", "agreement, %", "minutes"]
-    rows = []
-    for name, row in _rows(found, "distill").items():
+    def figures(row: dict[str, Any]) -> list[str]:
         before, after = row["accuracy"]
         shares = map(percent, (after, after / before, row["agreement"]))
-        rows.append([name, str(row["parameters"][1]), *shares, f"{row['minutes']:.1f}"])
-    return table(head, rows)
+        return [str(row["parameters"][1]), *shares, f"{row['minutes']:.1f}"]
+
+    head = ["student, and what it learnt from", "parameters", "accuracy, %", "of the teacher's, %", "agreement, %", "minutes"]
+    return table(head, _rows(found, "distill ", figures))
 
 
 def _pruned(found: dict[str, Any]) -> str:
-    head = ["pruned", "filters left, %", "work left, %", "latency left, %", "accuracy before, unrepaired, repaired, %"]
-    rows = []
-    for name, row in _rows(found, "prune").items():
-        if "refused" in row:
-            rows.append([name, row["refused"]])
-            continue
+    def figures(row: dict[str, Any]) -> list[str]:
         left = [percent(row[key][1] / row[key][0]) for key in ("filters", "flops", "milliseconds")]
-        rows.append([name, *left, " / ".join(map(percent, row["accuracy"]))])
-    return table(head, rows)
+        return [*left, " / ".join(map(percent, row["accuracy"]))]
+
+    head = ["pruned", "filters left, %", "work left, %", "latency left, %", "accuracy before, unrepaired, repaired, %"]
+    return table(head, [[f"prune {name}", *cells] for name, *cells in _rows(found, "prune ", figures)])
 
 
 def _quantised(found: dict[str, Any]) -> str:
-    head = ["INT8", "size of float, %", "times as fast", "accuracy as float, as INT8, %", "agreement on pictures, %"]
-    rows = []
-    for name, row in _rows(found, "int8").items():
-        if "refused" in row:
-            rows.append([name, row["refused"]])
-            continue
+    def figures(row: dict[str, Any]) -> list[str]:
         accuracy = " / ".join(map(percent, row["accuracy"]["pictures"]))
         size, agreement = percent(row["bytes"] / row["float_bytes"]), percent(row["agreement"]["pictures"])
-        rows.append([name, size, f"{row['speedup']:.2f}", accuracy, agreement])
-    return table(head, rows)
+        return [size, f"{row['speedup']:.2f}", accuracy, agreement]
+
+    head = ["INT8", "size of float, %", "times as fast", "accuracy as float, as INT8, %", "agreement on pictures, %"]
+    return table(head, _rows(found, "int8 ", figures))
 
 
 def _adopted(found: dict[str, Any]) -> str:
+    def figures(row: dict[str, Any]) -> list[str]:
+        return [percent(row.get(key)) for key in ("old", "new", "combined")]
+
+    rows = _rows(found, "adopt ", figures)
+    before = percent(found.get("adopted", {}).get("accuracy"))
+    told = f"A classifier trained elsewhere, {before} % on its classes, learns new ones:"
     head = ["method", "old classes, %", "new classes, %", "combined, %"]
-    rows = [[n, *(percent(r.get(key)) for key in ("old", "new", "combined"))] for n, r in _rows(found, "adopt").items()]
-    told = (
-        f"A classifier trained elsewhere, {percent(found.get('adopted', {}).get('accuracy'))} % on its classes, learns new ones:"
-    )
     return f"{told}\n\n{table(head, rows)}" if rows else ""
