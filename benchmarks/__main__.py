@@ -151,9 +151,7 @@ def run_speed(as_json: bool, quick: bool, out: Path, device: str) -> None:
 
 @main.command("memory")
 @DATA
-@click.option(
-    "--kinds", default="growth,replay,budget,accuracy", show_default=True, help="What to run; those done already are kept."
-)
+@click.option("--kinds", default=",".join(memories.KINDS), show_default=True, help="What to run; those done already are kept.")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Of the kinds that have more than one.")
 @RESULTS
 def run_memory(data: Path, kinds: str, seeds: str, out: Path) -> None:

@@ -1,6 +1,6 @@
 """Planned, held and shown: what learning takes under a budget, and what replay takes beside it.
 
-Every figure is of a process of its own, and of its second task; what the meter says is checked against the kernel's count.
+Every run is a process of its own, or one for each task; what the meter says is checked against the kernel's count.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from edge_dfcil import RECIPES, BudgetError, Learner
 from edge_dfcil.memory import give_back, held
 
 FILE = "memory.json"
+KINDS = ("growth", "replay", "budget", "restarted", "accuracy")
 BUDGETS = ("16MB", "96MB", "128MB", "192MB", "256MB", "512MB", None)
 NETWORKS = (("resnet32", 32), ("mobilenet_v3_small", 64), ("mobilenet_v3_small", 96), ("resnet18", 64))
 SIZES = (("resnet32", 32), *(("mobilenet_v3_small", size) for size in (64, 96, 128, 224)))
@@ -32,15 +34,18 @@ STORED = 2000  # images of a replay
 
 @dataclass(frozen=True)
 class Cell:
-    """One process: some tasks learnt, and what they took.
+    """Some tasks learnt, and what they took.
 
     Attributes
     ----------
+    kind
+        "budget", "accuracy", "replay" or "growth", all in one process; or "restarted": a process a task, as on the command
+        line, where libraries make anew what they need.
     images
         Of each class; 0 takes all.
     """
 
-    kind: str  # "budget", "accuracy", "replay" or "growth"
+    kind: str
     backbone: str
     image_size: int
     method: str = "abd"
@@ -67,7 +72,13 @@ def cells(kinds: list[str]) -> Iterator[Cell]:
             for backbone, size in SIZES
             for method in METHODS
         ),
-        *(Cell("budget", *network, budget=budget, seed=seed) for seed in range(3) for network in NETWORKS for budget in BUDGETS),
+        *(
+            Cell(kind, *network, budget=budget, seed=seed)
+            for kind, networks in (("budget", NETWORKS), ("restarted", NETWORKS[:2]))
+            for seed in range(3)
+            for network in networks
+            for budget in BUDGETS
+        ),
         *(
             Cell("accuracy", "resnet32", 32, budget=budget, seed=seed, classes=10, images=0, epochs=4, generator_steps=250)
             for seed in range(3)
@@ -85,34 +96,51 @@ def run(chosen: list[Cell], data: Path, out: Path, say: Callable[[str], None]) -
         if cell.key in found["cells"]:
             continue
         say(cell.key)
-        settings = json.dumps([vars(cell), str(data)])
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.memory", settings], stdout=subprocess.PIPE, text=True, check=True
-        )
+        measured = in_processes(cell, data)
         found |= {"versions": machine.versions(), "machine": machine.machine(torch.device("cpu"))}
-        found["cells"][cell.key] = json.loads(done.stdout)
+        found["cells"][cell.key] = measured
         path.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
-def measure(cell: Cell, data: Path) -> dict[str, Any]:
-    """One cell, in this process."""
+def in_processes(cell: Cell, data: Path) -> dict[str, Any]:
+    """One cell in a process of its own, or one for each task, which hand the model on in a file."""
+    tasks = range(cell.tasks)
+    parts = [range(task, task + 1) for task in tasks] if cell.kind == "restarted" else [tasks]
+    measured: dict[str, Any] = {"tasks": []}
+    with TemporaryDirectory() as folder:
+        for part in parts:
+            settings = json.dumps([vars(cell), str(data), list(part), f"{folder}/model.safetensors"])
+            command = [sys.executable, "-m", "benchmarks.memory", settings]
+            more = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+            measured |= more | {"tasks": measured["tasks"] + more["tasks"]}
+            if "kept" not in more:
+                measured.pop("kept", None)
+                break
+    return measured
+
+
+def measure(cell: Cell, data: Path, numbers: list[int], model: Path) -> dict[str, Any]:
+    """Some tasks of a cell, in this process; begins with the model in the file if there is one."""
     loaded = datasets.load(data, "cifar100" if cell.image_size == 32 else "tiny_imagenet_50")
     order = datasets.class_order(len(loaded.names), cell.seed)
     short = {"min_steps": 0, "refine_min_steps": 0, "refine_epochs": 1}
     recipe = replace(RECIPES["edge"], epochs=cell.epochs, first_epochs=cell.epochs, generator_steps=cell.generator_steps, **short)
     method = yardsticks.find(cell.method)
-    learner = Learner(
-        cell.backbone,
-        image_size=cell.image_size,
-        method=method,
-        recipe=recipe,
-        memory_budget=cell.budget,
-        device="cpu",
-        seed=cell.seed,
-    )
+    if model.exists():
+        learner = Learner.load(model, "cpu", method=method, memory_budget=cell.budget)
+    else:
+        learner = Learner(
+            cell.backbone,
+            image_size=cell.image_size,
+            method=method,
+            recipe=recipe,
+            memory_budget=cell.budget,
+            device="cpu",
+            seed=cell.seed,
+        )
     tasks = []
-    for task in range(cell.tasks):
+    for task in numbers:
         new = order[task * cell.classes : (task + 1) * cell.classes]
         part = loaded.part("train", new, cell.batch_size)
         if cell.images:
@@ -140,6 +168,8 @@ def measure(cell: Cell, data: Path) -> dict[str, Any]:
             "resident_after": held(learner.device),
             "accuracy": evaluation.accuracy,
         })  # fmt: skip
+    if cell.kind == "restarted":
+        learner.save(model)
     return {"tasks": tasks, "kept": kept(learner, method, cell.image_size)}
 
 
@@ -191,5 +221,5 @@ def kept(learner: Learner, method: str | yardsticks.Yardstick, image_size: int) 
 
 
 if __name__ == "__main__":
-    settings, where = json.loads(sys.argv[1])
-    print(json.dumps(measure(Cell(**settings), Path(where))))
+    settings, where, numbers, model = json.loads(sys.argv[1])
+    print(json.dumps(measure(Cell(**settings), Path(where), numbers, Path(model))))

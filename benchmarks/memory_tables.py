@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -17,9 +19,9 @@ def describe(found: dict[str, Any]) -> str:
     """The findings as Markdown."""
     done = found["cells"]
     parts = [
-        f"Each run in a process of its own ({found['machine']['processor']}, {found['machine']['threads']} threads, torch "
-        f"{found['versions']['torch']}). Bytes are above what the process held when `learn_task` was called; peaks are the "
-        "kernel's own count, the highest of both tasks and of all seeds.",
+        f"Each run in a process of its own, or in one for each task where it says so ({found['machine']['processor']}, "
+        f"{found['machine']['threads']} threads, torch {found['versions']['torch']}). Bytes are above what the process held when "
+        "`learn_task` was called; peaks are the kernel's own count, the highest of both tasks and of all seeds.",
         *(part for part in (_budgets(done), _accuracy(done), _replay(done), _growth(done)) if part),
     ]
     return "\n\n".join(parts)
@@ -57,8 +59,15 @@ def _of(done: dict[str, Any], kind: str, **wanted: Any) -> Runs:
     return {cell: one for cell, one in chosen.items() if all(getattr(cell, name) == value for name, value in wanted.items())}
 
 
-def _under(done: dict[str, Any], network: tuple[str, int], budget: str | None) -> Runs:
-    return _of(done, "budget", backbone=network[0], image_size=network[1], budget=budget)
+def _networks() -> Iterator[tuple[str, Callable[[dict[str, Any], str | None], Runs]]]:
+    """The rows of the tables of budgets: a name, and what finds its runs under a budget."""
+    for kind, more in (("budget", ""), ("restarted", ", a process a task")):
+        for backbone, size in NETWORKS:
+            yield f"{backbone}, {size} px{more}", partial(_under, kind, backbone, size)
+
+
+def _under(kind: str, backbone: str, size: int, done: dict[str, Any], budget: str | None) -> Runs:
+    return _of(done, kind, backbone=backbone, image_size=size, budget=budget)
 
 
 def _learnt(runs: Runs) -> Runs:
@@ -114,11 +123,11 @@ def _budgets(done: dict[str, Any]) -> str:
         "planning included, and must be within the budget. After so few steps accuracy tells large differences only."
     )
     rows = []
-    for network in NETWORKS:
-        free = _under(done, network, None)
+    for name, under in _networks():
+        free = under(done, None)
         for budget in BUDGETS:
-            if runs := _under(done, network, budget):
-                rows.append([f"{network[0]}, {network[1]} px", budget or "none", *_budget_row(runs, free, parse(budget))])
+            if runs := under(done, budget):
+                rows.append([name, budget or "none", *_budget_row(runs, free, parse(budget))])
     return _section("Under a budget", note, table(head, rows))
 
 
@@ -182,14 +191,14 @@ def _growth(done: dict[str, Any]) -> str:
 def _budgets_in_short(done: dict[str, Any]) -> str:
     """A row a network, a column a budget."""
     rows, kept = [], []
-    for network in NETWORKS:
-        free, row = _under(done, network, None), []
+    for name, under in _networks():
+        free, row = under(done, None), []
         for budget in BUDGETS:
-            runs = _under(done, network, budget)
+            runs = under(done, budget)
             kept += [_highest(one) <= (parse(budget) or 0) for one in _learnt(runs).values() if budget]
             row.append(_in_short(runs, free))
-        if free:
-            rows.append([f"{network[0]}, {network[1]} px", *row])
+        if any(row):
+            rows.append([name, *row])
     if not rows:
         return ""
     head = ["most that learning added, MB (seconds a step over none)", *(budget or "none" for budget in BUDGETS)]

@@ -21,7 +21,8 @@ from edge_dfcil.recompute import blocks
 from edge_dfcil.results import MemoryPlan, StagePlan
 from edge_dfcil.training import Stage, Task, Terms
 
-MARGIN = 0.1  # a plan aims below its budget by this share, for what a few steps do not meet: a heap in pieces above all
+MARGIN = 0.1  # of the budget, left free when choosing how many images go through at once: a heap in pieces needs it above all
+LEAST_MARGIN = 0.05  # left free in any case, by the fewest images as by whole batches
 FEWEST = 4  # images at once: BatchNorm learns little from fewer
 ENOUGH = 16  # with fewer at once, activations are rather recomputed: BatchNorm's batch is worth a third of the time
 GROWTH = 4  # of the images at once, at most, from one rehearsal to the next
@@ -147,16 +148,15 @@ class Planner:
         Raises `TooLarge` when nothing fits.
         """
         limit = float("inf") if budget is None else budget * (1 - MARGIN)
-        last = limit if budget is None else budget * (1 - MARGIN / 2)  # with whole batches, most of the unknown is known
-        ways = self._changes()
-        if not _fit(stages := self.least(), limit):
+        last = float("inf") if budget is None else budget * (1 - LEAST_MARGIN)
+        if not _fit(stages := self.least(), last):
             raise TooLarge(stages)
-        for changes in ways:
+        for changes in self._changes():
             stages = self._grown(way := Way(changes, limit=limit))
             tight = frozenset(name for name, s in stages.items() if s.at_once < min(ENOUGH, s.whole) and s.can_recompute)
             if tight:
                 stages = self._grown(way := replace(way, recompute=tight))
-            if not _fit(stages := self._begun_now(stages), limit):
+            if not _fit(stages := self._begun_now(stages), last):
                 continue
             if _fit(stages := self._in_whole(stages, replace(way, limit=last)), last):
                 break
@@ -336,7 +336,7 @@ def refusal(budget: int, stages: Stages, others: Iterable[tuple[str, Callable[[]
     """Says what is needed, what takes it, and what would help, each with its figure."""
 
     def needed(stages: Stages) -> float:
-        return max(stage.peak for stage in stages.values()) / (1 - MARGIN)
+        return max(stage.peak for stage in stages.values()) / (1 - LEAST_MARGIN)
 
     name, worst = max(stages.items(), key=lambda item: item[1].peak)
     takes = ", ".join(f"{item} {show(size)}" for item, size in worst.items.items() if size)

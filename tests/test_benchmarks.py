@@ -254,18 +254,21 @@ def test_the_memory_benchmark_runs_each_cell_in_a_process_and_tells(tmp_path):
     np.savez(tmp_path / "cifar100.npz", class_names=np.array([*"abcd"]), **arrays)
     small = {"images": 8, "batch_size": 8, "epochs": 1, "generator_steps": 2}
     chosen = [memory.Cell("budget", "resnet32", 32, budget=budget, **small) for budget in ("16MB", None)]
+    chosen += [memory.Cell("restarted", "resnet32", 32, **small)]
 
     said = []
     found = memory.run(chosen, tmp_path, tmp_path, said.append)
     assert said == [cell.key for cell in chosen]
-    refused, free = (found["cells"][cell.key] for cell in chosen)
+    refused, free, restarted = (found["cells"][cell.key] for cell in chosen)
     assert "nothing was trained" in refused["refused"] and not refused["tasks"]
     assert len(free["tasks"]) == 2 and free["tasks"][1]["kernel_peak"] > 0
-    assert memory.run(chosen, tmp_path, tmp_path, said.append) == found and len(said) == 2, "what is done is not run again"
+    assert [task["accuracy"] for task in restarted["tasks"]] == [task["accuracy"] for task in free["tasks"]]
+    assert memory.run(chosen, tmp_path, tmp_path, said.append) == found and len(said) == 3, "what is done is not run again"
 
     full, short = memory_tables.describe(found), memory_tables.summary(found)
     assert "| resnet32, 32 px | 16MB | refused: 'learn' needs" in full
     assert "| resnet32, 32 px | refused |" in short and "(1.00) |" in short
+    assert "| resnet32, 32 px, a process a task | none |" in full
 
 
 def test_a_task_that_failed_and_a_run_above_its_budget_are_told():
