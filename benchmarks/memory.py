@@ -27,6 +27,7 @@ FILE = "memory.json"
 KINDS = ("growth", "replay", "budget", "restarted", "accuracy")
 BUDGETS = ("16MB", "96MB", "128MB", "192MB", "256MB", "512MB", None)
 NETWORKS = (("resnet32", 32), ("mobilenet_v3_small", 64), ("mobilenet_v3_small", 96), ("resnet18", 64))
+RESTARTED = NETWORKS[:2], ("96MB", "128MB", "192MB", None)
 SIZES = (("resnet32", 32), *(("mobilenet_v3_small", size) for size in (64, 96, 128, 224)))
 METHODS = ("abd", "deep_inversion", "dgr", "rehearsal", "rehearsal_jpeg")
 STORED = 2000  # images of a replay
@@ -74,10 +75,10 @@ def cells(kinds: list[str]) -> Iterator[Cell]:
         ),
         *(
             Cell(kind, *network, budget=budget, seed=seed)
-            for kind, networks in (("budget", NETWORKS), ("restarted", NETWORKS[:2]))
+            for kind, networks, budgets in (("budget", NETWORKS, BUDGETS), ("restarted", *RESTARTED))
             for seed in range(3)
             for network in networks
-            for budget in BUDGETS
+            for budget in budgets
         ),
         *(
             Cell("accuracy", "resnet32", 32, budget=budget, seed=seed, classes=10, images=0, epochs=4, generator_steps=250)
