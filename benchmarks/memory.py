@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -99,7 +100,7 @@ def run(chosen: list[Cell], data: Path, out: Path, say: Callable[[str], None]) -
         say(cell.key)
         measured = in_processes(cell, data)
         found |= {"versions": machine.versions(), "machine": machine.machine(torch.device("cpu"))}
-        found["cells"][cell.key] = measured
+        found["cells"][cell.key] = measured | {"day": date.today().isoformat()}
         path.write_text(json.dumps(found, indent=1) + "\n")
     return found
 

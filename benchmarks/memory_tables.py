@@ -90,9 +90,11 @@ def _planned_and_reached(task: dict[str, Any]) -> tuple[int, int]:
 
 
 def _slower(runs: Runs, free: Runs) -> str:
-    """Seconds a step of the second task's learning, over those without a budget, same seed."""
-    by_seed = {cell.seed: one for cell, one in free.items()}
-    ratios = [_step(one) / _step(by_seed[cell.seed]) for cell, one in runs.items() if cell.seed in by_seed]
+    """Seconds a step of the second task's learning, over those without a budget: same seed, same day, since another day may
+    have had another machine."""
+    beside = {(cell.seed, one.get("day")): one for cell, one in free.items()}
+    pairs = [(one, beside.get((cell.seed, one.get("day")))) for cell, one in runs.items()]
+    ratios = [_step(one) / _step(other) for one, other in pairs if other is not None]
     return f"{mean(ratios):.2f}" if ratios else ""
 
 
@@ -212,7 +214,8 @@ def _budgets_in_short(done: dict[str, Any]) -> str:
 def _in_short(runs: Runs, free: Runs) -> str:
     """The most that was taken and how much slower a step was; or what happened instead, and to how many."""
     learnt = _learnt(runs)
-    cell = [f"{megabytes(max(map(_highest, learnt.values())))} ({_slower(learnt, free)})"] if learnt else []
+    slower = f" ({ratio})" if (ratio := _slower(learnt, free)) else ""
+    cell = [f"{megabytes(max(map(_highest, learnt.values())))}{slower}"] if learnt else []
     for ended in ("refused", "failed"):
         count = sum(ended in one for one in runs.values())
         cell += [ended if count == len(runs) else f"{count} of {len(runs)} {ended}"] if count else []
