@@ -109,21 +109,21 @@ def in_processes(cell: Cell, data: Path) -> dict[str, Any]:
     """One cell in a process of its own, or one for each task, which hand the model on in a file."""
     tasks = range(cell.tasks)
     parts = [range(task, task + 1) for task in tasks] if cell.kind == "restarted" else [tasks]
-    measured: dict[str, Any] = {"tasks": []}
+    learnt: list[dict[str, Any]] = []
+    more: dict[str, Any] = {}
     with TemporaryDirectory() as folder:
         for part in parts:
             settings = json.dumps([vars(cell), str(data), list(part), f"{folder}/model.safetensors"])
             command = [sys.executable, "-m", "benchmarks.memory", settings]
             more = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-            measured |= more | {"tasks": measured["tasks"] + more["tasks"]}
-            if "kept" not in more:
-                measured.pop("kept", None)
+            learnt += more.pop("tasks")
+            if "kept" not in more:  # refused or failed
                 break
-    return measured
+    return {"tasks": learnt, **more}
 
 
 def measure(cell: Cell, data: Path, numbers: list[int], model: Path) -> dict[str, Any]:
-    """Some tasks of a cell, in this process; begins with the model in the file if there is one."""
+    """Some tasks of a cell, in this process, from the model in the file if there is one; leaves it there if more are to come."""
     loaded = datasets.load(data, "cifar100" if cell.image_size == 32 else "tiny_imagenet_50")
     order = datasets.class_order(len(loaded.names), cell.seed)
     short = {"min_steps": 0, "refine_min_steps": 0, "refine_epochs": 1}
@@ -170,7 +170,7 @@ def measure(cell: Cell, data: Path, numbers: list[int], model: Path) -> dict[str
             "resident_after": held(learner.device),
             "accuracy": evaluation.accuracy,
         })  # fmt: skip
-    if cell.kind == "restarted":
+    if numbers[-1] + 1 < cell.tasks:
         learner.save(model)
     return {"tasks": tasks, "kept": kept(learner, method, cell.image_size)}
 

@@ -147,8 +147,8 @@ class Planner:
 
         Raises `TooLarge` when nothing fits.
         """
-        limit = float("inf") if budget is None else budget * (1 - MARGIN)
-        last = float("inf") if budget is None else budget * (1 - LEAST_MARGIN)
+        room = float("inf") if budget is None else budget
+        limit, last = room * (1 - MARGIN), room * (1 - LEAST_MARGIN)
         if not _fit(stages := self.least(), last):
             raise TooLarge(stages)
         for changes in self._changes():
