@@ -46,8 +46,9 @@ def run(
         found["sizes"][BASE] = model.stat().st_size
         for threads in (1, 2):
             for batch in (1, 32):
-                say(f"{threads} threads, batches of {batch}")
-                found["seconds"][f"{batch} images, {threads} threads"] = _timed(learner, graphs, batch, threads, rounds, compiled)
+                column = f"{_counted(batch, 'image')}, {_counted(threads, 'thread')}"
+                say(column)
+                found["seconds"][column] = _timed(learner, graphs, batch, threads, rounds, compiled)
         say("cold starts")
         path = Path(folder) / "start.onnx"
         path.write_bytes(graphs["onnx float"])
@@ -70,6 +71,10 @@ def _graphs(learner: Learner, others: dict[str, Path], folder: Path, say: Callab
     ):
         graphs[name] = Path(one.export(folder / "graph.onnx", quantize, progress=False).path).read_bytes()
     return graphs
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _timed(learner: Learner, graphs: dict[str, bytes], batch: int, threads: int, rounds: int, compiled: bool) -> dict[str, float]:

@@ -93,6 +93,9 @@ def smaller(folder: Path) -> str:
     """The README's account of compression and of what ships."""
     made, answers = _measured(folder / workshop.FILE), _measured(folder / latency.FILE)
     parts = [workshop.summary(made)] if made else []
+    if (folder / workshop.PAGE).exists():
+        parts += ["Real photographs beside dreams of the same classes:"]
+        parts += [f"![real and dreamt](benchmarks/results/{workshop.PAGE})"]
     parts += [latency.summary(answers)] if answers else []
     return "\n\n".join(parts) + "\n" if parts else ""
 

@@ -612,7 +612,9 @@ class Learner:
         # In turns, so that both halves have every class: dreams come sorted.
         dreams = self.dream(max(MIN_CALIBRATION, 8 * len(self.classes)), progress=progress)
         checks["dreams"] = dreams[1::2].numpy()
-        return Int8(self._varied(dreams[::2]) if pictures is None else pictures, checks, targets)
+        if pictures is not None:
+            return Int8(pictures, checks, targets)
+        return Int8(self._varied(dreams[::2]), checks, targets, widening=DREAMS_WIDENING)
 
     def _varied(self, dreams: Tensor) -> Any:
         """Dreams (N, 3, S, S), uint8, each twice, with the brightness, contrast and place of real images in training.
@@ -636,6 +638,9 @@ class Learner:
 
 
 MIN_CALIBRATION = 1024  # dreams for an INT8 export, at least: half to calibrate on, half to check
+# Real images reach further than dreams. Chosen on training images of a resnet32 (the answers of 1.0, 1.1, 1.25 and 1.5 times
+# the range agreed with the float ones for 96.3, 98.5, 98.9 and 98.8 %).
+DREAMS_WIDENING = 1.25
 
 
 def _set_statistics(network: Network, mean: Sequence[float] | None, std: Sequence[float] | None) -> bool:

@@ -38,11 +38,15 @@ class Int8:
         Images that both graphs are asked about, by the name of their set.
     targets
         The right outputs (N,) of those sets that have them.
+    widening
+        Factor by which the ranges read from `calibration` are widened: above 1 where the images to come reach further than
+        those, below which what they exceed the ranges by would be cut off.
     """
 
     calibration: Images
     checks: Mapping[str, Images]
     targets: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    widening: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Comparison:
     max_difference: float
 
 
-def quantize(graph: bytes, calibration: Images) -> bytes:
+def quantize(graph: bytes, calibration: Images, widening: float = 1.0) -> bytes:
     """The graph in INT8. Raises `ExportError` when ONNX Runtime cannot quantize it."""
     import onnx
     from onnxruntime import quantization
@@ -78,15 +82,17 @@ def quantize(graph: bytes, calibration: Images) -> bytes:
         try:
             # Folds BatchNorm into convolutions and infers the shapes.
             quantization.quant_pre_process(str(plain), str(prepared))
+            ranges = _ranges(prepared, calibration, widening)
             quantization.quantize_static(
                 str(prepared),
                 str(quantized),
-                _reader(calibration),
+                _reader(calibration[:1]),  # has to be given, but every range is
                 quant_format=quantization.QuantFormat.QDQ,
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
                 per_channel=True,
                 reduce_range=True,
+                extra_options={"TensorQuantOverrides": ranges},
             )
             model = onnx.load(str(quantized))
         except Exception as error:  # onnxruntime raises many kinds; its message is the useful part
@@ -96,6 +102,20 @@ def quantize(graph: bytes, calibration: Images) -> bytes:
         model.metadata_props.add(key=key, value=value)
     content: bytes = model.SerializeToString()
     return content
+
+
+def _ranges(prepared: Path, calibration: Images, widening: float) -> dict[str, list[dict[str, Any]]]:
+    """The smallest and the largest value of every activation, widened, by its name."""
+    from onnxruntime import quantization
+
+    calibrator = quantization.create_calibrator(prepared, augmented_model_path=str(prepared.with_name("calibrate.onnx")))
+    calibrator.collect_data(_reader(calibration))
+
+    def wide(value: Any) -> np.float32:
+        return np.float32(widening * np.asarray(value).item())
+
+    found = {name: values.range_value for name, values in calibrator.compute_data().data.items()}
+    return {name: [{"rmin": wide(low), "rmax": wide(high)}] for name, (low, high) in found.items()}
 
 
 def _reader(images: Images) -> Any:

@@ -62,6 +62,19 @@ def test_the_file_says_what_it_is(able, int8):
     )
 
 
+def test_ranges_can_be_wider_than_those_of_the_calibration(able, tmp_path):
+    scales = []
+    for widening in (1.0, 1.5):
+        path = tmp_path / f"{widening}.onnx"
+        setting = Int8(able.dream(64, progress=False).numpy(), {}, widening=widening)
+        export_onnx(able.network, path, classes=able.classes, image_size=16, int8=setting)
+        tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+        scales.append({name: scale.item() for name, scale in tensors.items() if name.endswith("_scale") and scale.ndim == 0})
+    assert scales[0] and scales[0].keys() == scales[1].keys()
+    for name, scale in scales[0].items():
+        assert scales[1][name] == pytest.approx(1.5 * scale, rel=1e-5), name
+
+
 def test_it_can_be_calibrated_on_pictures(able, train, tmp_path):
     report = able.export(tmp_path / "a.onnx", "int8", calibration=[*train.of(("0", "1", "2", "3"))], progress=False)
     assert report.agreement["dreams"] >= 0.9

@@ -165,7 +165,9 @@ class _Lesson:
     def stages(self) -> Iterator[Stage]:
         settings = self._settings
         for number in range(settings.rounds):
+            self._student.requires_grad_(False)  # while dreams compete with it, they alone learn
             yield from self._dreams(number)
+            self._student.requires_grad_(True)
             yield Stage(
                 "distil", self, settings.steps, self._loss, self._optimizer, self._scheduler, [self._student],
                 clip_gradient=self._recipe.clip_gradient,
