@@ -33,7 +33,7 @@ MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100's, f
 
 
 RECIPE = replace(RECIPES["edge"], first_epochs=24, learning_rate=0.05, pixel_steps=200)
-LESSON = Distillation(rounds=4, dreams=1024, generator_steps=100, steps=200)
+LESSON = Distillation(rounds=4, dreams=1024, generator_steps=100, steps=200)  # of a student that begins with shared layers
 REPAIR = Distillation(rounds=4, learning_rate=0.02)
 
 
@@ -42,7 +42,7 @@ class Setting:
     """How much of everything."""
 
     backbone: str = "resnet32"
-    students: tuple[str, ...] = ("resnet20", "mobilenet_v3_small")
+    students: tuple[tuple[str, Distillation], ...] = (("resnet20", LESSON), ("mobilenet_v3_small", Distillation()))
     classes: int = 20
     new_classes: int = 10
     images: int = 0  # of the training set, in all; 0 takes all
@@ -50,7 +50,6 @@ class Setting:
     batch_size: int = 32
     learning_rate: float = 0.05
     recipe: Recipe = RECIPE
-    distillation: Distillation = LESSON
     repair: Distillation = REPAIR
     prune_ratio: float = 0.2
     group: int = 8
@@ -60,7 +59,7 @@ class Setting:
 FULL = Setting()
 QUICK = Setting(
     backbone="resnet8",
-    students=("resnet8",),
+    students=(("resnet8", Distillation(rounds=2, dreams=32, generator_steps=2, steps=2, batch=16)),),
     classes=3,
     new_classes=2,
     images=96,
@@ -69,7 +68,6 @@ QUICK = Setting(
         RECIPES["edge"], first_epochs=1, epochs=1, min_steps=4, generator_steps=4, latent=8, width=8, pool=32, pixel_steps=2,
         pixel_batch=16, refine_epochs=1, refine_min_steps=2,
     ),
-    distillation=Distillation(rounds=2, dreams=32, generator_steps=2, steps=2, batch=16),
     repair=Distillation(rounds=1, dreams=32, generator_steps=2, steps=2, batch=16),
     group=4,
 )  # fmt: skip
@@ -99,9 +97,9 @@ class Workshop:
         s = self._setting
         steps: list[tuple[str, str, Callable[[], dict[str, Any]]]] = [("teacher", "teacher", self._train)]
         steps.append(("dreams", "dreams", self._page))
-        for student in s.students:
+        for student, lesson in s.students:
             for source in ("adaptive", "dreams", "noise"):
-                steps.append(("distill", f"distill {student} {source}", self._distill(student, source)))
+                steps.append(("distill", f"distill {student} {source}", self._distill(student, lesson, source)))
         steps += [
             ("prune", "prune by importance", self._prune(eta=0.0, ratio=s.prune_ratio)),
             ("prune", "prune by importance and latency", self._prune(eta=0.1, ratio=s.prune_ratio)),
@@ -177,9 +175,9 @@ class Workshop:
 
     # Compression
 
-    def _distill(self, student: str, source: Any) -> Callable[[], dict[str, Any]]:
+    def _distill(self, student: str, lesson: Distillation, source: Any) -> Callable[[], dict[str, Any]]:
         def step() -> dict[str, Any]:
-            settings = replace(self._setting.distillation, source=source)
+            settings = replace(lesson, source=source)
             found, report = distill(self._teacher, student, settings=settings, evaluation=self._test, classes=self._data.names)
             found.save(self._models / f"{student}-{source}.safetensors")
             return {**report.to_dict(), "settings": vars(settings), "stages": None}

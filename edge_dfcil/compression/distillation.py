@@ -55,6 +55,8 @@ class Distillation:
             raise SettingError(f"source={self.source!r}, quality={self.quality!r}: not what is offered")
 
 
+# Of what is dreamt for a student, as in DeepInversion. ABD's 1000 leaves the teacher unsure where a student competes, too.
+CONTENT_TEMPERATURE = 1.0
 FRESH = 256  # dreams that teacher and student are compared on
 REPAIR = Distillation(rounds=4, learning_rate=0.02)  # of a pruned network, which knows most of it already
 
@@ -149,7 +151,7 @@ class _Lesson:
     def __init__(self, student: Network, teacher: Network, learner: Learner, settings: Distillation) -> None:
         self._student, self._teacher, self._settings, self._device = student, teacher, settings, learner.device
         total = settings.rounds * settings.dreams
-        self._recipe = replace(learner.recipe, pool=total)
+        self._recipe = replace(learner.recipe, pool=total, content_temperature=CONTENT_TEMPERATURE)
         self._wanted = torch.arange(teacher.n_classes, device=self._device)
         self._pool, self._filled = Pool(total, teacher, self._device), 0
         self._fresh: Dream | None = None  # what was dreamt last
