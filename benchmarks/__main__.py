@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from benchmarks import accuracy, datasets, memory_tables, steps
+from benchmarks import accuracy, datasets, memory_tables, readme, steps
 from benchmarks import latency as latencies
 from benchmarks import memory as memories
 from benchmarks import report as reports
@@ -202,8 +202,8 @@ def run_latency(model: Path, as_json: bool, quick: bool, out: Path, **others: Pa
 def run_report(out: Path) -> None:
     """Writes README.md and the plots of every protocol into the folder of results, and the table of the project's README."""
     click.echo(reports.write(out))
-    if out.resolve() == accuracy.RESULTS and reports.README.exists():
-        reports.write_readme(out)
+    if out.resolve() == accuracy.RESULTS and readme.README.exists():
+        readme.write(out)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks import readme
 from edge_dfcil import recipe
 from tests.test_cli import folder_of
 
@@ -94,10 +94,10 @@ def test_the_table_is_that_of_the_result_file():
     assert f"{100 * result['final_accuracy']['upper_bound']:.1f}" in shown
 
 
-@pytest.mark.parametrize("mark", report.SUMMARIES)
+@pytest.mark.parametrize("mark", readme.SUMMARIES)
 def test_the_figures_are_those_of_the_result_files(mark):
     shown = README[README.index(f"<!-- {mark}:") : README.index(f"<!-- /{mark} -->")]
-    assert report.SUMMARIES[mark](ROOT / "benchmarks" / "results") in shown
+    assert readme.SUMMARIES[mark](ROOT / "benchmarks" / "results") in shown
 
 
 def test_the_readme_promises_what_is_true():
