@@ -37,10 +37,13 @@ class Network(nn.Module):
     ----------
     mean, std
         What images in [0, 1] are normalised with, per channel (3, 1, 1); 0 and 1 until `set_statistics`.
+    mirrored
+        Whether plain images are answered by the mean of their logits and their mirror images'.
     """
 
     mean: Tensor
     std: Tensor
+    mirrored = False
 
     def __init__(self, backbone: nn.Module, features: int, image_size: int) -> None:
         super().__init__()
@@ -81,7 +84,10 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, n_classes) of plain images (N, 3, H, W), uint8 or float in [0, 1]."""
-        return self.classify(self.normalize(self.pixels(images)))
+        images = self.normalize(self.pixels(images))
+        if self.mirrored:
+            return self.classify(torch.cat([images, images.flip(3)])).unflatten(0, (2, -1)).mean(0)
+        return self.classify(images)
 
     def grown(self, n_new: int) -> Network:
         """A copy with `n_new` more classes; the rows of known classes are kept to the bit."""

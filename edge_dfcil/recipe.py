@@ -88,6 +88,10 @@ class Recipe:
     # current classes are scaled down to this share of the old ones' mean norm, for which there were only dreams; 0: not.
     align_head: float = 0.0
 
+    # Ours, after the test-time views of the ImageNet years (Krizhevsky et al., 2012): the classifier's logits are the mean of
+    # those of an image and of its mirror image, here and in what is exported, at twice the work an answer. Learning is the same.
+    mirrored_answers: bool = False
+
     def __post_init__(self) -> None:
         for name in ("epochs", "generator_steps", "generator_batch", "latent", "width", "pixel_steps", "pixel_batch"):
             if getattr(self, name) < 1:
@@ -101,6 +105,10 @@ class Recipe:
                 raise SettingError(f"recipe.{name} is {getattr(self, name)}; it must not be negative")
         if self.dreams == "pixels" and not self.pool:
             raise SettingError("recipe.dreams is 'pixels', which are made once a task; say how many with recipe.pool")
+        if self.mirrored_answers and not self.flip:
+            raise SettingError(
+                "recipe.mirrored_answers takes mirrored images for alike, and recipe.flip=False does not; set both"
+            )
         if not 0 <= self.freeze < 1:
             raise SettingError(f"recipe.freeze is {self.freeze}; it is a share of layers, from 0 to below 1")
         for name, allowed in _CHOICES.items():

@@ -25,6 +25,7 @@ from edge_dfcil import (
     SettingError,
 )
 from edge_dfcil.backbones import batchnorm_layers
+from exporters import OnnxClassifier
 from tests.conftest import NAMES, QUICK, quick_learner, same_weights, weights
 
 
@@ -345,6 +346,25 @@ class TestAnswers:
         assert answer.score >= answer.top[1][1]
         assert learnt.predict(one.numpy()) == learnt.predict(one)
         assert learnt.predict(images(0)) == []
+
+    def test_mirrored_answers_are_those_of_both_images(self, train, test, tmp_path):
+        plain, mirrored = (
+            quick_learner(recipe=replace(QUICK, flip=True, mirrored_answers=mirrored)) for mirrored in (False, True)
+        )
+        for learner in (plain, mirrored):
+            learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
+        assert same_weights(weights(plain), mirrored), "they are learnt alike"
+        images = test.images[:16]
+        with torch.no_grad():
+            expected = (plain.network(images) + plain.network(images.flip(3))) / 2
+            assert not torch.allclose(plain.network(images), expected, atol=1e-3)
+            for learner in (mirrored, Learner.load(mirrored.save(tmp_path / "m"), "cpu")):
+                torch.testing.assert_close(learner.network(images), expected)
+        with pytest.raises(SettingError, match="set both"):
+            replace(QUICK, mirrored_answers=True)
+        mirrored.export(tmp_path / "m.onnx")
+        for answer, p in zip(OnnxClassifier(tmp_path / "m.onnx").predict(images.numpy()), expected.softmax(1), strict=True):
+            assert answer.score == pytest.approx(p.max().item(), abs=1e-4)
 
     def test_before_the_first_task(self):
         learner = quick_learner()
