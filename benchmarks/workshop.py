@@ -96,7 +96,7 @@ class Workshop:
     def _steps(self, parts: list[str]) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
         s = self._setting
         steps: list[tuple[str, str, Callable[[], dict[str, Any]]]] = [("teacher", "teacher", self._train)]
-        steps.append(("dreams", "dreams", self._page))
+        steps += [("teacher", "mirrored answers", self._mirrored), ("dreams", "dreams", self._page)]
         for student, lesson in s.students:
             for source in ("adaptive", "dreams", "noise"):
                 steps.append(("distill", f"distill {student} {source}", self._distill(student, lesson, source)))
@@ -146,6 +146,13 @@ class Workshop:
         learner.learn_task(self._train_part(0, s.classes), self._data.names)
         learner.save(self._teacher_file)
         return {"accuracy": learner.evaluate(self._test, self._data.names).accuracy}
+
+    def _mirrored(self) -> dict[str, Any]:
+        """The teacher, answering by the mean over an image and its mirror image."""
+        teacher = self._teacher
+        teacher.recipe = replace(teacher.recipe, mirrored_answers=True)
+        teacher = teacher.having(teacher.network.grown(0), teacher.backbone)
+        return {"accuracy": teacher.evaluate(self._test, self._data.names).accuracy}
 
     def _page(self) -> dict[str, Any]:
         """A page of pictures: real ones, a generator's dreams, and pixel dreams, a row a class."""
@@ -292,6 +299,8 @@ def describe(found: dict[str, Any]) -> str:
 def summary(found: dict[str, Any]) -> str:
     """The same without the picture."""
     told = f"A teacher of {percent(found['teacher']['accuracy'])} % on its classes, trained here."
+    if "mirrored answers" in found:
+        told += f" With `mirrored_answers` it has {percent(found['mirrored answers']['accuracy'])} %."
     parts = (_students(found), _pruned(found), _quantised(found), _adopted(found))
     return "\n\n".join([told, *(part for part in parts if part)])
 
