@@ -198,7 +198,7 @@ def run(
         return over
 
     reports = []
-    with _capped(meter, task.device, budget):
+    with capped(meter, task.device, budget):
         for stage in measured(training.stages(task, method), meter):
             if stage.name in planned:
                 stage.at_once, stage.recompute = planned[stage.name].at_once, planned[stage.name].recompute
@@ -218,7 +218,7 @@ def measured(stages: Iterator[Stage], meter: Meter) -> Iterator[Stage]:
 
 
 @contextmanager
-def _capped(meter: Meter, device: torch.device, budget: int | None) -> Iterator[None]:
+def capped(meter: Meter, device: torch.device, budget: int | None) -> Iterator[None]:
     """CUDA's allocator refuses what is above the budget, which then counts as out of memory."""
     if budget is None or device.type != "cuda":
         yield

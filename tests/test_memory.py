@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from torch import nn
 from edge_dfcil import BudgetError, Cancelled, Learner, SettingError
 from edge_dfcil.backbones import build
 from edge_dfcil.dreaming.inversion import Dream, Pool
-from edge_dfcil.memory import parse
+from edge_dfcil.memory import Meter, capped, parse
 from edge_dfcil.methods.abd import ABD
 from edge_dfcil.recompute import blocks, recomputing
 from tests.conftest import NAMES, QUICK, quick_learner, same_weights, weights
@@ -122,6 +124,7 @@ WITHIN = """
 import json, sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
+from types import SimpleNamespace
 from edge_dfcil import Learner
 from edge_dfcil.demo import digits
 from tests.conftest import NAMES, quick_learner
@@ -233,3 +236,57 @@ def test_a_pool_keeps_dreams_to_a_255th_of_their_range(front, back, scale):
     assert torch.equal(kept.logits, logits) and len(pool) == front + back
     steps = (images.amax((1, 2, 3)) - images.amin((1, 2, 3))) / 255
     assert ((kept.images - images).abs().amax((1, 2, 3)) <= 0.51 * steps).all()
+
+
+class Allocator:
+    """Stands in for CUDA's where there is none: what it reserves, the most of it, and the share that it may."""
+
+    def __init__(self, monkeypatch):
+        self.reserved = self.most = 0
+        self.cached, self.shares = 0, []
+        fakes = {
+            "memory_reserved": lambda device: self.reserved + self.cached,
+            "max_memory_reserved": lambda device: self.most,
+            "reset_peak_memory_stats": lambda device: setattr(self, "most", self.reserved + self.cached),
+            "empty_cache": lambda: setattr(self, "cached", 0),
+            "get_device_properties": lambda device: SimpleNamespace(total_memory=1000),
+            "set_per_process_memory_fraction": lambda share, device: self.shares.append(share),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def take(self, n):
+        self.reserved += n
+        self.most = max(self.most, self.reserved + self.cached)
+
+    def free(self, n):
+        self.reserved, self.cached = self.reserved - n, self.cached + n
+
+
+def test_on_cuda_it_is_what_the_allocator_reserves_above_the_level(monkeypatch):
+    allocator, device = Allocator(monkeypatch), torch.device("cuda")
+    allocator.take(100)
+    allocator.free(30)
+    with Meter(device) as meter:
+        assert meter.level == 70, "what was free was given back first"
+        meter.reset()
+        allocator.take(50)
+        allocator.free(50)
+        assert (meter.peak, meter.now) == (50, 0)
+        meter.reset()
+        allocator.take(20)
+        assert (meter.peak, meter.highest) == (20, 50), "a stage has a peak of its own"
+        meter.exclude()
+        meter.reset()
+        assert (meter.level, meter.peak) == (90, 0)
+
+
+def test_on_cuda_the_allocator_is_capped_at_the_budget_and_freed_again(monkeypatch):
+    allocator, device = Allocator(monkeypatch), torch.device("cuda")
+    allocator.take(100)
+    with Meter(device) as meter, suppress(torch.OutOfMemoryError), capped(meter, device, budget=400):
+        assert allocator.shares == [0.5], "the level and the budget, of all that the device has"
+        raise torch.OutOfMemoryError
+    assert allocator.shares == [0.5, 1.0]
+    with Meter(device) as meter, capped(meter, device, budget=None), capped(meter, torch.device("cpu"), budget=400):
+        assert len(allocator.shares) == 2, "no budget, no cap; nor where there is no such allocator"
