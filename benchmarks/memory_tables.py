@@ -187,10 +187,12 @@ def _growth(done: dict[str, Any]) -> str:
 
 def _budgets_in_short(done: dict[str, Any]) -> str:
     """A row a network, a column a budget."""
-    rows, kept = [], []
+    rows, kept, alone = [], [], False
     for name, by_budget in _by_network(done):
         for budget, runs in by_budget.items():
-            kept += [_highest(one) <= (parse(budget) or 0) for one in _learnt(runs).values() if budget]
+            learnt = _learnt(runs)
+            kept += [_highest(one) <= (parse(budget) or 0) for one in learnt.values() if budget]
+            alone |= bool(learnt) and not _slower(learnt, by_budget[None])
         row = [_in_short(runs, by_budget[None]) for runs in by_budget.values()]
         if any(row):
             rows.append([name, *row])
@@ -199,8 +201,10 @@ def _budgets_in_short(done: dict[str, Any]) -> str:
     head = ["most that learning added, MB (seconds a step over none)", *(budget or "none" for budget in BUDGETS)]
     note = (
         f"The most of two tasks, of all seeds, and of the planning too, by the kernel's count: within the budget in {sum(kept)} "
-        f"of the {len(kept)} runs that were not refused. Without a ratio: its run without a budget was of another day."
+        f"of the {len(kept)} runs that were not refused."
     )
+    if alone:
+        note += " Without a ratio: its run without a budget was of another day."
     return f"{table(head, rows)}\n\n{note}"
 
 
