@@ -307,6 +307,7 @@ def summary(found: dict[str, Any]) -> str:
     told = f"A teacher of {percent(found['teacher']['accuracy'])} % on its classes, trained here."
     if "mirrored answers" in found:
         told += f" With `mirrored_answers` it has {percent(found['mirrored answers']['accuracy'])} %."
+    told += " One run of each row: a point more or less is chance."
     parts = (_students(found), _pruned(found), _quantised(found), _adopted(found))
     return "\n\n".join([told, *(part for part in parts if part)])
 
