@@ -34,10 +34,7 @@ def budgets(folder: Path) -> str:
 def smaller(folder: Path) -> str:
     """The README's account of compression and of what ships."""
     made, answers = report.measured(folder / workshop.FILE), report.measured(folder / latency.FILE)
-    parts = [workshop.summary(made)] if made else []
-    if (folder / workshop.PAGE).exists():
-        parts += ["Real photographs beside dreams of the same classes:"]
-        parts += [f"![real and dreamt](benchmarks/results/{workshop.PAGE})"]
+    parts = [workshop.describe(made, "benchmarks/results/")] if made else []
     parts += [latency.summary(answers)] if answers else []
     return "\n\n".join(parts) + "\n" if parts else ""
 

@@ -296,20 +296,16 @@ class Workshop:
         return step
 
 
-def describe(found: dict[str, Any]) -> str:
-    """The findings as Markdown."""
-    picture = [f"![real photographs beside dreams]({PAGE})"] if "dreams" in found else []
-    return "\n\n".join([summary(found), *picture])
-
-
-def summary(found: dict[str, Any]) -> str:
-    """The same without the picture."""
+def describe(found: dict[str, Any], folder: str = "") -> str:
+    """The findings as Markdown; `folder` is where the page of dreams lies, as seen from the text, with a slash."""
     told = f"A teacher of {percent(found['teacher']['accuracy'])} % on its classes, trained here."
     if "mirrored answers" in found:
         told += f" With `mirrored_answers` it has {percent(found['mirrored answers']['accuracy'])} %."
     told += " One run of each row: a point more or less is chance."
-    parts = (_students(found), _pruned(found), _quantised(found), _adopted(found))
-    return "\n\n".join([told, *(part for part in parts if part)])
+    parts = [told, _students(found), _pruned(found), _quantised(found), _adopted(found)]
+    if "dreams" in found:
+        parts += ["Real photographs beside dreams of the same classes:", f"![real and dreamt]({folder}{PAGE})"]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _rows(found: dict[str, Any], part: str, figures: Callable[[dict[str, Any]], list[str]]) -> list[list[str]]:

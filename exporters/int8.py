@@ -68,12 +68,12 @@ class Comparison:
     max_difference: float
 
 
-def quantize(graph: bytes, calibration: Images, widening: float = 1.0) -> bytes:
+def quantize(graph: bytes, setting: Int8) -> bytes:
     """The graph in INT8. Raises `ExportError` when ONNX Runtime cannot quantize it."""
     import onnx
     from onnxruntime import quantization
 
-    if not len(calibration):
+    if not len(setting.calibration):
         raise ExportError("there is no image to calibrate on; pass calibration=None to calibrate on dreams")
     metadata = {entry.key: entry.value for entry in onnx.load_from_string(graph).metadata_props}
     with tempfile.TemporaryDirectory() as folder, _quiet():
@@ -82,11 +82,11 @@ def quantize(graph: bytes, calibration: Images, widening: float = 1.0) -> bytes:
         try:
             # Folds BatchNorm into convolutions and infers the shapes.
             quantization.quant_pre_process(str(plain), str(prepared))
-            ranges = _ranges(prepared, calibration, widening)
+            ranges = _ranges(prepared, setting.calibration, setting.widening)
             quantization.quantize_static(
                 str(prepared),
                 str(quantized),
-                _reader(calibration[:1]),  # has to be given, but every range is
+                _reader(setting.calibration[:1]),  # has to be given, but every range is
                 quant_format=quantization.QuantFormat.QDQ,
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,

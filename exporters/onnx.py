@@ -120,7 +120,7 @@ def export_onnx(
 
 def _quantized(content: bytes, report: ExportReport, setting: Int8) -> tuple[bytes, ExportReport]:
     """The graph in INT8, compared with the float one, and the report of it."""
-    small = quantize(content, setting.calibration, setting.widening)
+    small = quantize(content, setting)
     found = compare(content, small, setting)
     seconds = latencies({"float": content, "int8": small}, report.image_size)
     return small, replace(

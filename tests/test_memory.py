@@ -124,7 +124,6 @@ WITHIN = """
 import json, sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
-from types import SimpleNamespace
 from edge_dfcil import Learner
 from edge_dfcil.demo import digits
 from tests.conftest import NAMES, quick_learner
