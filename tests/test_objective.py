@@ -153,7 +153,11 @@ def test_generator_sizes(size, side, doublings):
 
 @pytest.mark.parametrize("at_once", [16, 6])
 def test_the_gradients_of_a_split_batch_are_those_of_the_whole(learnt, at_once):
-    """But for the generator's own BatchNorm, which is taken out of the comparison here."""
+    """But for the generator's own BatchNorm, which is taken out of the comparison here.
+
+    To 1e-4 of the largest value of each gradient (rounding leaves 4e-6): a value that cancels to almost nothing has no
+    digits of its own.
+    """
     teacher, recipe = learnt.network.frozen(), replace(QUICK, generator_batch=16)
     dreamer = Dreamer(teacher, torch.arange(2), recipe)
     stage = dreamer.stage()
@@ -171,4 +175,4 @@ def test_the_gradients_of_a_split_batch_are_those_of_the_whole(learnt, at_once):
             value += loss.detach()
         found.append([value, *(p.grad.clone() for p in dreamer.generator.parameters())])
     for whole, split in zip(*found, strict=True):
-        assert torch.allclose(whole, split, rtol=1e-3, atol=1e-5)
+        assert (whole - split).abs().max() <= 1e-4 * whole.abs().max()
