@@ -34,6 +34,7 @@ MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100's, f
 
 RECIPE = replace(RECIPES["edge"], first_epochs=24, learning_rate=0.05, pixel_steps=200)
 LESSON = Distillation(rounds=4, dreams=1024, generator_steps=100, steps=200)  # of a student that begins with shared layers
+PIXELS = Distillation(rounds=4, dreams=256, steps=200, quality="best")  # the same by DeepInversion's own dreams, fewer of them
 REPAIR = Distillation(rounds=4, learning_rate=0.02)
 
 
@@ -42,7 +43,11 @@ class Setting:
     """How much of everything."""
 
     backbone: str = "resnet32"
-    students: tuple[tuple[str, Distillation], ...] = (("resnet20", LESSON), ("mobilenet_v3_small", Distillation()))
+    students: tuple[tuple[str, Distillation], ...] = (
+        ("resnet20", LESSON),
+        ("resnet20", PIXELS),
+        ("mobilenet_v3_small", Distillation()),
+    )
     classes: int = 20
     new_classes: int = 10
     images: int = 0  # of the training set, in all; 0 takes all
@@ -59,7 +64,10 @@ class Setting:
 FULL = Setting()
 QUICK = Setting(
     backbone="resnet8",
-    students=(("resnet8", Distillation(rounds=2, dreams=32, generator_steps=2, steps=2, batch=16)),),
+    students=tuple(
+        ("resnet8", Distillation(rounds=2, dreams=32, generator_steps=2, steps=2, batch=16, quality=quality))
+        for quality in ("fast", "best")
+    ),
     classes=3,
     new_classes=2,
     images=96,
@@ -98,12 +106,16 @@ class Workshop:
         steps: list[tuple[str, str, Callable[[], dict[str, Any]]]] = [("teacher", "teacher", self._train)]
         steps += [("teacher", "mirrored answers", self._mirrored), ("dreams", "dreams", self._page)]
         for student, lesson in s.students:
-            for source in ("adaptive", "dreams", "noise"):
-                steps.append(("distill", f"distill {student} {source}", self._distill(student, lesson, source)))
+            pixels = lesson.quality == "best"
+            for source in ("adaptive", "dreams") if pixels else ("adaptive", "dreams", "noise"):
+                name = f"{student} {source}{' by the pixel' if pixels else ''}"
+                steps.append(("distill", f"distill {name}", self._distill(name, student, lesson, source)))
         steps += [
             ("prune", "prune by importance", self._prune(eta=0.0)),
             ("prune", "prune by importance and latency", self._prune(eta=0.1)),
-            ("prune", "prune by importance, to that latency", self._prune(eta=0.0, as_fast_as="prune by importance and latency")),
+            ("prune", "prune by importance, to that latency", self._prune(eta=0.0, latency="prune by importance and latency")),
+            ("prune", "prune by importance, to half the latency", self._prune(eta=0.0, latency=0.5)),
+            ("prune", "prune by importance and latency, to half of it", self._prune(eta=0.1, latency=0.5)),
             ("int8", "int8 calibrated on dreams", lambda: self._int8(real=False)),
             ("int8", "int8 calibrated on real images", lambda: self._int8(real=True)),
             ("adopt", "adopted", self._elsewhere),
@@ -183,29 +195,33 @@ class Workshop:
 
     # Compression
 
-    def _distill(self, student: str, lesson: Distillation, source: Any) -> Callable[[], dict[str, Any]]:
+    def _distill(self, name: str, student: str, lesson: Distillation, source: Any) -> Callable[[], dict[str, Any]]:
         def step() -> dict[str, Any]:
             settings = replace(lesson, source=source)
             found, report = distill(self._teacher, student, settings=settings, evaluation=self._test, classes=self._data.names)
-            found.save(self._models / f"{student}-{source}.safetensors")
+            found.save(self._models / f"{name.replace(' ', '-')}.safetensors")
             return {**report.to_dict(), "settings": vars(settings), "stages": None}
 
         return step
 
-    def _prune(self, eta: float, as_fast_as: str | None = None) -> Callable[[], dict[str, Any]]:
-        """To the setting's ratio, or to the latency that another step came to, so that the two differ in accuracy alone."""
+    def _prune(self, eta: float, latency: float | str | None = None) -> Callable[[], dict[str, Any]]:
+        """To the setting's ratio, or to a share of the latency: one given, or the one that another step came to, so that two
+        differ in accuracy alone."""
 
         def step() -> dict[str, Any]:
             s = self._setting
             settings = Pruning(ratio=s.prune_ratio, group=s.group, eta=eta, repair=s.repair)
-            if as_fast_as is not None:
-                before, after = self._found[as_fast_as].get("table_milliseconds", (1.0, 1 - s.prune_ratio))
-                settings = replace(settings, ratio=None, latency=after / before)
+            share = latency
+            if isinstance(latency, str):
+                before, after = self._found[latency].get("table_milliseconds", (1.0, 1 - s.prune_ratio))
+                share = after / before
+            if share is not None:
+                settings = replace(settings, ratio=None, latency=share)
             try:
                 found, report = prune(self._teacher, settings, evaluation=self._test, classes=self._data.names)
             except BackboneError as error:
                 return {"refused": str(error)}
-            found.save(self._models / f"pruned-{eta}{'-latency' if as_fast_as else ''}.safetensors")
+            found.save(self._models / f"pruned-{eta}{f'-{share:.2f}' if share else ''}.safetensors")
             return {**report.to_dict(), "eta": eta, "stages": None}
 
         return step
@@ -318,10 +334,16 @@ def _students(found: dict[str, Any]) -> str:
     def figures(row: dict[str, Any]) -> list[str]:
         before, after = row["accuracy"]
         shares = map(percent, (after, after / before, row["agreement"]))
-        return [str(row["parameters"][1]), *shares, f"{row['minutes']:.1f}"]
+        return [str(row["parameters"][1]), str(row["dreams"]), *shares, f"{row['minutes']:.1f}"]
 
-    head = ["student, and what it learnt from", "parameters", "accuracy, %", "of the teacher's, %", "agreement, %", "minutes"]
-    return table(head, _rows(found, "distill ", figures))
+    head = ["student, learnt from", "parameters", "dreams", "accuracy, %", "of the teacher's, %", "agreement, %", "minutes"]
+    rows = _rows(found, "distill ", figures)
+    if any("by the pixel" in name for name, *_ in rows):
+        told = (
+            "Dreams by the pixel are DeepInversion's own, adaptive ones Adaptive DeepInversion's; the others are a generator's."
+        )
+        return f"{table(head, rows)}\n\n{told}"
+    return table(head, rows)
 
 
 def _pruned(found: dict[str, Any]) -> str:

@@ -228,7 +228,8 @@ def test_the_workshop_runs_every_step_and_goes_on_where_it_stopped(data, tmp_pat
     out, models = tmp_path / "out", tmp_path / "models"
     shop = ["workshop", "--data", str(tmp_path), "--quick", "--out", str(out), "--models", str(models)]
     done = CliRunner().invoke(main, [*shop, "--parts", "dreams,distill,adopt"], catch_exceptions=False)
-    assert "| resnet8 adaptive |" in done.stdout and "| lwf_mc |" in done.stdout and "pruned" not in done.stdout
+    assert "| resnet8 adaptive |" in done.stdout and "| resnet8 adaptive by the pixel |" in done.stdout
+    assert "| lwf_mc |" in done.stdout and "pruned" not in done.stdout
     assert (out / "workshop-dreams.png").stat().st_size > 0
     found = json.loads((out / "workshop.json").read_text())
     again = CliRunner().invoke(main, shop, catch_exceptions=False)
