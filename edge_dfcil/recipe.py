@@ -7,6 +7,7 @@ task in minutes on two CPU cores. Change a number with `dataclasses.replace(RECI
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from edge_dfcil.errors import SettingError
@@ -93,6 +94,12 @@ class Recipe:
     mirrored_answers: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            # Annotations are text here: "int | None" is a whole number, or nothing.
+            kind, _, optional = str(field.type).partition(" | ")
+            value, (allowed, said) = getattr(self, field.name), _KINDS.get(kind, (object, ""))
+            if not isinstance(value, allowed) and not (optional and value is None):
+                raise SettingError(f"recipe.{field.name} is {value!r}; it must be {said}{' or None' if optional else ''}")
         for name in ("epochs", "generator_steps", "generator_batch", "latent", "width", "pixel_steps", "pixel_batch"):
             if getattr(self, name) < 1:
                 raise SettingError(f"recipe.{name} is {getattr(self, name)}; it must be 1 or more")
@@ -129,6 +136,11 @@ class Recipe:
         return cls(**typed)
 
 
+_KINDS: dict[str, tuple[type, str]] = {
+    "bool": (bool, "True or False"),
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+}
 _CHOICES = {
     "schedule": ("step", "one_cycle"),
     "generator_schedule": ("constant", "one_cycle"),

@@ -176,7 +176,19 @@ def test_the_published_recipe():
     assert paper.drop_incomplete
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"learning_rate": 0.0}, {"schedule": "cosine"}, {"pool": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0},
+        {"epochs": 2.5},
+        {"first_epochs": "9"},
+        {"learning_rate": 0.0},
+        {"mu": "0.2"},
+        {"schedule": "cosine"},
+        {"pool": -1},
+        {"mirrored_answers": "false"},  # which Python would take for true
+    ],
+)
 def test_a_recipe_that_cannot_work_is_refused(wrong):
     (name,) = wrong
     with pytest.raises(SettingError, match=f"recipe.{name}"):
