@@ -307,9 +307,7 @@ def learning_stage(task: Task, method: Method) -> Stage:
         scheduler = MultiStepLR(optimizer, [round(share * epochs) * per_epoch for share in recipe.milestones])
     else:
         scheduler = OneCycleLR(optimizer, recipe.learning_rate, total_steps=max(2, steps), cycle_momentum=False)
-    if recipe.batchnorm_momentum is not None:
-        for layer in batchnorm_layers(task.student):
-            layer.momentum = recipe.batchnorm_momentum
+    set_batchnorm_momentum(task.student, recipe)
     term = method.loss if task.remembers else method.first_loss
 
     def loss(batch: Batch) -> Terms:
@@ -319,6 +317,13 @@ def learning_stage(task: Task, method: Method) -> Stage:
         "learn", task.batches, steps, loss, optimizer, scheduler,
         trains=[task.student], frozen=frozen, clip_gradient=recipe.clip_gradient,
     )  # fmt: skip
+
+
+def set_batchnorm_momentum(network: nn.Module, recipe: Recipe) -> None:
+    """Makes a network's running statistics follow as fast as the recipe says, if it says so."""
+    if recipe.batchnorm_momentum is not None:
+        for layer in batchnorm_layers(network):
+            layer.momentum = recipe.batchnorm_momentum
 
 
 def _first_layers(backbone: nn.Module, share: float) -> list[nn.Module]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from edge_dfcil import BackboneError, DataError, Learner, NotLearnedError, SettingError
+from edge_dfcil.backbones import batchnorm_layers, build
 from edge_dfcil.compression import Distillation, Pruning, distill, prune
 from edge_dfcil.compression.latency import LatencyTable, Shape, measure_convolution
 from edge_dfcil.compression.pruning import Cutter
@@ -84,6 +85,14 @@ def test_a_student_begins_with_what_it_shares_with_its_teacher(able):
     for inherit, share in ((True, 0.9), (False, 0.7)):
         _, report = distill(able, "resnet8", settings=replace(still, inherit=inherit), progress=False)
         assert (report.agreement > share) == inherit
+
+
+def test_a_students_running_statistics_keep_up_as_in_a_task(able):
+    slow = build("resnet8")
+    for layer in batchnorm_layers(slow):
+        layer.momentum = 0.001
+    student, _ = distill(able, slow, settings=replace(SHORT, rounds=1, steps=1), progress=False)
+    assert {layer.momentum for layer in batchnorm_layers(student.network)} == {able.recipe.batchnorm_momentum}
 
 
 def test_pixel_dreams_teach_too(able):

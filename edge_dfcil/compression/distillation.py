@@ -156,6 +156,7 @@ class _Lesson:
         self._pool, self._filled = Pool(total, teacher, self._device), 0
         self._fresh: Dream | None = None  # what was dreamt last
         self._dreamer = Dreamer(teacher, self._wanted, self._recipe)
+        training.set_batchnorm_momentum(student, self._recipe)
         self._optimizer = torch.optim.SGD(
             student.parameters(), settings.learning_rate, momentum=0.9, weight_decay=self._recipe.weight_decay
         )
