@@ -97,8 +97,8 @@ class Recipe:
         for field in fields(self):
             # Annotations are text here: "int | None" is a whole number, or nothing.
             kind, _, optional = str(field.type).partition(" | ")
-            value, (allowed, said) = getattr(self, field.name), _KINDS.get(kind, (object, ""))
-            if not isinstance(value, allowed) and not (optional and value is None):
+            value, (wanted, said) = getattr(self, field.name), _KINDS.get(kind, (object, ""))
+            if not isinstance(value, wanted) and not (optional and value is None):
                 raise SettingError(f"recipe.{field.name} is {value!r}; it must be {said}{' or None' if optional else ''}")
         for name in ("epochs", "generator_steps", "generator_batch", "latent", "width", "pixel_steps", "pixel_batch"):
             if getattr(self, name) < 1:
