@@ -130,7 +130,8 @@ def plot(methods: dict[str, Results], path: Path) -> None:
         style = "-" if number < 10 else "--"
         axes.plot([size * (task + 1) for task in range(len(accuracy))], accuracy, style, marker="o", markersize=3, label=method)
     axes.set(xlabel="classes learnt", ylabel="accuracy on all of them, %", ylim=(0, 100))
-    figure.legend(loc="outside lower center", fontsize="x-small", ncols=1 if len(methods) < 4 else 3)
+    # Names of changed recipes are long: a column takes the longest, and the picture holds about 120 letters.
+    figure.legend(loc="outside lower center", fontsize="x-small", ncols=max(1, min(3, 120 // max(map(len, methods)))))
     figure.savefig(path, dpi=150)
 
 
