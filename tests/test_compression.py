@@ -87,12 +87,15 @@ def test_a_student_begins_with_what_it_shares_with_its_teacher(able):
         assert (report.agreement > share) == inherit
 
 
-def test_a_students_running_statistics_keep_up_as_in_a_task(able):
+def test_a_students_running_statistics_keep_up_with_a_short_lesson(able, known):
+    """A network answers by them; torchvision's MobileNetV3 lets them follow slowly."""
     slow = build("resnet8")
     for layer in batchnorm_layers(slow):
         layer.momentum = 0.001
-    student, _ = distill(able, slow, settings=replace(SHORT, rounds=1, steps=1), progress=False)
-    assert {layer.momentum for layer in batchnorm_layers(student.network)} == {able.recipe.batchnorm_momentum}
+    scratch = replace(SHORT, inherit=False)
+    _, report = distill(able, slow, settings=scratch, evaluation=known, classes=NAMES, progress=False)
+    assert report.accuracy[1] > 0.6, "a third would be chance"
+    assert {layer.momentum for layer in batchnorm_layers(slow)} == {0.001}, "the caller's own is copied"
 
 
 def test_pixel_dreams_teach_too(able):
