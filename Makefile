@@ -8,9 +8,10 @@ STAMP := .venv/.installed
 demo: $(STAMP)
 	$(BIN)/edge-dfcil demo
 
-# Tests compute with one thread each, so two processes keep two cores busy; a file's tests stay together, in order.
+# Tests compute with one thread each, so two processes keep two cores busy. A file's tests stay together, and files in order:
+# by their number of tests, those with few long ones would come last, when one process has nothing left to do.
 test: $(STAMP) lint types
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
