@@ -46,6 +46,7 @@ class Setting:
     students: tuple[tuple[str, Distillation], ...] = (
         ("resnet20", LESSON),
         ("resnet20", PIXELS),
+        ("resnet20", Distillation(rounds=6, inherit=False)),
         ("mobilenet_v3_small", Distillation()),
     )
     classes: int = 20
@@ -57,6 +58,7 @@ class Setting:
     recipe: Recipe = RECIPE
     repair: Distillation = REPAIR
     prune_ratio: float = 0.2
+    latencies: tuple[float, ...] = (0.6,)  # that are pruned to as well, each with the latency term and without
     group: int = 8
     seed: int = 0
 
@@ -77,6 +79,7 @@ QUICK = Setting(
         pixel_batch=16, refine_epochs=1, refine_min_steps=2,
     ),
     repair=Distillation(rounds=1, dreams=32, generator_steps=2, steps=2, batch=16),
+    latencies=(),
     group=4,
 )  # fmt: skip
 PARTS = ("teacher", "dreams", "distill", "prune", "int8", "adopt")
@@ -108,24 +111,24 @@ class Workshop:
         for student, lesson in s.students:
             pixels = lesson.quality == "best"
             for source in ("adaptive", "dreams") if pixels else ("adaptive", "dreams", "noise"):
-                name = f"{student} {source}{' by the pixel' if pixels else ''}"
+                name = f"{student} {source}{' by the pixel' if pixels else ''}{'' if lesson.inherit else ', from nothing'}"
                 steps.append(("distill", f"distill {name}", self._distill(name, student, lesson, source)))
         steps += [
             ("prune", "prune by importance", self._prune(eta=0.0)),
             ("prune", "prune by importance and latency", self._prune(eta=0.1)),
-            ("prune", "prune by importance, to that latency", self._prune(eta=0.0, latency="prune by importance and latency")),
-            ("prune", "prune by importance, to 60 % of the latency", self._prune(eta=0.0, latency=0.6)),
-            ("prune", "prune by importance and latency, to 60 % of it", self._prune(eta=0.1, latency=0.6)),
+            ("prune", "prune by importance, to that latency", self._prune_to_that_latency),
+            *[
+                ("prune", f"prune {by}, to {100 * share:.0f} % of {what}", self._prune(eta, share))
+                for share in s.latencies
+                for by, eta, what in (("by importance", 0.0, "the latency"), ("by importance and latency", 0.1, "it"))
+            ],
             ("int8", "int8 calibrated on dreams", lambda: self._int8(real=False)),
             ("int8", "int8 calibrated on real images", lambda: self._int8(real=True)),
             ("adopt", "adopted", self._elsewhere),
         ]
-        for name, changes in (
-            ("abd", {}),
-            ("deep_inversion", {"dreams": "pixels", "pool": s.recipe.pool // 2}),
-            ("lwf_mc", {}),
-        ):
-            steps.append(("adopt", f"adopt {name}", self._adopt(name, changes)))
+        pixels = {"dreams": "pixels", "pool": s.recipe.pool // 2}
+        for name, changes in (("abd", {}), ("abd by the pixel", pixels), ("deep_inversion", pixels), ("lwf_mc", {})):
+            steps.append(("adopt", f"adopt {name}", self._adopt(name.partition(" ")[0], changes)))
         steps.append(("adopt", "adopt upper bound", self._everything))
         return [(name, step) for part, name, step in steps if part in parts]
 
@@ -204,27 +207,27 @@ class Workshop:
 
         return step
 
-    def _prune(self, eta: float, latency: float | str | None = None) -> Callable[[], dict[str, Any]]:
-        """To the setting's ratio, or to a share of the latency: one given, or the one that another step came to, so that two
-        differ in accuracy alone."""
+    def _prune(self, eta: float, latency: float | None = None) -> Callable[[], dict[str, Any]]:
+        """To the setting's ratio, or to a share of the latency."""
 
         def step() -> dict[str, Any]:
             s = self._setting
-            settings = Pruning(ratio=s.prune_ratio, group=s.group, eta=eta, repair=s.repair)
-            share = latency
-            if isinstance(latency, str):
-                before, after = self._found[latency].get("table_milliseconds", (1.0, 1 - s.prune_ratio))
-                share = after / before
-            if share is not None:
-                settings = replace(settings, ratio=None, latency=share)
+            target = {"ratio": s.prune_ratio} if latency is None else {"ratio": None, "latency": latency}
+            settings = Pruning(group=s.group, eta=eta, repair=s.repair, **target)
             try:
                 found, report = prune(self._teacher, settings, evaluation=self._test, classes=self._data.names)
             except BackboneError as error:
                 return {"refused": str(error)}
-            found.save(self._models / f"pruned-{eta}{f'-{share:.2f}' if share else ''}.safetensors")
+            found.save(self._models / f"pruned-{eta}{f'-{latency:.2f}' if latency else ''}.safetensors")
             return {**report.to_dict(), "eta": eta, "stages": None}
 
         return step
+
+    def _prune_to_that_latency(self) -> dict[str, Any]:
+        """By importance alone to the latency that the step with the latency term came to: the two differ in accuracy alone."""
+        row = self._found["prune by importance and latency"]
+        before, after = row.get("table_milliseconds", (1.0, 1 - self._setting.prune_ratio))
+        return self._prune(eta=0.0, latency=after / before)()
 
     def _int8(self, real: bool) -> dict[str, Any]:
         calibration = None
@@ -312,6 +315,13 @@ class Workshop:
         return step
 
 
+MEANINGS = {  # of what the names of students say
+    "by the pixel": "Dreams by the pixel are DeepInversion's own, adaptive ones Adaptive DeepInversion's; the others are a "
+    "generator's.",
+    "from nothing": "A student from nothing does not begin with the layers that it shares with its teacher, as the others do.",
+}
+
+
 def describe(found: dict[str, Any], folder: str = "") -> str:
     """The findings as Markdown; `folder` is where the page of dreams lies, as seen from the text, with a slash."""
     told = f"A teacher of {percent(found['teacher']['accuracy'])} % on its classes, trained here."
@@ -338,12 +348,8 @@ def _students(found: dict[str, Any]) -> str:
 
     head = ["student, learnt from", "parameters", "dreams", "accuracy, %", "of the teacher's, %", "agreement, %", "minutes"]
     rows = _rows(found, "distill ", figures)
-    if any("by the pixel" in name for name, *_ in rows):
-        told = (
-            "Dreams by the pixel are DeepInversion's own, adaptive ones Adaptive DeepInversion's; the others are a generator's."
-        )
-        return f"{table(head, rows)}\n\n{told}"
-    return table(head, rows)
+    told = [meaning for words, meaning in MEANINGS.items() if any(words in name for name, *_ in rows)]
+    return "\n\n".join([table(head, rows), " ".join(told)]) if told else table(head, rows)
 
 
 def _pruned(found: dict[str, Any]) -> str:
