@@ -343,12 +343,23 @@ def _rows(found: dict[str, Any], part: str, figures: Callable[[dict[str, Any]], 
 def _students(found: dict[str, Any]) -> str:
     def figures(row: dict[str, Any]) -> list[str]:
         before, after = row["accuracy"]
-        shares = map(percent, (after, after / before, row["agreement"]))
+        shares = map(percent, (before, after, after / before, row["agreement"]))
         return [str(row["parameters"][1]), str(row["dreams"]), *shares, f"{row['minutes']:.1f}"]
 
-    head = ["student, learnt from", "parameters", "dreams", "accuracy, %", "of the teacher's, %", "agreement, %", "minutes"]
+    head = [
+        "student, learnt from",
+        "parameters",
+        "dreams",
+        "teacher, %",
+        "student, %",
+        "of the teacher's, %",
+        "agreement, %",
+        "minutes",
+    ]
     rows = _rows(found, "distill ", figures)
     told = [meaning for words, meaning in MEANINGS.items() if any(words in name for name, *_ in rows)]
+    if len({row[3] for row in rows}) > 1:
+        told.append("Teachers that differ were trained alike, on processors that round otherwise.")
     return "\n\n".join([table(head, rows), " ".join(told)]) if told else table(head, rows)
 
 
