@@ -359,7 +359,7 @@ def _students(found: dict[str, Any]) -> str:
     rows = _rows(found, "distill ", figures)
     told = [meaning for words, meaning in MEANINGS.items() if any(words in name for name, *_ in rows)]
     if len({row[3] for row in rows}) > 1:
-        told.append("Teachers that differ were trained alike, on processors that round otherwise.")
+        told.append("Teachers that differ were trained alike, in other runs, on machines of other speeds.")
     return "\n\n".join([table(head, rows), " ".join(told)]) if told else table(head, rows)
 
 
