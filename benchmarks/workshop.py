@@ -111,17 +111,20 @@ class Workshop:
         for student, lesson in s.students:
             pixels = lesson.quality == "best"
             for source in ("adaptive", "dreams") if pixels else ("adaptive", "dreams", "noise"):
-                name = f"{student} {source}{' by the pixel' if pixels else ''}{'' if lesson.inherit else ', from nothing'}"
+                name = f"{student} {source}{' by the pixel' if pixels else ''}{'' if lesson.inherit else ' from nothing'}"
                 steps.append(("distill", f"distill {name}", self._distill(name, student, lesson, source)))
         steps += [
             ("prune", "prune by importance", self._prune(eta=0.0)),
             ("prune", "prune by importance and latency", self._prune(eta=0.1)),
             ("prune", "prune by importance, to that latency", self._prune_to_that_latency),
-            *[
-                ("prune", f"prune {by}, to {100 * share:.0f} % of {what}", self._prune(eta, share))
-                for share in s.latencies
-                for by, eta, what in (("by importance", 0.0, "the latency"), ("by importance and latency", 0.1, "it"))
-            ],
+        ]
+        for share in s.latencies:
+            to = f"to {100 * share:.0f} % of"
+            steps += [
+                ("prune", f"prune by importance, {to} the latency", self._prune(eta=0.0, latency=share)),
+                ("prune", f"prune by importance and latency, {to} it", self._prune(eta=0.1, latency=share)),
+            ]
+        steps += [
             ("int8", "int8 calibrated on dreams", lambda: self._int8(real=False)),
             ("int8", "int8 calibrated on real images", lambda: self._int8(real=True)),
             ("adopt", "adopted", self._elsewhere),
@@ -212,7 +215,7 @@ class Workshop:
 
         def step() -> dict[str, Any]:
             s = self._setting
-            target = {"ratio": s.prune_ratio} if latency is None else {"ratio": None, "latency": latency}
+            target = {"ratio": s.prune_ratio} if latency is None else {"latency": latency}
             settings = Pruning(group=s.group, eta=eta, repair=s.repair, **target)
             try:
                 found, report = prune(self._teacher, settings, evaluation=self._test, classes=self._data.names)
@@ -318,7 +321,8 @@ class Workshop:
 MEANINGS = {  # of what the names of students say
     "by the pixel": "Dreams by the pixel are DeepInversion's own, adaptive ones Adaptive DeepInversion's; the others are a "
     "generator's.",
-    "from nothing": "A student from nothing does not begin with the layers that it shares with its teacher, as the others do.",
+    "from nothing": "A student from nothing does not begin with the layers that it shares with its teacher; one of "
+    "another family shares none.",
 }
 
 
@@ -359,7 +363,7 @@ def _students(found: dict[str, Any]) -> str:
     rows = _rows(found, "distill ", figures)
     told = [meaning for words, meaning in MEANINGS.items() if any(words in name for name, *_ in rows)]
     if len({row[3] for row in rows}) > 1:
-        told.append("Teachers that differ were trained alike, in other runs, on machines of other speeds.")
+        told.append("Teachers that differ were trained alike, in other runs; compare minutes within a teacher.")
     return "\n\n".join([table(head, rows), " ".join(told)]) if told else table(head, rows)
 
 
