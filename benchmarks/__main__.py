@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from benchmarks import accuracy, datasets, memory_tables, readme, steps
+from benchmarks import accuracy, datasets, memory_tables, readme, steps, workshop_tables
 from benchmarks import latency as latencies
 from benchmarks import memory as memories
 from benchmarks import report as reports
@@ -168,15 +168,23 @@ def run_memory(data: Path, kinds: str, seeds: str, out: Path) -> None:
 @click.option(
     "--models", type=click.Path(file_okay=False, path_type=Path), default="edge-dfcil-workshop", help="Folder of models."
 )
-@click.option("--quick", is_flag=True, help="Tiny: whether it runs, not how well.")
+@click.option("--large", "setting", flag_value="large", help="More dreams, and seeds: for an accelerator.")
+@click.option("--quick", "setting", flag_value="quick", help="Tiny: whether it runs, not how well.")
+@click.option(
+    "--table",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Latencies of the device that is pruned for; else this one's, measured.",
+)
 @RESULTS
-def run_workshop(data: Path, parts: str, models: Path, quick: bool, out: Path) -> None:
+@click.option("--device", default="cpu", show_default=True)
+def run_workshop(data: Path, parts: str, models: Path, setting: str | None, table: Path | None, out: Path, device: str) -> None:
     """Distillation, pruning, INT8 and adoption through dreams; resumable at any step."""
     models.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    setting = workshops.QUICK if quick else workshops.FULL
-    shop = workshops.Workshop(datasets.load(data), out, models, setting)
-    click.echo(workshops.describe(shop.run(["teacher", *parts.split(",")], lambda line: click.echo(line, err=True))))
+    chosen = workshops.SETTINGS[setting or "full"]
+    shop = workshops.Workshop(datasets.load(data), out, models, chosen, device, table)
+    found = shop.run(["teacher", *parts.split(",")], lambda line: click.echo(line, err=True))
+    click.echo(workshop_tables.describe(found))
 
 
 @main.command("latency")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import mean
 
-from benchmarks import latency, memory, memory_tables, report, speed, tables, workshop
+from benchmarks import latency, memory, memory_tables, report, speed, tables, workshop, workshop_tables
 from benchmarks.report import Results
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -33,8 +33,8 @@ def budgets(folder: Path) -> str:
 
 def smaller(folder: Path) -> str:
     """The README's account of compression and of what ships."""
-    made, answers = report.measured(folder / workshop.FILE), report.measured(folder / latency.FILE)
-    parts = [workshop.describe(made, "benchmarks/results/")] if made else []
+    made, answers = report.measured(folder / workshop.FULL.file), report.measured(folder / latency.FILE)
+    parts = [workshop_tables.describe(made, "benchmarks/results/")] if made else []
     parts += [latency.summary(answers)] if answers else []
     return "\n\n".join(parts) + "\n" if parts else ""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks import embedding, latency, memory, memory_tables, speed, tables, workshop
+from benchmarks import embedding, latency, memory, memory_tables, speed, tables, workshop, workshop_tables
 from benchmarks.accuracy import omega
 
 Results = list[dict[str, Any]]  # one a seed
@@ -57,8 +57,8 @@ def write(folder: Path) -> str:
             memory_tables.plot(held, figure)
             figure.savefig(folder / "memory.png", dpi=150)
             parts += ["![memory by image size, at rest and while learning](memory.png)"]
-    if (made := measured(folder / workshop.FILE)) is not None:
-        parts += ["## Workshop", workshop.describe(made)]
+    if (made := measured(folder / workshop.FULL.file)) is not None:
+        parts += ["## Workshop", workshop_tables.describe(made)]
     if (answers := measured(folder / latency.FILE)) is not None:
         parts += ["## Latency", latency.describe(answers)]
     text = "\n\n".join(parts) + "\n"

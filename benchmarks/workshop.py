@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import datasets, machine
-from benchmarks.tables import percent, table
+from benchmarks.workshop_tables import PAGE, SEED
 from edge_dfcil import RECIPES, Learner
 from edge_dfcil.augment import augment
 from edge_dfcil.backbones import build
 from edge_dfcil.compression import Distillation, Pruning, distill, prune
+from edge_dfcil.compression.latency import LatencyTable
+from edge_dfcil.devices import find_device
 from edge_dfcil.errors import BackboneError, ExportError
 from edge_dfcil.recipe import Recipe
 
-FILE = "workshop.json"
-PAGE = "workshop-dreams.png"
 CALIBRATION = 500  # real images that INT8 is calibrated on for comparison
+ETA = 0.1  # of the latency term
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100's, for the classifier trained elsewhere
 
 
@@ -38,11 +39,26 @@ PIXELS = Distillation(rounds=4, dreams=256, steps=200, quality="best")  # the sa
 REPAIR = Distillation(rounds=4, learning_rate=0.02)
 
 
+Step = Callable[[], dict[str, Any]]  # runs, and returns what it found
+
+
 @dataclass(frozen=True)
 class Setting:
-    """How much of everything."""
+    """How much of everything.
 
+    Attributes
+    ----------
+    file
+        Of the result.
+    seeds
+        Of students and of pruned networks; the teacher and the order of classes have `seed`.
+    latencies
+        Shares of the latency that are pruned to as well, each with the latency term and without.
+    """
+
+    file: str = "workshop.json"
     backbone: str = "resnet32"
+    elsewhere: str = "resnet20"  # trained outside the SDK
     students: tuple[tuple[str, Distillation], ...] = (
         ("resnet20", LESSON),
         ("resnet20", PIXELS),
@@ -58,14 +74,27 @@ class Setting:
     recipe: Recipe = RECIPE
     repair: Distillation = REPAIR
     prune_ratio: float = 0.2
-    latencies: tuple[float, ...] = (0.6,)  # that are pruned to as well, each with the latency term and without
+    latencies: tuple[float, ...] = (0.6,)
     group: int = 8
     seed: int = 0
+    seeds: tuple[int, ...] = (0,)
 
 
 FULL = Setting()
+# For an accelerator: more dreams, in batches that fill it, and seeds.
+LARGE = replace(
+    FULL,
+    file="workshop-large.json",
+    students=(
+        ("resnet20", Distillation(rounds=16, dreams=1024, steps=400, batch=128, quality="best", inherit=False)),
+        ("mobilenet_v3_small", Distillation(rounds=16, dreams=1024, steps=400, batch=128, quality="best", inherit=False)),
+    ),
+    recipe=replace(RECIPE, pixel_batch=512, pixel_steps=300),
+    seeds=(0, 1, 2),
+)
 QUICK = Setting(
     backbone="resnet8",
+    elsewhere="resnet8",
     students=tuple(
         ("resnet8", Distillation(rounds=2, dreams=32, generator_steps=2, steps=2, batch=16, quality=quality))
         for quality in ("fast", "best")
@@ -82,16 +111,20 @@ QUICK = Setting(
     latencies=(),
     group=4,
 )  # fmt: skip
+SETTINGS = {"full": FULL, "large": LARGE, "quick": QUICK}
 PARTS = ("teacher", "dreams", "distill", "prune", "int8", "adopt")
 
 
 class Workshop:
     """The steps, each a method that returns what it found."""
 
-    def __init__(self, data: datasets.Data, out: Path, models: Path, setting: Setting) -> None:
-        self._data, self._models, self._setting = data, models, setting
+    def __init__(
+        self, data: datasets.Data, out: Path, models: Path, setting: Setting, device: str = "cpu", table: Path | None = None
+    ) -> None:
+        self._data, self._models, self._setting, self._device = data, models, setting, find_device(device)
+        self._table = LatencyTable(table)
         self._order = datasets.class_order(len(data.names), setting.seed)
-        self._path = out / FILE
+        self._path = out / setting.file
         self._found: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
 
     def run(self, parts: list[str], say: Callable[[str], None]) -> dict[str, Any]:
@@ -100,30 +133,17 @@ class Workshop:
                 say(name)
                 begin = time.perf_counter()
                 self._found[name] = {**step(), "minutes": (time.perf_counter() - begin) / 60}
-                self._found |= {"versions": machine.versions(), "machine": machine.machine(torch.device("cpu"))}
+                self._found |= {"versions": machine.versions(), "machine": machine.machine(self._device)}
                 self._path.write_text(json.dumps(self._found, indent=1) + "\n")
         return self._found
 
-    def _steps(self, parts: list[str]) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
+    def _steps(self, parts: list[str]) -> list[tuple[str, Step]]:
         s = self._setting
-        steps: list[tuple[str, str, Callable[[], dict[str, Any]]]] = [("teacher", "teacher", self._train)]
+        steps: list[tuple[str, str, Step]] = [("teacher", "teacher", self._train)]
         steps += [("teacher", "mirrored answers", self._mirrored), ("dreams", "dreams", self._page)]
-        for student, lesson in s.students:
-            pixels = lesson.quality == "best"
-            for source in ("adaptive", "dreams") if pixels else ("adaptive", "dreams", "noise"):
-                name = f"{student} {source}{' by the pixel' if pixels else ''}{'' if lesson.inherit else ' from nothing'}"
-                steps.append(("distill", f"distill {name}", self._distill(name, student, lesson, source)))
-        steps += [
-            ("prune", "prune by importance", self._prune(eta=0.0)),
-            ("prune", "prune by importance and latency", self._prune(eta=0.1)),
-            ("prune", "prune by importance, to that latency", self._prune_to_that_latency),
-        ]
-        for share in s.latencies:
-            to = f"to {100 * share:.0f} % of"
-            steps += [
-                ("prune", f"prune by importance, {to} the latency", self._prune(eta=0.0, latency=share)),
-                ("prune", f"prune by importance and latency, {to} it", self._prune(eta=0.1, latency=share)),
-            ]
+        for seed in s.seeds:
+            steps += [("distill", f"distill {name}", step) for name, step in self._students(seed)]
+            steps += [("prune", f"prune {name}", step) for name, step in self._prunings(seed)]
         steps += [
             ("int8", "int8 calibrated on dreams", lambda: self._int8(real=False)),
             ("int8", "int8 calibrated on real images", lambda: self._int8(real=True)),
@@ -134,6 +154,27 @@ class Workshop:
             steps.append(("adopt", f"adopt {name}", self._adopt(name.partition(" ")[0], changes)))
         steps.append(("adopt", "adopt upper bound", self._everything))
         return [(name, step) for part, name, step in steps if part in parts]
+
+    def _students(self, seed: int) -> Iterator[tuple[str, Step]]:
+        for student, lesson in self._setting.students:
+            pixels, begins = lesson.quality == "best", "" if lesson.inherit else " from nothing"
+            for source in ("adaptive", "dreams") if pixels and lesson.inherit else ("adaptive", "dreams", "noise"):
+                made = " by the pixel" if pixels and source != "noise" else ""
+                name = f"{student} {source}{made}{begins}{self._seed_said(seed)}"
+                yield name, self._distill(name, student, replace(lesson, source=source), seed)
+
+    def _prunings(self, seed: int) -> Iterator[tuple[str, Step]]:
+        said = self._seed_said(seed)
+        yield f"by importance{said}", self._prune(0.0, seed)
+        yield f"by importance and latency{said}", self._prune(ETA, seed)
+        yield f"by importance, to that latency{said}", self._prune_to_that_latency(seed)
+        for share in self._setting.latencies:
+            to = f"to {100 * share:.0f} % of"
+            yield f"by importance, {to} the latency{said}", self._prune(0.0, seed, share)
+            yield f"by importance and latency, {to} it{said}", self._prune(ETA, seed, share)
+
+    def _seed_said(self, seed: int) -> str:
+        return f"{SEED}{seed}" if len(self._setting.seeds) > 1 else ""
 
     # Data and models
 
@@ -157,11 +198,13 @@ class Workshop:
 
     @property
     def _teacher(self) -> Learner:
-        return Learner.load(self._teacher_file, "cpu")
+        teacher = Learner.load(self._teacher_file, self._device)
+        teacher.recipe = self._setting.recipe  # another setting may have trained it
+        return teacher
 
     def _train(self) -> dict[str, Any]:
         s = self._setting
-        learner = Learner(s.backbone, recipe=s.recipe, device="cpu", seed=s.seed)
+        learner = Learner(s.backbone, recipe=s.recipe, device=self._device, seed=s.seed)
         learner.learn_task(self._train_part(0, s.classes), self._data.names)
         learner.save(self._teacher_file)
         return {"accuracy": learner.evaluate(self._test, self._data.names).accuracy}
@@ -201,36 +244,42 @@ class Workshop:
 
     # Compression
 
-    def _distill(self, name: str, student: str, lesson: Distillation, source: Any) -> Callable[[], dict[str, Any]]:
+    def _distill(self, name: str, student: str, lesson: Distillation, seed: int) -> Step:
         def step() -> dict[str, Any]:
-            settings = replace(lesson, source=source)
-            found, report = distill(self._teacher, student, settings=settings, evaluation=self._test, classes=self._data.names)
-            found.save(self._models / f"{name.replace(' ', '-')}.safetensors")
-            return {**report.to_dict(), "settings": vars(settings), "stages": None}
+            teacher = self._teacher
+            teacher.seed = seed
+            found, report = distill(teacher, student, settings=lesson, evaluation=self._test, classes=self._data.names)
+            found.save(self._models / f"{name.replace(',', '').replace(' ', '-')}.safetensors")
+            return {**report.to_dict(), "settings": vars(lesson), "stages": None}
 
         return step
 
-    def _prune(self, eta: float, latency: float | None = None) -> Callable[[], dict[str, Any]]:
+    def _prune(self, eta: float, seed: int, latency: float | None = None) -> Step:
         """To the setting's ratio, or to a share of the latency."""
 
         def step() -> dict[str, Any]:
-            s = self._setting
+            s, teacher = self._setting, self._teacher
+            teacher.seed = seed
             target = {"ratio": s.prune_ratio} if latency is None else {"latency": latency}
             settings = Pruning(group=s.group, eta=eta, repair=s.repair, **target)
             try:
-                found, report = prune(self._teacher, settings, evaluation=self._test, classes=self._data.names)
+                found, report = prune(teacher, settings, table=self._table, evaluation=self._test, classes=self._data.names)
             except BackboneError as error:
                 return {"refused": str(error)}
-            found.save(self._models / f"pruned-{eta}{f'-{latency:.2f}' if latency else ''}.safetensors")
+            found.save(self._models / f"pruned-{eta}{f'-{latency:.2f}' if latency else ''}-{seed}.safetensors")
             return {**report.to_dict(), "eta": eta, "stages": None}
 
         return step
 
-    def _prune_to_that_latency(self) -> dict[str, Any]:
+    def _prune_to_that_latency(self, seed: int) -> Step:
         """By importance alone to the latency that the step with the latency term came to: the two differ in accuracy alone."""
-        row = self._found["prune by importance and latency"]
-        before, after = row.get("table_milliseconds", (1.0, 1 - self._setting.prune_ratio))
-        return self._prune(eta=0.0, latency=after / before)()
+
+        def step() -> dict[str, Any]:
+            row = self._found[f"prune by importance and latency{self._seed_said(seed)}"]
+            before, after = row.get("table_milliseconds", (1.0, 1 - self._setting.prune_ratio))
+            return self._prune(0.0, seed, after / before)()
+
+        return step
 
     def _int8(self, real: bool) -> dict[str, Any]:
         calibration = None
@@ -261,17 +310,19 @@ class Workshop:
 
         s = self._setting
         torch.manual_seed(s.seed)
-        module = self._module(classes)
+        module, device = self._module(classes), self._device
         part = self._train_part(0, classes)
         output = {target: number for number, target in enumerate(self._order[:classes])}
         steps = s.epochs * -(-len(part.images) // s.batch_size)
         optimizer = torch.optim.SGD(module.parameters(), s.learning_rate, 0.9, weight_decay=2e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, s.learning_rate, total_steps=steps, cycle_momentum=False)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
         for _ in range(s.epochs):
             for images, targets in part:
-                seen = ((augment(images.float() / 255, s.recipe) - mean) / std).contiguous(memory_format=torch.channels_last)
-                loss = F.cross_entropy(module(seen), torch.tensor([output[t] for t in targets.tolist()]))
+                pixels = augment(images.to(device).float() / 255, s.recipe)
+                seen = ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
+                wanted = torch.tensor([output[t] for t in targets.tolist()], device=device)
+                loss = F.cross_entropy(module(seen), wanted)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -282,16 +333,16 @@ class Workshop:
         right = total = 0
         with torch.no_grad():
             for images, targets in self._seen("test", 0, classes):
-                found = module((images.float() / 255 - mean) / std).argmax(1).tolist()
+                found = module((images.to(device).float() / 255 - mean) / std).argmax(1).tolist()
                 right += sum(one == output[t] for one, t in zip(found, targets.tolist(), strict=True))
                 total += len(found)
         return right / total
 
     def _module(self, classes: int) -> nn.Module:
-        backbone = build("resnet20" if self._setting is FULL else self._setting.backbone)
-        return nn.Sequential(backbone, nn.Linear(64, classes)).to(memory_format=torch.channels_last)
+        backbone = build(self._setting.elsewhere)
+        return nn.Sequential(backbone, nn.Linear(64, classes)).to(self._device, memory_format=torch.channels_last)
 
-    def _adopt(self, method: str, changes: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    def _adopt(self, method: str, changes: dict[str, Any]) -> Step:
         def step() -> dict[str, Any]:
             from safetensors.torch import load_file
 
@@ -307,7 +358,7 @@ class Workshop:
                 std=STD,
                 method=method,
                 recipe=replace(s.recipe, **changes),
-                device="cpu",
+                device=self._device,
                 seed=s.seed,
             )
             learner.learn_task(self._train_part(s.classes, s.classes + s.new_classes), self._data.names)
@@ -316,82 +367,3 @@ class Workshop:
             return {"old": old, "new": new, "combined": found.accuracy}
 
         return step
-
-
-MEANINGS = {  # of what the names of students say
-    "by the pixel": "Dreams by the pixel are DeepInversion's own, adaptive ones Adaptive DeepInversion's; the others are a "
-    "generator's.",
-    "from nothing": "A student from nothing does not begin with the layers that it shares with its teacher; one of "
-    "another family shares none.",
-}
-
-
-def describe(found: dict[str, Any], folder: str = "") -> str:
-    """The findings as Markdown; `folder` is where the page of dreams lies, as seen from the text, with a slash."""
-    told = f"A teacher of {percent(found['teacher']['accuracy'])} % on its classes, trained here."
-    if "mirrored answers" in found:
-        told += f" With `mirrored_answers` it has {percent(found['mirrored answers']['accuracy'])} %."
-    told += " One run of each row: a point more or less is chance."
-    parts = [told, _students(found), _pruned(found), _quantised(found), _adopted(found)]
-    if "dreams" in found:
-        parts += ["Real photographs beside dreams of the same classes:", f"![real and dreamt]({folder}{PAGE})"]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _rows(found: dict[str, Any], part: str, figures: Callable[[dict[str, Any]], list[str]]) -> list[list[str]]:
-    """A row for each step of a part: the rest of its name, and its figures or why it was refused."""
-    steps = {name.removeprefix(part): row for name, row in found.items() if name.startswith(part)}
-    return [[name, row["refused"]] if "refused" in row else [name, *figures(row)] for name, row in steps.items()]
-
-
-def _students(found: dict[str, Any]) -> str:
-    def figures(row: dict[str, Any]) -> list[str]:
-        before, after = row["accuracy"]
-        shares = map(percent, (before, after, after / before, row["agreement"]))
-        return [str(row["parameters"][1]), str(row["dreams"]), *shares, f"{row['minutes']:.1f}"]
-
-    head = [
-        "student, learnt from",
-        "parameters",
-        "dreams",
-        "teacher, %",
-        "student, %",
-        "of the teacher's, %",
-        "agreement, %",
-        "minutes",
-    ]
-    rows = _rows(found, "distill ", figures)
-    told = [meaning for words, meaning in MEANINGS.items() if any(words in name for name, *_ in rows)]
-    if len({row[3] for row in rows}) > 1:
-        told.append("Teachers that differ were trained alike, in other runs; compare minutes within a teacher.")
-    return "\n\n".join([table(head, rows), " ".join(told)]) if told else table(head, rows)
-
-
-def _pruned(found: dict[str, Any]) -> str:
-    def figures(row: dict[str, Any]) -> list[str]:
-        left = [percent(row[key][1] / row[key][0]) for key in ("filters", "flops", "milliseconds")]
-        return [*left, " / ".join(map(percent, row["accuracy"]))]
-
-    head = ["pruned", "filters left, %", "work left, %", "latency left, %", "accuracy before, unrepaired, repaired, %"]
-    return table(head, [[f"prune {name}", *cells] for name, *cells in _rows(found, "prune ", figures)])
-
-
-def _quantised(found: dict[str, Any]) -> str:
-    def figures(row: dict[str, Any]) -> list[str]:
-        accuracy = " / ".join(map(percent, row["accuracy"]["pictures"]))
-        size, agreement = percent(row["bytes"] / row["float_bytes"]), percent(row["agreement"]["pictures"])
-        return [size, f"{row['speedup']:.2f}", accuracy, agreement]
-
-    head = ["INT8", "size of float, %", "times as fast", "accuracy as float, as INT8, %", "agreement on pictures, %"]
-    return table(head, _rows(found, "int8 ", figures))
-
-
-def _adopted(found: dict[str, Any]) -> str:
-    def figures(row: dict[str, Any]) -> list[str]:
-        return [percent(row.get(key)) for key in ("old", "new", "combined")]
-
-    rows = _rows(found, "adopt ", figures)
-    before = percent(found.get("adopted", {}).get("accuracy"))
-    told = f"A classifier trained elsewhere, {before} % on its classes, learns new ones:"
-    head = ["method", "old classes, %", "new classes, %", "combined, %"]
-    return f"{told}\n\n{table(head, rows)}" if rows else ""

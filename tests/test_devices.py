@@ -2,30 +2,100 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 
-from edge_dfcil import Learner, devices
+from edge_dfcil import BudgetError, Learner, devices
+from edge_dfcil.backbones import build
+from edge_dfcil.compression import Distillation, Pruning, distill, prune
+from edge_dfcil.compression.latency import LatencyTable
+from edge_dfcil.compression.pruning import Cutter
+from edge_dfcil.dreaming.inversion import Dream
 from edge_dfcil.methods import names
 from tests.conftest import NAMES, QUICK, quick_learner
 
 HAS = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps"])
+@pytest.fixture(params=["cuda", "mps"])
+def device(request):
+    if not HAS[request.param]:
+        pytest.skip(f"no {request.param} here")
+    return request.param
+
+
+@pytest.fixture
+def taught(device, train):
+    learner = quick_learner(device=device, recipe=replace(QUICK, min_steps=120, pixel_steps=4, pixel_batch=32))
+    learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
+    return learner
+
+
+def answers(learner, test):
+    return [prediction.score for prediction in learner.predict(test.images[:50])]
+
+
 @pytest.mark.parametrize("method", names())
 def test_learns_answers_and_is_kept_on_an_accelerator(device, method, train, test, tmp_path):
-    if not HAS[device]:
-        pytest.skip(f"no {device} here")
-    learner = Learner("resnet8", image_size=16, recipe=QUICK, method=method, device=device)
+    learner = quick_learner(method=method, device=device)
     for task in (("0", "1"), ("2", "3")):
         learner.learn_task(train.of(task), NAMES, progress=False)
     assert learner.device.type == device
-    there = learner.predict(test.images[:50])
-    here = Learner.load(learner.save(tmp_path / "m"), "cpu").predict(test.images[:50])
-    assert [p.score for p in there] == pytest.approx([p.score for p in here], abs=1e-2)
+    here = Learner.load(learner.save(tmp_path / "m"), "cpu")
+    assert answers(learner, test) == pytest.approx(answers(here, test), abs=1e-2)
     assert learner.dream(8, progress=False).shape == (8, 3, 16, 16)
     learner.export(tmp_path / "m.onnx")
+
+
+def test_remembers_through_pixel_dreams_on_an_accelerator(taught, train, test):
+    taught.recipe = replace(taught.recipe, dreams="pixels", pool=64)
+    taught.learn_task(train.of(("2", "3")), NAMES, progress=False)
+    assert len(taught.predict(test.images[:5], top_k=4)[0].top) == 4
+    assert taught.dream(8, quality="best", progress=False).shape == (8, 3, 16, 16)
+
+
+@pytest.mark.parametrize("quality", ["fast", "best"])
+def test_a_student_learns_on_an_accelerator(taught, quality, test):
+    lesson = Distillation(rounds=2, dreams=32, generator_steps=2, steps=2, batch=16, quality=quality)
+    student, report = distill(taught, "resnet14", settings=lesson, progress=False)
+    assert student.device == taught.device and 0 <= report.agreement <= 1
+    assert len(answers(student, test)) == 50
+
+
+def test_prunes_on_an_accelerator_what_it_prunes_on_the_cpu(taught, tmp_path):
+    """The same channels may be taken away: rounding on an accelerator does not hide that a layer can lose some."""
+    table = LatencyTable(tmp_path / "latency.json", lambda shape: shape.flops / 1e6)
+    settings = Pruning(ratio=0.2, group=4, repair=Distillation(rounds=1, dreams=32, generator_steps=2, steps=2, batch=16))
+    smaller, report = prune(taught, settings, table=table, progress=False)
+    assert report.filters[1] <= 0.8 * report.filters[0] and smaller.device == taught.device
+    dream = Dream(torch.rand(8, 3, 16, 16), torch.randn(8, 2))
+    networks = (taught.network.grown(0), Learner.load(taught.save(tmp_path / "m"), "cpu").network.grown(0))
+    there, here = (Cutter(n, Dream(dream.images.to(n.mean.device), dream.logits), settings, table) for n in networks)
+    assert len(there.roots) == len(here.roots) > 0
+
+
+def test_int8_from_an_accelerator(taught, tmp_path):
+    report = taught.export(tmp_path / "m.onnx", "int8")
+    assert report.bytes < report.float_bytes and report.agreement["dreams"] >= 0.9
+
+
+def test_adopts_and_relearns_on_an_accelerator(device, train):
+    module = nn.Sequential(build("resnet8"), nn.Linear(64, 2)).eval()
+    learner = Learner.from_classifier(module, ["0", "1"], image_size=16, recipe=QUICK, device=device)
+    learner.learn_task(train.of(("2", "3")), NAMES, progress=False)
+    assert learner.tasks == (("0", "1"), ("2", "3"))
+
+
+def test_a_budget_holds_on_an_accelerator(device, train):
+    learner = quick_learner(device=device, memory_budget="400MB")
+    for task in (("0", "1"), ("2", "3")):
+        report = learner.learn_task(train.of(task), NAMES, progress=False)
+        assert 0 < report.peak_bytes <= 400e6
+    with pytest.raises(BudgetError):
+        quick_learner(device=device, memory_budget=10_000).learn_task(train.of(("0", "1")), NAMES, progress=False)
 
 
 @pytest.mark.parametrize("method", names())

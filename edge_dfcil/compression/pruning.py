@@ -180,7 +180,7 @@ class Cutter:
         self._shapes = _convolutions(network)
         self.before = self._size(self._shapes)
         self.channels: dict[str, int] = {}
-        self._graph = self._dependencies(self._whole)
+        self._graph = self._dependencies(self._whole, dream.images)
         self.roots = [root for root in self._candidates() if self._answers_as_masked(root)]
         if not self.roots:
             raise BackboneError(f"no layer of this backbone has {2 * settings.group} channels of which some can be taken away")
@@ -230,12 +230,13 @@ class Cutter:
 
     # Dependencies
 
-    def _dependencies(self, whole: nn.Module) -> Any:
+    @staticmethod
+    def _dependencies(whole: nn.Module, images: Tensor) -> Any:
         try:
             import torch_pruning
         except ImportError as error:
             raise SettingError(f"pruning needs torch-pruning ({error}): pip install 'edge-dfcil[prune]'") from error
-        return torch_pruning.DependencyGraph().build_dependency(whole, example_inputs=self._dream.images[:2])
+        return torch_pruning.DependencyGraph().build_dependency(whole, example_inputs=images[:2])
 
     def group(self, root: nn.Conv2d, channels: list[int], graph: Any = None) -> Any:
         import torch_pruning
@@ -253,8 +254,9 @@ class Cutter:
 
     def _answers_as_masked(self, root: nn.Conv2d) -> bool:
         """Whether a network without some channels answers as the one in which all that makes them is zero."""
-        images = self._dream.images[:4]
-        masked, cut = copy.deepcopy(self._whole), copy.deepcopy(self._whole)
+        # On the CPU: an accelerator may round products to ten bits, which is more than the difference that is looked for.
+        images = self._dream.images[:4].cpu()
+        masked, cut = copy.deepcopy(self._whole).cpu(), copy.deepcopy(self._whole).cpu()
         place = {module: name for name, module in self._whole.named_modules()}
         channels = list(range(0, root.out_channels, 2))
         for dep, index in self.group(root, channels):
@@ -263,7 +265,8 @@ class Cutter:
                 for parameter in layer.parameters(recurse=False):
                     parameter.data[index] = 0
         try:
-            self.group(cut.get_submodule(place[root]), channels, self._dependencies(cut)).prune()  # type: ignore[arg-type]
+            graph = self._dependencies(cut, images)
+            self.group(cut.get_submodule(place[root]), channels, graph).prune()  # type: ignore[arg-type]
             with torch.no_grad():
                 return bool((cut(images) - masked(images)).abs().max() < ALIKE)
         except (RuntimeError, ValueError, IndexError):  # a group that does not fit together

@@ -1,0 +1,111 @@
+"""What the workshop found, as Markdown."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.tables import percent, table
+
+PAGE = "workshop-dreams.png"
+SEED = ", seed "  # in the names of steps that are run with several
+Figure = float | int | str | tuple[float, ...] | None
+
+MEANINGS = {  # of what the names of students say
+    "by the pixel": "Dreams by the pixel are DeepInversion's own, adaptive ones Adaptive DeepInversion's; the others are a "
+    "generator's.",
+    "from nothing": "A student from nothing does not begin with the layers that it shares with its teacher; one of "
+    "another family shares none.",
+}
+
+
+def describe(found: dict[str, Any], folder: str = "") -> str:
+    """The findings as Markdown; `folder` is where the page of dreams lies, as seen from the text, with a slash."""
+    told = f"A teacher of {percent(found['teacher']['accuracy'])} % on its classes, trained here."
+    if "mirrored answers" in found:
+        told += f" With `mirrored_answers` it has {percent(found['mirrored answers']['accuracy'])} %."
+    told += " One run of each row: a point more or less is chance."
+    parts = [told, _students(found), _pruned(found), _quantised(found), _adopted(found)]
+    if "dreams" in found:
+        parts += ["Real photographs beside dreams of the same classes:", f"![real and dreamt]({folder}{PAGE})"]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _rows(found: dict[str, Any], part: str, figures: Callable[[dict[str, Any]], list[Figure]]) -> list[list[str]]:
+    """A row for each step of a part, seeds together: the rest of its name, and its figures or why it was refused."""
+    steps: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for name, row in found.items():
+        if name.startswith(part):
+            steps[name.removeprefix(part).partition(SEED)[0]].append(row)
+    rows = []
+    for name, seeds in steps.items():
+        refused = [row["refused"] for row in seeds if "refused" in row]
+        columns = zip(*map(figures, seeds), strict=True) if not refused else ()
+        rows.append([name, *refused[:1], *map(_cell, columns)])
+    return rows
+
+
+def _cell(values: Sequence[Figure]) -> str:
+    """One figure of all seeds: their mean, with the standard deviation where there are several."""
+    first = values[0]
+    if isinstance(first, tuple):
+        return " / ".join(map(_cell, zip(*values, strict=True)))  # type: ignore[arg-type]
+    if not isinstance(first, float):
+        return "" if first is None else str(first)
+    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""  # type: ignore[type-var]
+    return f"{mean(values):.1f}{spread}"  # type: ignore[type-var]
+
+
+def _students(found: dict[str, Any]) -> str:
+    def figures(row: dict[str, Any]) -> list[Figure]:
+        before, after = row["accuracy"]
+        shares = [100 * share for share in (after, after / before, row["agreement"])]
+        return [row["parameters"][1], row["dreams"], f"{100 * before:.1f}", *shares, row["minutes"]]
+
+    head = [
+        "student, learnt from",
+        "parameters",
+        "dreams",
+        "teacher, %",
+        "student, %",
+        "of the teacher's, %",
+        "agreement, %",
+        "minutes",
+    ]
+    rows = _rows(found, "distill ", figures)
+    told = [meaning for words, meaning in MEANINGS.items() if any(words in name for name, *_ in rows)]
+    if len({row["accuracy"][0] for name, row in found.items() if name.startswith("distill ")}) > 1:
+        told.append("Teachers that differ were trained alike, in other runs; compare minutes within a teacher.")
+    return "\n\n".join([table(head, rows), " ".join(told)]) if told else table(head, rows)
+
+
+def _pruned(found: dict[str, Any]) -> str:
+    def figures(row: dict[str, Any]) -> list[Figure]:
+        left = [100 * row[key][1] / row[key][0] for key in ("filters", "flops", "milliseconds")]
+        return [*left, tuple(100 * share for share in row["accuracy"])]
+
+    head = ["pruned", "filters left, %", "work left, %", "latency left, %", "accuracy before, unrepaired, repaired, %"]
+    return table(head, [[f"prune {name}", *cells] for name, *cells in _rows(found, "prune ", figures)])
+
+
+def _quantised(found: dict[str, Any]) -> str:
+    def figures(row: dict[str, Any]) -> list[Figure]:
+        accuracy = tuple(100 * share for share in row["accuracy"]["pictures"])
+        size, agreement = 100 * row["bytes"] / row["float_bytes"], 100 * row["agreement"]["pictures"]
+        return [size, f"{row['speedup']:.2f}", accuracy, agreement]
+
+    head = ["INT8", "size of float, %", "times as fast", "accuracy as float, as INT8, %", "agreement on pictures, %"]
+    return table(head, _rows(found, "int8 ", figures))
+
+
+def _adopted(found: dict[str, Any]) -> str:
+    def figures(row: dict[str, Any]) -> list[Figure]:
+        return [percent(row.get(key)) for key in ("old", "new", "combined")]
+
+    rows = _rows(found, "adopt ", figures)
+    before = percent(found.get("adopted", {}).get("accuracy"))
+    told = f"A classifier trained elsewhere, {before} % on its classes, learns new ones:"
+    head = ["method", "old classes, %", "new classes, %", "combined, %"]
+    return f"{told}\n\n{table(head, rows)}" if rows else ""
