@@ -173,6 +173,22 @@ def test_latency_that_counts_takes_channels_where_they_cost_time(able, tmp_path)
         assert (len(report.channels) == len(first)) == only_there
 
 
+def test_the_latency_term_sees_kernels_that_work_in_blocks(able, tmp_path):
+    """Where a layer is no faster before several groups have gone, they go together, and no channel goes in vain."""
+
+    def in_blocks(shape: Shape) -> float:
+        blocks = [-(-channels // 8) for channels in (shape.channels_in, shape.channels_out)]
+        return float(blocks[0] * blocks[1] * shape.height**2)
+
+    found = {}
+    for eta in (1000.0, 0.0):
+        setting = Pruning(latency=0.6, group=2, eta=eta, repair=None)
+        _, found[eta] = prune(able, setting, table=LatencyTable(tmp_path / f"{eta}", in_blocks), progress=False)
+    assert all(channels % 8 == 0 for channels in found[1000.0].channels.values())
+    assert any(channels % 8 for channels in found[0.0].channels.values())
+    assert found[1000.0].filters[1] > found[0.0].filters[1], "as fast with more filters"
+
+
 def test_channels_that_do_nothing_leave_first(able, table):
     learner = able.having(able.network.grown(0).eval(), able.backbone)
     block = learner.network.backbone.stages[1][0]
