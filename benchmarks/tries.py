@@ -107,7 +107,7 @@ def _var_mean(bench: Bench) -> Callable[[], Any]:
     step = bench.step(bench.generator())
 
     def plain(x: Tensor) -> tuple[Tensor, Tensor]:
-        v, u = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+        v, u = torch.var_mean(x.float(), [d for d in range(x.dim()) if d != 1], correction=0)
         return u, v
 
     def run() -> None:

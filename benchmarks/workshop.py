@@ -29,7 +29,6 @@ from edge_dfcil.errors import BackboneError, ExportError
 from edge_dfcil.recipe import Recipe
 
 CALIBRATION = 500  # real images that INT8 is calibrated on for comparison
-ETA = 0.1  # of the latency term
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100's, for the classifier trained elsewhere
 
 
@@ -50,8 +49,8 @@ class Setting:
     ----------
     file
         Of the result.
-    seeds
-        Of students and of pruned networks; the teacher and the order of classes have `seed`.
+    seeds, prune_seeds
+        Of students, and of what is pruned; the teacher and the order of classes have `seed`.
     latencies
         Shares of the latency that are pruned to as well, each with the latency term and without.
     """
@@ -74,10 +73,11 @@ class Setting:
     recipe: Recipe = RECIPE
     repair: Distillation = REPAIR
     prune_ratio: float = 0.2
-    latencies: tuple[float, ...] = (0.6,)
+    latencies: tuple[float, ...] = (0.75,)
     group: int = 8
     seed: int = 0
     seeds: tuple[int, ...] = (0,)
+    prune_seeds: tuple[int, ...] = (0, 1, 2)
 
 
 FULL = Setting()
@@ -110,6 +110,7 @@ QUICK = Setting(
     repair=Distillation(rounds=1, dreams=32, generator_steps=2, steps=2, batch=16),
     latencies=(),
     group=4,
+    prune_seeds=(0,),
 )  # fmt: skip
 SETTINGS = {"full": FULL, "large": LARGE, "quick": QUICK}
 PARTS = ("teacher", "dreams", "distill", "prune", "int8", "adopt")
@@ -143,6 +144,7 @@ class Workshop:
         steps += [("teacher", "mirrored answers", self._mirrored), ("dreams", "dreams", self._page)]
         for seed in s.seeds:
             steps += [("distill", f"distill {name}", step) for name, step in self._students(seed)]
+        for seed in s.prune_seeds:
             steps += [("prune", f"prune {name}", step) for name, step in self._prunings(seed)]
         steps += [
             ("int8", "int8 calibrated on dreams", lambda: self._int8(real=False)),
@@ -160,21 +162,16 @@ class Workshop:
             pixels, begins = lesson.quality == "best", "" if lesson.inherit else " from nothing"
             for source in ("adaptive", "dreams") if pixels and lesson.inherit else ("adaptive", "dreams", "noise"):
                 made = " by the pixel" if pixels and source != "noise" else ""
-                name = f"{student} {source}{made}{begins}{self._seed_said(seed)}"
+                name = f"{student} {source}{made}{begins}{_seed_said(seed, self._setting.seeds)}"
                 yield name, self._distill(name, student, replace(lesson, source=source), seed)
 
     def _prunings(self, seed: int) -> Iterator[tuple[str, Step]]:
-        said = self._seed_said(seed)
-        yield f"by importance{said}", self._prune(0.0, seed)
-        yield f"by importance and latency{said}", self._prune(ETA, seed)
-        yield f"by importance, to that latency{said}", self._prune_to_that_latency(seed)
-        for share in self._setting.latencies:
-            to = f"to {100 * share:.0f} % of"
-            yield f"by importance, {to} the latency{said}", self._prune(0.0, seed, share)
-            yield f"by importance and latency, {to} it{said}", self._prune(ETA, seed, share)
-
-    def _seed_said(self, seed: int) -> str:
-        return f"{SEED}{seed}" if len(self._setting.seeds) > 1 else ""
+        """By importance alone and with the latency term: to as many filters, and to the same latency."""
+        said = _seed_said(seed, self._setting.prune_seeds)
+        for eta, by in ((0.0, "by importance"), (Pruning.eta, "by importance and latency")):
+            yield f"{by}{said}", self._prune(eta, seed)
+            for share in self._setting.latencies:
+                yield f"{by}, to {100 * share:.0f} % of the latency{said}", self._prune(eta, seed, share)
 
     # Data and models
 
@@ -271,16 +268,6 @@ class Workshop:
 
         return step
 
-    def _prune_to_that_latency(self, seed: int) -> Step:
-        """By importance alone to the latency that the step with the latency term came to: the two differ in accuracy alone."""
-
-        def step() -> dict[str, Any]:
-            row = self._found[f"prune by importance and latency{self._seed_said(seed)}"]
-            before, after = row.get("table_milliseconds", (1.0, 1 - self._setting.prune_ratio))
-            return self._prune(0.0, seed, after / before)()
-
-        return step
-
     def _int8(self, real: bool) -> dict[str, Any]:
         calibration = None
         if real:
@@ -367,3 +354,8 @@ class Workshop:
             return {"old": old, "new": new, "combined": found.accuracy}
 
         return step
+
+
+def _seed_said(seed: int, seeds: tuple[int, ...]) -> str:
+    """The end of a step's name, where it is run with several seeds."""
+    return f"{SEED}{seed}" if len(seeds) > 1 else ""

@@ -11,18 +11,17 @@ from edge_dfcil.errors import SettingError
 
 
 def find_device(device: str | torch.device) -> torch.device:
-    """The device of that name; "auto" takes CUDA, then MPS, then the CPU. Raises `SettingError` if it is not there."""
+    """The device of that name; "auto" takes CUDA, then MPS, then the CPU. Raises `SettingError` if it is not there.
+
+    An accelerator comes with its number, "cuda:0" for "cuda": some of torch's calls take no other.
+    """
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        found = torch.device(device)
-        torch.empty(1, device=found)
+        return torch.empty(1, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
         first_line = str(error).splitlines()[0]
         raise SettingError(f"device {device!r} cannot be used here ({first_line}); use 'auto' or 'cpu'") from error
-    return found
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -66,7 +66,7 @@ class Pruning:
     flops: float | None = None
     latency: float | None = None
     group: int = 8
-    eta: float = 0.1
+    eta: float = 1.0
     dreams: int = 256
     rounds: int = 20
     repair: Distillation | None = field(default=REPAIR)

@@ -50,11 +50,16 @@ def statistics_alignment(statistics: Sequence[LayerStatistics]) -> Tensor:
 
     `statistics` holds, for each layer, running mean m, running variance r, batch mean u and batch variance v: (C,) each.
     """
-    layers = []
-    for m, r, u, v in statistics:
-        r, v = r.clamp_min(TINY), v.clamp_min(TINY)
-        layers.append((0.5 * (v.log() - r.log()) - 0.5 * (1 - (r + (m - u) ** 2) / v)).mean())
-    return torch.stack(layers).mean()
+    m, r, u, v, sizes = _joined(statistics)
+    r, v = r.clamp_min(TINY), v.clamp_min(TINY)
+    kl = 0.5 * (v.log() - r.log()) - 0.5 * (1 - (r + (m - u) ** 2) / v)  # (sum of C,)
+    return torch.stack([layer.mean() for layer in kl.split(sizes)]).mean()
+
+
+def _joined(statistics: Sequence[LayerStatistics]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
+    """The channels of all layers in one row, and how many each has: an accelerator waits for small operations one by one."""
+    m, r, u, v = (torch.cat(column) for column in zip(*statistics, strict=True))
+    return m, r, u, v, [len(layer[0]) for layer in statistics]
 
 
 def smoothness(images: Tensor) -> Tensor:
@@ -69,8 +74,12 @@ def smoothness(images: Tensor) -> Tensor:
 
 def feature_statistics(statistics: Sequence[LayerStatistics], first: float = 1.0) -> Tensor:
     """Sum over BatchNorm layers of ||u - m||_2 + ||v - r||_2, the first layer's times `first` (DeepInversion, eq. 4)."""
-    layers = [(u - m).norm() + (v - r).norm() for m, r, u, v in statistics]
-    return torch.stack([first * layers[0], *layers[1:]]).sum()
+    m, r, u, v, sizes = _joined(statistics)
+    squares = torch.cat([(u - m) ** 2, (v - r) ** 2]).split(2 * sizes)
+    norms = torch.stack([layer.sum() for layer in squares]).clamp_min(TINY**4).sqrt()  # (2 L,); a root of 0 has no gradient
+    means, variances = norms.chunk(2)
+    layers = means + variances
+    return first * layers[0] + layers[1:].sum()
 
 
 def total_variation(images: Tensor) -> Tensor:
@@ -120,16 +129,18 @@ class BatchStatistics:
             self._seen = []
 
     def _record(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
-        u, v = batch_statistics(inputs[0].float())
+        u, v = batch_statistics(inputs[0])
         self._seen.append((layer.running_mean, layer.running_var, u, v))
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,) of each channel of (N, C, ...), with gradients."""
-    if x.device.type == "cpu":
+    """Mean and biased variance (C,) of each channel of (N, C, ...), in full precision, with gradients."""
+    if x.device.type == "cuda":  # adds up in full precision by itself, without a copy of x in it
         u, v = _BatchStatistics.apply(x)
-        return u, v
-    v, u = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+    elif x.device.type == "cpu":
+        u, v = _BatchStatistics.apply(x.float())
+    else:
+        v, u = torch.var_mean(x.float(), [d for d in range(x.dim()) if d != 1], correction=0)
     return u, v
 
 
