@@ -81,15 +81,13 @@ class Setting:
 
 
 FULL = Setting()
-# For an accelerator: more dreams, in batches that fill it, and seeds.
+# For an accelerator: students that begin with nothing, taught for longer, with several seeds.
+LONG = Distillation(rounds=16, dreams=1024, generator_steps=60, steps=250, batch=128, learning_rate=0.1, inherit=False)
 LARGE = replace(
     FULL,
     file="workshop-large.json",
-    students=(
-        ("resnet20", Distillation(rounds=16, dreams=1024, steps=400, batch=128, quality="best", inherit=False)),
-        ("mobilenet_v3_small", Distillation(rounds=16, dreams=1024, steps=400, batch=128, quality="best", inherit=False)),
-    ),
-    recipe=replace(RECIPE, pixel_batch=512, pixel_steps=300),
+    students=(("resnet20", LONG), ("mobilenet_v3_small", replace(LONG, rounds=8))),
+    recipe=replace(RECIPE, latent=128, generator_batch=128, generator_steps=400, competition=10.0),
     seeds=(0, 1, 2),
 )
 QUICK = Setting(
