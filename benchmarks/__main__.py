@@ -145,7 +145,7 @@ def run_speed(as_json: bool, quick: bool, out: Path, device: str) -> None:
     found = speeds.run(device, steps.QUICK if quick else steps.FULL, lambda line: click.echo(line, err=True))
     if not quick:
         out.mkdir(parents=True, exist_ok=True)
-        (out / speeds.FILE).write_text(json.dumps(found, indent=1) + "\n")
+        (out / speeds.file(device)).write_text(json.dumps(found, indent=1) + "\n")
     click.echo(json.dumps(found) if as_json else speeds.describe(found))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from benchmarks import latency, memory, memory_tables, report, speed, tables, workshop, workshop_tables
 from benchmarks.report import Results
@@ -34,7 +35,8 @@ def budgets(folder: Path) -> str:
 def smaller(folder: Path) -> str:
     """The README's account of compression and of what ships."""
     made, answers = report.measured(folder / workshop.FULL.file), report.measured(folder / latency.FILE)
-    parts = [workshop_tables.describe(made, "benchmarks/results/")] if made else []
+    long = report.measured(folder / workshop.LARGE.file)
+    parts = [workshop_tables.describe(made, long, "benchmarks/results/")] if made else []
     parts += [latency.summary(answers)] if answers else []
     return "\n\n".join(parts) + "\n" if parts else ""
 
@@ -52,13 +54,18 @@ def photographs(folder: Path) -> str:
         more = f"{kept - model:.2f}" if kept - model > 0.005 else "0"
         rows.append([name, report.final(results), str(len(results)), f"{kept:.2f}", more])
     parts = [tables.table(head, rows), *_all_classes(found)]
-    if (timed := report.measured(folder / speed.FILE)) is not None:
-        parts += [
-            f"At equal mathematics a classifier step of ABD is {timed['classifier_step_ratio']:.1f} times as fast as a plain "
-            f"transcription of the published one, and a generator step {timed['generator_step_ratio']:.1f} times "
-            f"({timed['setting']['backbone']}, {timed['machine']['threads']} CPU threads).",
-        ]
+    if timed := report.measured_all(folder, speed.FILE):
+        parts.append(
+            "At equal mathematics, a classifier step of ABD and a generator step beside a plain transcription of the published "
+            f"ones ({timed[0]['setting']['backbone']}): {'; '.join(map(_speed, timed))}."
+        )
     return "\n\n".join(parts) + "\n"
+
+
+def _speed(timed: dict[str, Any]) -> str:
+    machine = timed["machine"]
+    where = f"{machine['threads']} CPU threads" if machine["device"] == "cpu" else f"an {machine['device']}"
+    return f"{timed['classifier_step_ratio']:.1f} and {timed['generator_step_ratio']:.1f} times as fast on {where}"
 
 
 def _all_classes(found: dict[str, dict[str, Results]]) -> list[str]:

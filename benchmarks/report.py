@@ -48,8 +48,8 @@ def write(folder: Path) -> str:
             plot_bytes(methods, folder / f"{protocol}-bytes.png")
             parts += [f"![accuracy against bytes kept]({protocol}-bytes.png)"]
         parts += _embeddings(folder, protocol, methods)
-    if (timed := measured(folder / speed.FILE)) is not None:
-        parts += ["## Speed", speed.describe(timed)]
+    if timed := measured_all(folder, speed.FILE):
+        parts += ["## Speed", *map(speed.describe, timed)]
     if (held := measured(folder / memory.FILE)) is not None:
         parts += ["## Memory", memory_tables.describe(held)]
         if memory_tables.has_replay(held):
@@ -58,7 +58,7 @@ def write(folder: Path) -> str:
             figure.savefig(folder / "memory.png", dpi=150)
             parts += ["![memory by image size, at rest and while learning](memory.png)"]
     if (made := measured(folder / workshop.FULL.file)) is not None:
-        parts += ["## Workshop", workshop_tables.describe(made)]
+        parts += ["## Workshop", workshop_tables.describe(made, measured(folder / workshop.LARGE.file))]
     if (answers := measured(folder / latency.FILE)) is not None:
         parts += ["## Latency", latency.describe(answers)]
     text = "\n\n".join(parts) + "\n"
@@ -69,6 +69,12 @@ def write(folder: Path) -> str:
 def measured(path: Path) -> dict[str, Any] | None:
     """What was measured apart from the protocols, if it has been."""
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def measured_all(folder: Path, file: str) -> list[dict[str, Any]]:
+    """The same of a CPU and of accelerators: speed.json, speed-cuda.json."""
+    paths = [folder / file, *sorted(folder.glob(file.replace(".", "-*.")))]
+    return [found for path in paths if (found := measured(path)) is not None]
 
 
 def describe(result: dict[str, Any]) -> str:

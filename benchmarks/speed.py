@@ -58,6 +58,12 @@ def run(device: str, setting: Setting, say: Callable[[str], None]) -> dict[str, 
     }
 
 
+def file(device: str) -> str:
+    """The name of the result's file on a device: speed.json on a CPU, speed-cuda.json on an NVIDIA card."""
+    kind = devices.find_device(device).type
+    return FILE if kind == "cpu" else FILE.replace(".", f"-{kind}.")
+
+
 def edge_recipe(setting: Setting) -> Recipe:
     small = {"latent": 8, "width": 8, "generator_batch": 4, "pool": 16} if setting is QUICK else {}
     return replace(RECIPES["edge"], **small)  # type: ignore[arg-type]

@@ -21,20 +21,39 @@ MEANINGS = {  # of what the names of students say
 }
 
 
-def describe(found: dict[str, Any], folder: str = "") -> str:
-    """The findings as Markdown; `folder` is where the page of dreams lies, as seen from the text, with a slash."""
+def describe(found: dict[str, Any], long: dict[str, Any] | None = None, folder: str = "") -> str:
+    """The findings as Markdown, with those of the large setting; `folder` is where the page of dreams lies, as seen from the
+    text, with a slash."""
     told = f"A teacher of {percent(found['teacher']['accuracy'])} % on its classes, trained here."
     if "mirrored answers" in found:
         told += f" With `mirrored_answers` it has {percent(found['mirrored answers']['accuracy'])} %."
-    told += " One run of each row: a point more or less is chance."
-    parts = [told, _students(found), _pruned(found), _quantised(found), _adopted(found)]
+    told += " Of one seed, a point more or less is chance."
+    parts = [told, _students(found)]
+    if long is not None:
+        parts += [_taught_for_longer(long), _students(long)]
+    parts += [_pruned(found), _quantised(found), _adopted(found)]
     if "dreams" in found:
         parts += ["Real photographs beside dreams of the same classes:", f"![real and dreamt]({folder}{PAGE})"]
     return "\n\n".join(part for part in parts if part)
 
 
-def _rows(found: dict[str, Any], part: str, figures: Callable[[dict[str, Any]], list[Figure]]) -> list[list[str]]:
-    """A row for each step of a part, seeds together: the rest of its name, and its figures or why it was refused."""
+def _taught_for_longer(found: dict[str, Any]) -> str:
+    """Where the rows of the large setting were made; its students begin with nothing."""
+    at_once = f", {found['at_once']} rows at a time" if "at_once" in found else ""
+    told = f"Students that begin with nothing, taught for longer (on {found['machine']['device']}{at_once})."
+    if "competition tried" in found:
+        tried = found["competition tried"]
+        weights = ", ".join(f"{weight}: {percent(share)}" for weight, share in tried["accuracy"].items())
+        told += f" The weight of the competition was chosen in a shorter lesson with seed {tried['seed']} (weight: accuracy, %): "
+        told += f"{weights}."
+    return told
+
+
+def _rows(
+    found: dict[str, Any], part: str, figures: Callable[[dict[str, Any]], list[Figure]], several: bool = False
+) -> list[list[str]]:
+    """A row for each step of a part, seeds together: the rest of its name, the number of seeds where there may be several,
+    and its figures or why it was refused."""
     steps: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for name, row in found.items():
         if name.startswith(part):
@@ -44,6 +63,8 @@ def _rows(found: dict[str, Any], part: str, figures: Callable[[dict[str, Any]], 
         refused = [row["refused"] for row in seeds if "refused" in row]
         columns = zip(*map(figures, seeds), strict=True) if not refused else ()
         rows.append([name, *refused[:1], *map(_cell, columns)])
+        if several:
+            rows[-1].insert(1, str(len(seeds)))
     return rows
 
 
@@ -54,8 +75,8 @@ def _cell(values: Sequence[Figure]) -> str:
         return " / ".join(map(_cell, zip(*values, strict=True)))  # type: ignore[arg-type]
     if not isinstance(first, float):
         return "" if first is None else str(first)
-    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""  # type: ignore[type-var]
-    return f"{mean(values):.1f}{spread}"  # type: ignore[type-var]
+    spread = f"{stdev(values):.1f}" if len(values) > 1 else "0.0"  # type: ignore[type-var]
+    return f"{mean(values):.1f}{f' ± {spread}' if spread != '0.0' else ''}"  # type: ignore[type-var]
 
 
 def _students(found: dict[str, Any]) -> str:
@@ -66,6 +87,7 @@ def _students(found: dict[str, Any]) -> str:
 
     head = [
         "student, learnt from",
+        "seeds",
         "parameters",
         "dreams",
         "teacher, %",
@@ -74,7 +96,7 @@ def _students(found: dict[str, Any]) -> str:
         "agreement, %",
         "minutes",
     ]
-    rows = _rows(found, "distill ", figures)
+    rows = _rows(found, "distill ", figures, several=True)
     told = [meaning for words, meaning in MEANINGS.items() if any(words in name for name, *_ in rows)]
     if len({row["accuracy"][0] for name, row in found.items() if name.startswith("distill ")}) > 1:
         told.append("Teachers that differ were trained alike, in other runs; compare minutes within a teacher.")
@@ -86,8 +108,8 @@ def _pruned(found: dict[str, Any]) -> str:
         left = [100 * row[key][1] / row[key][0] for key in ("filters", "flops", "milliseconds")]
         return [*left, tuple(100 * share for share in row["accuracy"])]
 
-    head = ["pruned", "filters left, %", "work left, %", "latency left, %", "accuracy before, unrepaired, repaired, %"]
-    return table(head, [[f"prune {name}", *cells] for name, *cells in _rows(found, "prune ", figures)])
+    head = ["pruned", "seeds", "filters left, %", "work left, %", "latency left, %", "accuracy before, unrepaired, repaired, %"]
+    return table(head, [[f"prune {name}", *cells] for name, *cells in _rows(found, "prune ", figures, several=True)])
 
 
 def _quantised(found: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
-from benchmarks import accuracy, embedding, memory, memory_tables, report
+from benchmarks import accuracy, embedding, memory, memory_tables, report, workshop_tables
 from benchmarks.__main__ import main
 from benchmarks.datasets import Data, class_order, load, pack
 from edge_dfcil import DataError, SettingError
@@ -246,6 +246,19 @@ def test_the_workshop_runs_every_step_and_goes_on_where_it_stopped(data, tmp_pat
         assert "another answer than the model" in done.output
     else:
         assert "| onnx float, distilled |" in done.stdout and "with ONNX Runtime alone" in done.stdout
+
+
+def test_the_workshop_tells_seeds_together():
+    def row(after, agreement):
+        return {"accuracy": [0.8, after], "agreement": agreement, "parameters": [2, 1], "dreams": 64, "minutes": 1.0}
+
+    made = {"teacher": {"accuracy": 0.8}, "distill resnet20 noise": row(0.1, 1.0)}
+    long = {"machine": {"device": "some card"}, "at_once": 2}
+    long |= {f"distill resnet20 adaptive, seed {seed}": row(after, 0.9) for seed, after in enumerate((0.60, 0.64))}
+    told = workshop_tables.describe(made, long)
+    assert "| resnet20 noise | 1 | 1 | 64 | 80.0 | 10.0 | 12.5 | 100.0 | 1.0 |" in told
+    assert "| resnet20 adaptive | 2 | 1 | 64 | 80.0 | 62.0 ± 2.8 | 77.5 ± 3.5 | 90.0 | 1.0 |" in told
+    assert "on some card, 2 rows at a time" in told
 
 
 def test_the_memory_benchmark_runs_each_cell_in_a_process_and_tells(tmp_path):
