@@ -31,12 +31,10 @@ from edge_dfcil.recipe import Recipe
 CALIBRATION = 500  # real images that INT8 is calibrated on for comparison
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100's, for the classifier trained elsewhere
 
-
 RECIPE = replace(RECIPES["edge"], first_epochs=24, learning_rate=0.05, pixel_steps=200)
 LESSON = Distillation(rounds=4, dreams=1024, generator_steps=100, steps=200)  # of a student that begins with shared layers
 PIXELS = Distillation(rounds=4, dreams=256, steps=200, quality="best")  # the same by DeepInversion's own dreams, fewer of them
 REPAIR = Distillation(rounds=4, learning_rate=0.02)
-
 
 Step = Callable[[], dict[str, Any]]  # runs, and returns what it found
 
@@ -87,9 +85,8 @@ LARGE = replace(
     FULL,
     file="workshop-large.json",
     students=(("resnet20", LONG), ("mobilenet_v3_small", replace(LONG, rounds=8))),
-    recipe=replace(
-        RECIPE, latent=128, generator_batch=128, generator_steps=400, competition=3.0
-    ),  # of 1, 3, 10, 30 and 100, with another seed
+    # The competition's weight is the best of 1, 3, 10, 30 and 100 in a shorter lesson with another seed.
+    recipe=replace(RECIPE, latent=128, generator_batch=128, generator_steps=400, competition=3.0),
     seeds=(0, 1, 2),
 )
 QUICK = Setting(

@@ -40,7 +40,9 @@ def describe(found: dict[str, Any], long: dict[str, Any] | None = None, folder: 
 def _taught_for_longer(found: dict[str, Any]) -> str:
     """Where the rows of the large setting were made; its students begin with nothing."""
     at_once = f", {found['at_once']} rows at a time" if "at_once" in found else ""
-    told = f"Students that begin with nothing, taught for longer (on {found['machine']['device']}{at_once})."
+    told = (
+        f"Students that begin with nothing, taught for longer by a generator's dreams (on {found['machine']['device']}{at_once})."
+    )
     if "competition tried" in found:
         tried = found["competition tried"]
         weights = ", ".join(f"{weight}: {percent(share)}" for weight, share in tried["accuracy"].items())
