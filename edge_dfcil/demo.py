@@ -90,7 +90,9 @@ def run(out: Path, *, device: str = "auto", seed: int = 0, say: Callable[[str], 
     figures = {
         **answer,
         "accuracy_after_task": curves,
-        "plot": str(plot),
+        "model": Path(model).name,  # beside the figures, wherever their folder goes
+        "onnx": Path(onnx).name,
+        "plot": plot.name,
         "seed": seed,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
