@@ -176,7 +176,7 @@ def run_memory(data: Path, kinds: str, seeds: str, out: Path) -> None:
     help="Latencies of the device that is pruned for; else this one's, measured.",
 )
 @RESULTS
-@click.option("--device", default="cpu", show_default=True)
+@DEVICE
 def run_workshop(data: Path, parts: str, models: Path, setting: str | None, table: Path | None, out: Path, device: str) -> None:
     """Distillation, pruning, INT8 and adoption through dreams; resumable at any step."""
     models.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from benchmarks import embedding, latency, memory, memory_tables, speed, tables, workshop, workshop_tables
@@ -33,8 +33,7 @@ def last(results: Results) -> float:
 
 def final(results: Results) -> str:
     """The same with its standard deviation over seeds."""
-    spread = f" ± {100 * stdev(r['final_accuracy'] for r in results):.1f}" if len(results) > 1 else ""
-    return f"{last(results):.1f}{spread}"
+    return tables.over_seeds([r["final_accuracy"] for r in results], times=100)
 
 
 def write(folder: Path) -> str:

@@ -82,6 +82,7 @@ def agreement(bench: Bench) -> float:
 
 
 def _difference(bench: Bench) -> float:
+    """The largest difference, at whatever precision the device is set to."""
     published, worst = bench.published(), 0.0
     student = copy.deepcopy(bench.student)
     ours = {"classifier": bench.classifier(student), "generator": bench.generator()}

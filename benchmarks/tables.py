@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import mean, stdev
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -15,6 +16,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def percent(share: float | None) -> str:
     """With one decimal, without the sign; empty for None."""
     return "" if share is None else f"{100 * share:.1f}"
+
+
+def over_seeds(values: Sequence[float], times: float = 1) -> str:
+    """The mean with one decimal, and the standard deviation where there are several values that differ; both `times` that."""
+    spread = f"{times * stdev(values):.1f}" if len(values) > 1 else "0.0"
+    return f"{times * mean(values):.1f}{f' ± {spread}' if spread != '0.0' else ''}"
 
 
 def megabytes(size: float) -> str:

@@ -45,8 +45,8 @@ class Setting:
 
     Attributes
     ----------
-    file
-        Of the result.
+    file, page
+        Of the result, and of the page of dreams.
     seeds, prune_seeds
         Of students, and of what is pruned; the teacher and the order of classes have `seed`.
     latencies
@@ -54,6 +54,7 @@ class Setting:
     """
 
     file: str = "workshop.json"
+    page: str = PAGE
     backbone: str = "resnet32"
     elsewhere: str = "resnet20"  # trained outside the SDK
     students: tuple[tuple[str, Distillation], ...] = (
@@ -84,6 +85,7 @@ LONG = Distillation(rounds=16, dreams=1024, generator_steps=60, steps=250, batch
 LARGE = replace(
     FULL,
     file="workshop-large.json",
+    page="workshop-large-dreams.png",
     students=(("resnet20", LONG), ("mobilenet_v3_small", replace(LONG, rounds=8))),
     # The competition's weight is the best of 1, 3, 10, 30 and 100 in a shorter lesson with another seed.
     recipe=replace(RECIPE, latent=128, generator_batch=128, generator_steps=400, competition=3.0),
@@ -233,7 +235,7 @@ class Workshop:
                     axes.axis("off")
                 for axes, index in zip(row, mine, strict=False):
                     axes.imshow(images[index].permute(1, 2, 0).numpy())
-        figure.savefig(self._path.with_name(PAGE), dpi=100)
+        figure.savefig(self._path.with_name(self._setting.page), dpi=100)
         return {"classes_dreamt": share}
 
     # Compression

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.tables import percent, table
+from benchmarks.tables import over_seeds, percent, table
 
 PAGE = "workshop-dreams.png"
 SEED = ", seed "  # in the names of steps that are run with several
@@ -77,8 +76,7 @@ def _cell(values: Sequence[Figure]) -> str:
         return " / ".join(map(_cell, zip(*values, strict=True)))  # type: ignore[arg-type]
     if not isinstance(first, float):
         return "" if first is None else str(first)
-    spread = f"{stdev(values):.1f}" if len(values) > 1 else "0.0"  # type: ignore[type-var]
-    return f"{mean(values):.1f}{f' ± {spread}' if spread != '0.0' else ''}"  # type: ignore[type-var]
+    return over_seeds(values)  # type: ignore[arg-type]
 
 
 def _students(found: dict[str, Any]) -> str:

@@ -75,7 +75,7 @@ def smoothness(images: Tensor) -> Tensor:
 def feature_statistics(statistics: Sequence[LayerStatistics], first: float = 1.0) -> Tensor:
     """Sum over BatchNorm layers of ||u - m||_2 + ||v - r||_2, the first layer's times `first` (DeepInversion, eq. 4)."""
     m, r, u, v, sizes = _joined(statistics)
-    squares = torch.cat([(u - m) ** 2, (v - r) ** 2]).split(2 * sizes)
+    squares = torch.cat([(u - m) ** 2, (v - r) ** 2]).split([*sizes, *sizes])
     norms = torch.stack([layer.sum() for layer in squares]).clamp_min(TINY**4).sqrt()  # (2 L,); a root of 0 has no gradient
     means, variances = norms.chunk(2)
     layers = means + variances
@@ -135,17 +135,18 @@ class BatchStatistics:
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (C,) of each channel of (N, C, ...), in full precision, with gradients."""
-    if x.device.type == "cuda":  # adds up in full precision by itself, without a copy of x in it
+    if x.device.type != "cuda":  # whose kernel adds up in full precision by itself, without a copy of x in it
+        x = x.float()
+    if x.device.type in ("cpu", "cuda"):
         u, v = _BatchStatistics.apply(x)
-    elif x.device.type == "cpu":
-        u, v = _BatchStatistics.apply(x.float())
     else:
-        v, u = torch.var_mean(x.float(), [d for d in range(x.dim()) if d != 1], correction=0)
+        v, u = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
     return u, v
 
 
 class _BatchStatistics(torch.autograd.Function):
-    """`var_mean` by way of BatchNorm's own kernel: on the CPU, forward and backward take a tenth of the time."""
+    """`var_mean` by way of BatchNorm's own kernel: on the CPU, forward and backward take a tenth of the time, and on CUDA
+    neither makes copies of half-precision activations."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
