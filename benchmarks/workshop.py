@@ -23,6 +23,7 @@ from edge_dfcil import RECIPES, Learner
 from edge_dfcil.augment import augment
 from edge_dfcil.backbones import build
 from edge_dfcil.compression import Distillation, Pruning, distill, prune
+from edge_dfcil.compression.distillation import OBJECTIVE
 from edge_dfcil.compression.latency import LatencyTable
 from edge_dfcil.devices import find_device
 from edge_dfcil.errors import BackboneError, ExportError
@@ -246,7 +247,7 @@ class Workshop:
             teacher.seed = seed
             found, report = distill(teacher, student, settings=lesson, evaluation=self._test, classes=self._data.names)
             found.save(self._models / f"{name.replace(',', '').replace(' ', '-')}.safetensors")
-            return {**report.to_dict(), "settings": vars(lesson), "stages": None}
+            return {**report.to_dict(), "settings": vars(lesson), "objective": OBJECTIVE, "stages": None}
 
         return step
 
@@ -263,7 +264,7 @@ class Workshop:
             except BackboneError as error:
                 return {"refused": str(error)}
             found.save(self._models / f"pruned-{eta}{f'-{latency:.2f}' if latency else ''}-{seed}.safetensors")
-            return {**report.to_dict(), "eta": eta, "stages": None}
+            return {**report.to_dict(), "eta": eta, "objective": OBJECTIVE, "stages": None}
 
         return step
 

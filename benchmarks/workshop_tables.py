@@ -98,6 +98,7 @@ def _students(found: dict[str, Any]) -> str:
     ]
     rows = _rows(found, "distill ", figures, several=True)
     told = [meaning for words, meaning in MEANINGS.items() if any(words in name for name, *_ in rows)]
+    told += _dreamt_before(found, "distill ")
     if len({row["accuracy"][0] for name, row in found.items() if name.startswith("distill ")}) > 1:
         told.append("Teachers that differ were trained alike, in other runs; compare minutes within a teacher.")
     return "\n\n".join([table(head, rows), " ".join(told)]) if told else table(head, rows)
@@ -109,7 +110,20 @@ def _pruned(found: dict[str, Any]) -> str:
         return [*left, tuple(100 * share for share in row["accuracy"])]
 
     head = ["pruned", "seeds", "filters left, %", "work left, %", "latency left, %", "accuracy before, unrepaired, repaired, %"]
-    return table(head, [[f"prune {name}", *cells] for name, *cells in _rows(found, "prune ", figures, several=True)])
+    rows = [[f"prune {name}", *cells] for name, *cells in _rows(found, "prune ", figures, several=True)]
+    return "\n\n".join([table(head, rows), *_dreamt_before(found, "prune ")])
+
+
+def _dreamt_before(found: dict[str, Any], part: str) -> list[str]:
+    """Which rows are of an earlier version's dreams, if some are: later ones say how theirs were made."""
+    names = [
+        name.removeprefix(part).partition(SEED)[0]
+        for name, row in found.items()
+        if name.startswith(part) and "objective" not in row and row.get("dreams") != 0 and "by the pixel" not in name
+    ]
+    if not names:
+        return []
+    return [f"With an earlier version's dreams, before `augment_dreams`: {', '.join(dict.fromkeys(names))}."]
 
 
 def _quantised(found: dict[str, Any]) -> str:

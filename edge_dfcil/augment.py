@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from edge_dfcil.recipe import Recipe
+
+if TYPE_CHECKING:
+    from edge_dfcil.network import Network
 
 GREY = (0.2989, 0.587, 0.114)
 
@@ -18,6 +23,11 @@ def augment(pixels: Tensor, recipe: Recipe) -> Tensor:
         flipped = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < 0.5
         pixels = torch.where(flipped, pixels.flip(3), pixels)
     return crop(pixels, recipe.crop_padding) if recipe.crop_padding else pixels
+
+
+def views(images: Tensor, network: Network, recipe: Recipe) -> Tensor:
+    """The same of images that are normalised for a network, which they are afterwards, too."""
+    return network.normalize(augment(images * network.std + network.mean, recipe))
 
 
 def jitter(pixels: Tensor, brightness: float, contrast: float) -> Tensor:

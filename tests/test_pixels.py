@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_dfcil import Learner, SettingError
+from edge_dfcil.augment import views
 from edge_dfcil.dreaming import objective
 from edge_dfcil.dreaming.inversion import Dreamer, Pool
 from edge_dfcil.dreaming.pixels import Canvas, paint
@@ -112,6 +113,23 @@ def test_an_adaptive_generator_does_too(able):
             dream = dreamer.dream(64)
         found[weight] = objective.competition(dream.logits, student.classify(dream.images)).item()
     assert found[30.0] < found[0.0] - 0.01
+
+
+def test_augmented_dreams_are_nearer_to_the_statistics_once_they_are_augmented(able):
+    """The teacher's statistics are of augmented images, and a student sees augmented dreams."""
+    teacher = able.network.frozen()
+    far = {}
+    for augmented in (False, True):
+        recipe = replace(QUICK, generator_steps=60, augment_dreams=augmented, brightness=0.25, contrast=0.8, crop_padding=4)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            dreamer = Dreamer(teacher, torch.arange(3), recipe)
+            fit(dreamer.stage(), CPU, (), lambda: False)
+            images = views(dreamer.dream(512).images, teacher, recipe)
+        with objective.BatchStatistics(teacher).recording() as seen:
+            teacher.classify(images)
+        far[augmented] = objective.statistics_alignment(seen).item()
+    assert far[True] < 0.8 * far[False]
 
 
 def test_a_pool_is_painted_with_even_shares_of_what_is_wanted(able):

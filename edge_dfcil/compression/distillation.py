@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from edge_dfcil import devices, training
-from edge_dfcil.augment import augment
+from edge_dfcil import augment, devices, training
 from edge_dfcil.dreaming.inversion import Dream, Dreamer, Pool, make_pool
 from edge_dfcil.dreaming.pixels import paint
 from edge_dfcil.errors import SettingError
@@ -55,8 +54,9 @@ class Distillation:
             raise SettingError(f"source={self.source!r}, quality={self.quality!r}: not what is offered")
 
 
-# Of what is dreamt for a student, as in DeepInversion. ABD's 1000 leaves the teacher unsure where a student competes, too.
-CONTENT_TEMPERATURE = 1.0
+# How a generator dreams for a student, which knows no real image. ABD's temperature of 1000 leaves the teacher unsure where a
+# student competes, too. The weight on the class is a tenth: with more of it, augmented, the statistics have too little say.
+OBJECTIVE: dict[str, Any] = {"content": 0.1, "content_temperature": 1.0, "augment_dreams": True}
 FRESH = 256  # dreams that teacher and student are compared on
 REPAIR = Distillation(rounds=4, learning_rate=0.02)  # of a pruned network, which knows most of it already
 
@@ -151,7 +151,7 @@ class _Lesson:
     def __init__(self, student: Network, teacher: Network, learner: Learner, settings: Distillation) -> None:
         self._student, self._teacher, self._settings, self._device = student, teacher, settings, learner.device
         total = settings.rounds * settings.dreams
-        self._recipe = replace(learner.recipe, pool=total, content_temperature=CONTENT_TEMPERATURE)
+        self._recipe = replace(learner.recipe, pool=total, **OBJECTIVE)
         self._wanted = torch.arange(teacher.n_classes, device=self._device)
         self._pool, self._filled = Pool(total, teacher, self._device), 0
         self._fresh: Dream | None = None  # what was dreamt last
@@ -220,7 +220,7 @@ class _Lesson:
         real ones' light and shade is made up for."""
         teacher = self._teacher
         with torch.no_grad():
-            images = teacher.normalize(augment(dream.images * teacher.std + teacher.mean, self._recipe))
+            images = augment.views(dream.images, teacher, self._recipe)
             before = teacher.classify(images)
         return {"distillation": distil(self._student.classify(images), before, self._settings.temperature)}
 

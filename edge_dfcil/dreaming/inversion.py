@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
+from edge_dfcil import augment
 from edge_dfcil.dreaming import objective
 from edge_dfcil.dreaming.generator import Generator
 from edge_dfcil.errors import DivergedError
@@ -133,14 +134,14 @@ class _Inversion:
         means = []
         with momentum_of_parts([self._dreamer.generator], math.inf):
             for part, share in zip(parts, shares, strict=True):
-                _, o, seen = self._forward(part)
+                _, _, o, seen = self._forward(part)
                 means.append(_Means.of(seen, o) * share)
         others = [reduce(_Means.__add__, means[:part] + means[part + 1 :]) for part in range(len(parts))]
         self._others = iter(list(zip(shares, others, strict=True)))
 
     def loss(self, z: Tensor) -> Terms:
         recipe = self._dreamer.recipe
-        images, o, seen = self._forward(z)
+        images, views, o, seen = self._forward(z)
         share, p = 1.0, o.softmax(1).mean(0)
         if self._others is not None:
             share, others = next(self._others)
@@ -153,14 +154,17 @@ class _Inversion:
             "smoothness": recipe.smoothness * objective.smoothness(images),
         }
         if (student := self._dreamer.student) is not None:
-            terms["competition"] = recipe.competition * objective.competition(o, student.classify(images).float())
+            terms["competition"] = recipe.competition * objective.competition(o, student.classify(views).float())
         return terms
 
-    def _forward(self, z: Tensor) -> tuple[Tensor, Tensor, list[objective.LayerStatistics]]:
+    def _forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, list[objective.LayerStatistics]]:
+        """Images, what the teacher sees of them, its logits, and the statistics of its layers."""
+        teacher, recipe = self._dreamer.teacher, self._dreamer.recipe
         images = self._dreamer.generator(z)
+        views = augment.views(images, teacher, recipe) if recipe.augment_dreams else images
         with self._statistics.recording() as seen:
-            o = self._dreamer.teacher.classify(images).float()
-        return images, o, seen
+            o = teacher.classify(views).float()
+        return images, views, o, seen
 
 
 def _of_whole(term: Tensor, share: float) -> Tensor:
