@@ -116,14 +116,16 @@ def _pruned(found: dict[str, Any]) -> str:
 
 def _dreamt_before(found: dict[str, Any], part: str) -> list[str]:
     """Which rows are of an earlier version's dreams, if some are: later ones say how theirs were made."""
-    names = [
-        name.removeprefix(part).partition(SEED)[0]
+    dreamt = {
+        name.removeprefix(part).partition(SEED)[0]: "objective" in row
         for name, row in found.items()
-        if name.startswith(part) and "objective" not in row and row.get("dreams") != 0 and "by the pixel" not in name
-    ]
-    if not names:
+        if name.startswith(part) and row.get("dreams") != 0 and "by the pixel" not in name
+    }
+    before = [name for name, said in dreamt.items() if not said]
+    if not before:
         return []
-    return [f"With an earlier version's dreams, before `augment_dreams`: {', '.join(dict.fromkeys(names))}."]
+    which = "all of these" if len(before) == len(dreamt) else ", ".join(before)
+    return [f"With an earlier version's dreams, before `augment_dreams`: {which}."]
 
 
 def _quantised(found: dict[str, Any]) -> str:
