@@ -88,7 +88,7 @@ LARGE = replace(
     file="workshop-large.json",
     page="workshop-large-dreams.png",
     students=(("resnet20", LONG), ("mobilenet_v3_small", replace(LONG, rounds=8))),
-    # The competition's weight is the best of 1, 3, 10, 30 and 100 in a shorter lesson with another seed.
+    # The competition's weight is the best of 1, 3, 10, 30 and 100 in a shorter lesson with another seed, before `augment_dreams`.
     recipe=replace(RECIPE, latent=128, generator_batch=128, generator_steps=400, competition=3.0),
     seeds=(0, 1, 2),
 )

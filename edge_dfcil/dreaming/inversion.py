@@ -120,7 +120,7 @@ class _Inversion:
 
     Diversity and statistics are of a whole batch. When it is split, a first look takes the means of every part; a part's
     loss is then that of the whole batch, with gradients through the part alone. They add up to the gradients of the whole,
-    but for the generator's own BatchNorm, which sees a part at a time.
+    but for the generator's own BatchNorm, which sees a part at a time, and for `augment_dreams`, which draws anew for the loss.
     """
 
     def __init__(self, dreamer: Dreamer) -> None:
