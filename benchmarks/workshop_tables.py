@@ -39,14 +39,13 @@ def describe(found: dict[str, Any], long: dict[str, Any] | None = None, folder: 
 def _taught_for_longer(found: dict[str, Any]) -> str:
     """Where the rows of the large setting were made; its students begin with nothing."""
     at_once = f", {found['at_once']} rows at a time" if "at_once" in found else ""
-    told = (
-        f"Students that begin with nothing, taught for longer by a generator's dreams (on {found['machine']['device']}{at_once})."
-    )
+    told = f"Students that begin with nothing, taught for longer (on {found['machine']['device']}{at_once})."
     if "competition tried" in found:
-        tried = found["competition tried"]
-        weights = ", ".join(f"{weight}: {percent(share)}" for weight, share in tried["accuracy"].items())
-        told += f" The weight of the competition was chosen in a shorter lesson with seed {tried['seed']} (weight: accuracy, %): "
-        told += f"{weights}."
+        weights = [
+            f"with {tried['with']}, " + ", ".join(f"{weight}: {percent(share)}" for weight, share in tried["accuracy"].items())
+            for tried in found["competition tried"]
+        ]
+        told += f" Weights of the competition tried in shorter lessons (weight: accuracy, %): {'; '.join(weights)}."
     return told
 
 

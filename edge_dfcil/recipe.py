@@ -62,7 +62,8 @@ class Recipe:
     # of those. Without it dreams look augmented already, and a student that is shown them augmented again learns less.
     augment_dreams: bool = False
 
-    # Adaptive dreams (Adaptive DeepInversion, Yin et al., CVPR 2020): the weight of 1 - JS, where a student competes.
+    # Adaptive dreams (Adaptive DeepInversion, Yin et al., CVPR 2020): the weight of 1 - JS, where a student competes with a
+    # generator's dreams. The paper's weight is of pixel dreams, below.
     competition: float = 10.0
 
     # Pixel dreams (DeepInversion, Yin et al., CVPR 2020, section 4.1, CIFAR-10): slower than a generator's, and finer.
@@ -73,6 +74,7 @@ class Recipe:
     pixel_first_layer: float = 1.0  # the first BatchNorm layer's share; 10 for ImageNet
     pixel_variation: float = 2.5e-5
     pixel_l2: float = 0.0
+    pixel_competition: float = 10.0  # of adaptive ones
     pixel_jitter: int = 2  # pixels that an image is shifted by at each step, at most, round its edges
 
     # Remembering.

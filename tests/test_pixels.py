@@ -94,7 +94,7 @@ def test_adaptive_pixels_find_where_the_student_differs(able, train):
     for weight in (0.0, 30.0):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            canvas = Canvas(teacher, torch.arange(3).repeat(11)[:32], replace(PIXELS, competition=weight), student)
+            canvas = Canvas(teacher, torch.arange(3).repeat(11)[:32], replace(PIXELS, pixel_competition=weight), student)
             run(canvas.stages())
         dream = canvas.dream()
         found[weight] = objective.competition(dream.logits, student.classify(dream.images)).item()

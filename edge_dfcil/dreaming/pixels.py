@@ -97,7 +97,7 @@ class Canvas:
         if recipe.pixel_l2:
             terms["l2"] = recipe.pixel_l2 * objective.l2(images)
         if self.student is not None:
-            terms["competition"] = recipe.competition * objective.competition(o, self.student.classify(images).float())
+            terms["competition"] = recipe.pixel_competition * objective.competition(o, self.student.classify(images).float())
         return terms
 
     def _seen(self, images: Tensor) -> Tensor:
