@@ -153,7 +153,14 @@ class Workshop:
             ("adopt", "adopted", self._elsewhere),
         ]
         pixels = {"dreams": "pixels", "pool": s.recipe.pool // 2}
-        for name, changes in (("abd", {}), ("abd by the pixel", pixels), ("deep_inversion", pixels), ("lwf_mc", {})):
+        methods: dict[str, dict[str, Any]] = {
+            "abd": {},
+            "abd augment_dreams": {"augment_dreams": True},
+            "abd by the pixel": pixels,
+            "deep_inversion": pixels,
+            "lwf_mc": {},
+        }
+        for name, changes in methods.items():
             steps.append(("adopt", f"adopt {name}", self._adopt(name.partition(" ")[0], changes)))
         steps.append(("adopt", "adopt upper bound", self._everything))
         return [(name, step) for part, name, step in steps if part in parts]

@@ -59,7 +59,8 @@ class Recipe:
     statistics: float = 50.0
     smoothness: float = 1e-3
     # Ours: the classifier sees the generator's images augmented, as it saw real ones in training: its running statistics are
-    # of those. Without it dreams look augmented already, and a student that is shown them augmented again learns less.
+    # of those. Without it dreams look augmented already, and a student that is shown them augmented again learns less. What
+    # a task remembers by dreams gained nothing from it (`adopt` in the workshop), so that recipes leave it off.
     augment_dreams: bool = False
 
     # Adaptive dreams (Adaptive DeepInversion, Yin et al., CVPR 2020): the weight of 1 - JS, where a student competes with a
