@@ -23,7 +23,7 @@ from edge_dfcil import RECIPES, Learner
 from edge_dfcil.augment import augment
 from edge_dfcil.backbones import build
 from edge_dfcil.compression import Distillation, Pruning, distill, prune
-from edge_dfcil.compression.distillation import OBJECTIVE
+from edge_dfcil.compression.distillation import OBJECTIVE, REPAIR
 from edge_dfcil.compression.latency import LatencyTable
 from edge_dfcil.devices import find_device
 from edge_dfcil.errors import BackboneError, ExportError
@@ -35,7 +35,6 @@ MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100's, f
 RECIPE = replace(RECIPES["edge"], first_epochs=24, learning_rate=0.05, pixel_steps=200)
 LESSON = Distillation(rounds=4, dreams=1024, generator_steps=100, steps=200)  # of a student that begins with shared layers
 PIXELS = Distillation(rounds=4, dreams=256, steps=200, quality="best")  # the same by DeepInversion's own dreams, fewer of them
-REPAIR = Distillation(rounds=4, learning_rate=0.02)
 SEEDS = (0, 1, 2)
 
 Step = Callable[[], dict[str, Any]]  # runs, and returns what it found

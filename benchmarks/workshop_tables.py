@@ -97,7 +97,6 @@ def _students(found: dict[str, Any]) -> str:
     ]
     rows = _rows(found, "distill ", figures, several=True)
     told = [meaning for words, meaning in MEANINGS.items() if any(words in name for name, *_ in rows)]
-    told += _dreamt_before(found, "distill ")
     if len({row["accuracy"][0] for name, row in found.items() if name.startswith("distill ")}) > 1:
         told.append("Teachers that differ were trained alike, in other runs; compare minutes within a teacher.")
     return "\n\n".join([table(head, rows), " ".join(told)]) if told else table(head, rows)
@@ -109,22 +108,7 @@ def _pruned(found: dict[str, Any]) -> str:
         return [*left, tuple(100 * share for share in row["accuracy"])]
 
     head = ["pruned", "seeds", "filters left, %", "work left, %", "latency left, %", "accuracy before, unrepaired, repaired, %"]
-    rows = [[f"prune {name}", *cells] for name, *cells in _rows(found, "prune ", figures, several=True)]
-    return "\n\n".join([table(head, rows), *_dreamt_before(found, "prune ")])
-
-
-def _dreamt_before(found: dict[str, Any], part: str) -> list[str]:
-    """Which rows are of an earlier version's dreams, if some are: later ones say how theirs were made."""
-    dreamt = {
-        name.removeprefix(part).partition(SEED)[0]: "objective" in row
-        for name, row in found.items()
-        if name.startswith(part) and row.get("dreams") != 0 and "by the pixel" not in name
-    }
-    before = [name for name, said in dreamt.items() if not said]
-    if not before:
-        return []
-    which = "all of these" if len(before) == len(dreamt) else ", ".join(before)
-    return [f"With an earlier version's dreams, before `augment_dreams`: {which}."]
+    return table(head, [[f"prune {name}", *cells] for name, *cells in _rows(found, "prune ", figures, several=True)])
 
 
 def _quantised(found: dict[str, Any]) -> str:
