@@ -1,0 +1,91 @@
+"""Writes the golden files of the current file schema: `python -m tests.golden.make FOLDER`.
+
+A folder is made once, by the version that introduces a schema, and never again: `schema1` was made at commit 9bb9d52, before
+anything of that version moved. `tests/test_golden.py` loads every folder and compares the answers. Each folder holds model files,
+ONNX files, and `answers.npz`: the images, and for each file the probabilities that it answered.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from edge_dfcil import RECIPES, Learner
+from edge_dfcil.compression import Pruning, prune
+from edge_dfcil.demo import digits
+from exporters import OnnxClassifier
+
+NAMES = [str(digit) for digit in range(10)]
+RECIPE = replace(
+    RECIPES["edge"],
+    epochs=2,
+    first_epochs=2,
+    min_steps=60,
+    brightness=0.0,
+    contrast=0.0,
+    flip=False,
+    crop_padding=2,
+    latent=16,
+    width=16,
+    generator_steps=20,
+    generator_batch=32,
+    pool=96,
+    refine_epochs=1,
+    refine_min_steps=10,
+)
+
+
+def own_classifier() -> nn.Sequential:
+    """A plain module, as an app might bring: three blocks and a linear layer."""
+    blocks: list[nn.Module] = []
+    for channels_in, channels in ((3, 8), (8, 16), (16, 16)):
+        blocks += [nn.Conv2d(channels_in, channels, 3, 2, 1), nn.BatchNorm2d(channels), nn.ReLU()]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+
+
+def learners() -> dict[str, Learner]:
+    train, _ = digits()
+    found = {}
+    cifar = found["cifar"] = Learner("resnet8", image_size=16, recipe=RECIPE, device="cpu")
+    for names in (("0", "1", "2"), ("3", "4")):
+        cifar.learn_task(train.of(names), NAMES, progress=False)
+    mirrored = replace(RECIPE, flip=True, mirrored_answers=True)
+    found["mirrored"] = Learner("resnet8", image_size=16, recipe=mirrored, method="finetune", device="cpu")
+    found["mirrored"].learn_task(train.of(("0", "8")), NAMES, progress=False)
+    found["torchvision"] = Learner("shufflenet_v2_x0_5", image_size=32, recipe=RECIPE, method="lwf", device="cpu")
+    found["torchvision"].learn_task(train.of(("0", "1")), NAMES, progress=False)
+    torch.manual_seed(0)
+    module = own_classifier().train()
+    for _ in range(20):
+        module(torch.rand(32, 3, 16, 16))  # running statistics
+    statistics = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
+    adopted = Learner.from_classifier(module, ["a", "b", "c"], image_size=16, recipe=RECIPE, device="cpu", **statistics)
+    adopted.learn_task(train.of(("5",)), NAMES, progress=False)
+    found["adopted"] = adopted
+    found["pruned"], _ = prune(cifar, Pruning(ratio=0.2, repair=None, dreams=64, rounds=5), progress=False)
+    return found
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True)
+    images = digits()[1].images[:8]
+    answers = {"images": images.numpy()}
+    found = learners()
+    for name, learner in found.items():
+        learner.save(folder / f"{name}.safetensors")
+        answers[name] = np.array([[dict(p.top)[c] for c in learner.classes] for p in learner.predict(images, 10)])
+    found["cifar"].export(folder / "cifar.onnx")
+    found["cifar"].export(folder / "cifar-int8.onnx", "int8", calibration=[*digits()[0].of(("0", "1", "2", "3", "4"))])
+    for path in sorted(folder.glob("*.onnx")):
+        answers[path.name] = OnnxClassifier(path).probabilities(images.numpy())
+    np.savez_compressed(folder / "answers.npz", **answers)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
