@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from edge_dfcil.errors import DataError
-from edge_dfcil.folders import open_folder
+from edge_dfcil.model.pictures import open_folder
 
 DATASETS = ("cifar100", "tiny_imagenet_50", "folder")
 PARTS = ("train", "test")

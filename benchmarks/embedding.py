@@ -16,9 +16,10 @@ from torch import Tensor
 
 from benchmarks.datasets import Part
 from edge_dfcil import Callback
-from edge_dfcil.network import Network
+from edge_dfcil.methods.task import Task
+from edge_dfcil.model.network import Network
 from edge_dfcil.results import StageReport
-from edge_dfcil.training import Stage, Task
+from edge_dfcil.training.stage import Stage
 
 SETS = ("old real", "old synthetic", "new real")
 SHOWN = 200  # images of each set that the picture shows

@@ -22,7 +22,7 @@ from torchvision.io import encode_jpeg
 from benchmarks import datasets, machine, yardsticks
 from benchmarks.yardsticks.rehearsal_jpeg import QUALITY
 from edge_dfcil import RECIPES, BudgetError, Learner
-from edge_dfcil.memory import give_back, held
+from edge_dfcil.budget.meter import give_back, held
 
 FILE = "memory.json"
 KINDS = ("growth", "replay", "budget", "restarted", "accuracy")

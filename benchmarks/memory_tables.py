@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.memory import BUDGETS, METHODS, NETWORKS, SIZES, STORED, Cell, cells
 from benchmarks.tables import megabytes, percent, table
 from benchmarks.yardsticks.rehearsal_jpeg import QUALITY
-from edge_dfcil.memory import parse
+from edge_dfcil.budget.meter import parse
 
 Runs = dict[Cell, dict[str, Any]]
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edge_dfcil.dreaming.generator import DoublingConv2d, Generator
-from edge_dfcil.network import Network
+from edge_dfcil.model.network import Network
 
 
 class Published:

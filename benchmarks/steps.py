@@ -13,13 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.published import Published
-from edge_dfcil import RECIPES, Learner, devices, training
-from edge_dfcil.data import Batch
+from edge_dfcil import RECIPES, Learner, devices
 from edge_dfcil.dreaming.inversion import Dreamer, Dreams
+from edge_dfcil.methods import base
 from edge_dfcil.methods.abd import ABD
-from edge_dfcil.network import Network
+from edge_dfcil.methods.task import Task
+from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe
-from edge_dfcil.training import Stage, Task
+from edge_dfcil.training import loop
+from edge_dfcil.training.data import Batch
+from edge_dfcil.training.stage import Stage, Terms
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Bench:
     def classifier(self, student: Network | None = None, dreams: Dreams | None = None) -> Stage:
         """Our learning stage, one step long; of this student and these dreams, if they are given."""
         task = self._task(self.student if student is None else student, Dreams.of(self.dreamer) if dreams is None else dreams)
-        return replace(training.learning_stage(task, ABD()), steps=1)
+        return replace(base.learning_stage(task, ABD()), steps=1)
 
     def generator(self) -> Stage:
         return replace(self.dreamer.stage(), steps=1)
@@ -88,7 +91,7 @@ class Bench:
         student = copy.deepcopy(self.student)
         images, targets = self.batch.images.repeat(n // len(self.batch), 1, 1, 1), self.batch.targets.repeat(n // len(self.batch))
 
-        def loss(batch: Batch) -> training.Terms:
+        def loss(batch: Batch) -> Terms:
             return {"cross_entropy": F.cross_entropy(student.classify(batch.images), batch.targets)}
 
         optimizer = torch.optim.SGD(student.parameters(), 0.1, 0.9, weight_decay=2e-4)
@@ -96,7 +99,7 @@ class Bench:
 
     def step(self, stage: Stage) -> Callable[[], dict[str, float]]:
         """A stage as a step that can be taken again and again."""
-        return lambda: training.fit(stage, self.device, (), lambda: False).losses
+        return lambda: loop.fit(stage, self.device, (), lambda: False).losses
 
 
 def in_turns(steps: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:

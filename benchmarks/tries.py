@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from benchmarks.published import plain
 from benchmarks.steps import Bench, in_turns
-from edge_dfcil import training
-from edge_dfcil.data import Batch
 from edge_dfcil.dreaming import objective
 from edge_dfcil.dreaming.inversion import Dream
-from edge_dfcil.network import Network
+from edge_dfcil.model.network import Network
+from edge_dfcil.training.data import Batch
+from edge_dfcil.training.stage import Terms
 
 
 def run(bench: Bench) -> dict[str, float]:
@@ -77,7 +77,7 @@ def _bf16(bench: Bench, student: Network) -> Callable[[], Any]:
     stage = bench.classifier(student)
     loss = stage.loss
 
-    def half(batch: Any) -> training.Terms:
+    def half(batch: Any) -> Terms:
         with torch.autocast(bench.device.type, torch.bfloat16):
             return loss(batch)
 

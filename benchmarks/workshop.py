@@ -20,14 +20,14 @@ from torch import nn
 from benchmarks import datasets, machine
 from benchmarks.workshop_tables import PAGE, SEED
 from edge_dfcil import RECIPES, Learner
-from edge_dfcil.augment import augment
-from edge_dfcil.backbones import build
 from edge_dfcil.compression import Distillation, Pruning, distill, prune
 from edge_dfcil.compression.distillation import OBJECTIVE, REPAIR
 from edge_dfcil.compression.latency import LatencyTable
 from edge_dfcil.devices import find_device
 from edge_dfcil.errors import BackboneError, ExportError
+from edge_dfcil.model.backbones import build
 from edge_dfcil.recipe import Recipe
+from edge_dfcil.training.augment import augment
 
 CALIBRATION = 500  # real images that INT8 is calibrated on for comparison
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100's, for the classifier trained elsewhere

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from edge_dfcil._version import __version__
 
+__path__.append(f"{__path__[0]}/_deprecated")  # modules that have moved, at their old names
+
 if TYPE_CHECKING:
     from edge_dfcil.errors import (
         BackboneError,
@@ -27,13 +29,13 @@ if TYPE_CHECKING:
     from edge_dfcil.learner import Learner
     from edge_dfcil.recipe import RECIPES, Recipe
     from edge_dfcil.results import Evaluation, MemoryPlan, Prediction, StageReport, TaskReport
-    from edge_dfcil.training import Callback
+    from edge_dfcil.training.callbacks import Callback
 
 _HOMES = {
     "edge_dfcil.learner": ("Learner",),
     "edge_dfcil.recipe": ("RECIPES", "Recipe"),
     "edge_dfcil.results": ("Evaluation", "MemoryPlan", "Prediction", "StageReport", "TaskReport"),
-    "edge_dfcil.training": ("Callback",),
+    "edge_dfcil.training.callbacks": ("Callback",),
     "edge_dfcil.errors": (
         "BackboneError",
         "BudgetError",

@@ -14,8 +14,8 @@ from edge_dfcil._version import __version__
 from edge_dfcil.errors import EdgeDfcilError, SettingError
 
 if TYPE_CHECKING:
-    from edge_dfcil.folders import PictureFolder
     from edge_dfcil.learner import Learner
+    from edge_dfcil.model.pictures import PictureFolder
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -117,8 +117,8 @@ def learn(
 @json_option
 def predict(model: Path, images: Sequence[Path], top_k: int, device: str, as_json: bool) -> None:
     """Name the pictures IMAGE..."""
-    from edge_dfcil.folders import read_pictures
     from edge_dfcil.learner import Learner
+    from edge_dfcil.model.pictures import read_pictures
 
     learner = Learner.load(model, device)
     predictions = learner.predict(read_pictures(images, learner.image_size), top_k)
@@ -152,8 +152,9 @@ def evaluate(model: Path, images: Path, strict: bool, device: str, as_json: bool
 @json_option
 def inspect(model: Path, as_json: bool) -> None:
     """Show what MODEL knows and every kind of thing it keeps."""
-    from edge_dfcil import privacy, storage
     from edge_dfcil.learner import Learner
+    from edge_dfcil.model import file as storage
+    from edge_dfcil.privacy import account as privacy
 
     tensors, settings = storage.read(model)
     kept = privacy.account(Learner.load(model, "cpu").network, tensors)
@@ -177,7 +178,7 @@ def inspect(model: Path, as_json: bool) -> None:
 @json_option
 def dream(model: Path, out: Path, per_class: int, quality: Literal["fast", "best"], device: str, as_json: bool) -> None:
     """Draw what MODEL remembers: a contact sheet, a row of dreams a class."""
-    from edge_dfcil.folders import check_drawable, contact_sheet
+    from edge_dfcil.dreaming.sheet import check_drawable, contact_sheet
     from edge_dfcil.learner import Learner
 
     check_drawable(out)
@@ -362,7 +363,7 @@ def _learner_for(model: Path, device: str, memory_budget: str | None, new: dict[
 
 
 def _folder(images: Path, learner: Learner, strict: bool, batch_size: int) -> PictureFolder:
-    from edge_dfcil.folders import open_folder
+    from edge_dfcil.model.pictures import open_folder
 
     folder = open_folder(images, learner.image_size, batch_size=batch_size, strict=strict)
     for path in folder.skipped:

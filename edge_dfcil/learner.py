@@ -15,20 +15,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edge_dfcil import backbones, devices, labels, memory, metrics, planning, storage, training
+from edge_dfcil import devices, metrics
 from edge_dfcil._version import __version__
-from edge_dfcil.augment import augment
-from edge_dfcil.data import RealBatches, Scan, check_images, read, scan
+from edge_dfcil.budget import meter as memory
+from edge_dfcil.budget import planner as planning
 from edge_dfcil.dreaming.inversion import Dreamer, Pool, make_pool
 from edge_dfcil.dreaming.pixels import paint
 from edge_dfcil.errors import BackboneError, ClassError, DataError, ExportError, ModelFileError, NotLearnedError, SettingError
-from edge_dfcil.labels import Classes
 from edge_dfcil.methods import Method, find_method
-from edge_dfcil.network import Network
-from edge_dfcil.progress import with_progress
+from edge_dfcil.methods.task import Task
+from edge_dfcil.model import backbones, labels
+from edge_dfcil.model import file as storage
+from edge_dfcil.model.inputs import check_images, read
+from edge_dfcil.model.labels import Classes
+from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe, find_recipe
 from edge_dfcil.results import Evaluation, MemoryPlan, Prediction, TaskReport
-from edge_dfcil.training import Callback, Stage, Task
+from edge_dfcil.training import loop as training
+from edge_dfcil.training.augment import augment
+from edge_dfcil.training.callbacks import Callback
+from edge_dfcil.training.data import RealBatches, Scan, scan
+from edge_dfcil.training.progress import with_progress
+from edge_dfcil.training.stage import Stage
 from exporters import ExportReport, Int8, export_onnx
 
 

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from edge_dfcil import RECIPES, SettingError
-from edge_dfcil.backbones import CifarResNet, batchnorm_layers
-from edge_dfcil.data import Batch
 from edge_dfcil.dreaming.inversion import Dream
 from edge_dfcil.methods import find_method
-from edge_dfcil.methods.refinement import align
-from edge_dfcil.network import Network
+from edge_dfcil.methods._refinement import align
+from edge_dfcil.methods.task import Task
+from edge_dfcil.model.backbones import CifarResNet, batchnorm_layers
+from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe
-from edge_dfcil.training import Task
+from edge_dfcil.training.data import Batch
 
 
 class Fixed:

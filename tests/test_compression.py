@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from edge_dfcil import BackboneError, DataError, Learner, NotLearnedError, SettingError
-from edge_dfcil.backbones import batchnorm_layers, build
 from edge_dfcil.compression import Distillation, Pruning, distill, prune
 from edge_dfcil.compression.latency import LatencyTable, Shape, measure_convolution
 from edge_dfcil.compression.pruning import Cutter
 from edge_dfcil.dreaming.inversion import Dream
+from edge_dfcil.model.backbones import batchnorm_layers, build
 from exporters import OnnxClassifier
 from tests.conftest import NAMES, QUICK, quick_learner, same_weights, weights
 

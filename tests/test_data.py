@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_dfcil import RECIPES, metrics
-from edge_dfcil.augment import augment, crop, jitter
-from edge_dfcil.data import check_images, scan
-from edge_dfcil.network import fit
+from edge_dfcil.model.inputs import check_images
+from edge_dfcil.model.preprocessing import fit
+from edge_dfcil.training.augment import augment, crop, jitter
+from edge_dfcil.training.data import scan
 
 PLAIN = replace(RECIPES["edge"], brightness=0.0, contrast=0.0, flip=False, crop_padding=0)
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from edge_dfcil import BudgetError, Learner, devices
-from edge_dfcil.backbones import build
 from edge_dfcil.compression import Distillation, Pruning, distill, prune
 from edge_dfcil.compression.latency import LatencyTable
 from edge_dfcil.compression.pruning import Cutter
 from edge_dfcil.dreaming.inversion import Dream
 from edge_dfcil.methods import names
+from edge_dfcil.model.backbones import build
 from tests.conftest import NAMES, QUICK, quick_learner
 
 HAS = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}

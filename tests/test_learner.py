@@ -24,7 +24,7 @@ from edge_dfcil import (
     NotLearnedError,
     SettingError,
 )
-from edge_dfcil.backbones import batchnorm_layers
+from edge_dfcil.model.backbones import batchnorm_layers
 from exporters import OnnxClassifier
 from tests.conftest import NAMES, QUICK, quick_learner, same_weights, weights
 

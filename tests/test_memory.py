@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from edge_dfcil import BudgetError, Cancelled, Learner, SettingError
-from edge_dfcil.backbones import build
+from edge_dfcil.budget.meter import Meter, capped, parse
 from edge_dfcil.dreaming.inversion import Dream, Pool
-from edge_dfcil.memory import Meter, capped, parse
 from edge_dfcil.methods.abd import ABD
-from edge_dfcil.recompute import blocks, recomputing
+from edge_dfcil.model.backbones import build
+from edge_dfcil.training.checkpointing import blocks, recomputing
 from tests.conftest import NAMES, QUICK, quick_learner, same_weights, weights
 
 

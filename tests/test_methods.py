@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from edge_dfcil import SettingError
 from edge_dfcil.methods import find_method, names
-from edge_dfcil.methods.distillation import distil
+from edge_dfcil.methods._distillation import distil
 from edge_dfcil.methods.finetune import Finetune
 from tests.check_method import check_method
 

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_dfcil import Learner, SettingError
-from edge_dfcil.augment import views
 from edge_dfcil.dreaming import objective
 from edge_dfcil.dreaming.inversion import Dreamer, Pool
 from edge_dfcil.dreaming.pixels import Canvas, paint
-from edge_dfcil.training import fit
+from edge_dfcil.training.augment import views
+from edge_dfcil.training.loop import fit
 from tests.conftest import NAMES, QUICK, quick_learner
 
 CPU = torch.device("cpu")

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from edge_dfcil import Learner, ModelFileError, privacy, storage
+from edge_dfcil import Learner, ModelFileError
+from edge_dfcil.model import file as storage
+from edge_dfcil.privacy import account as privacy
 from tests.conftest import same_weights, weights
 
 

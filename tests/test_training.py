@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from edge_dfcil import SettingError
-from edge_dfcil.training import Stage, fit
+from edge_dfcil.training.loop import fit
+from edge_dfcil.training.stage import Stage
 from tests.conftest import NAMES, QUICK, quick_learner, weights
 
 CPU = torch.device("cpu")

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.yardsticks.coreset import CoresetMethod, Images, herding
-from edge_dfcil.data import Batch
-from edge_dfcil.methods.distillation import distil
-from edge_dfcil.training import Stage, Task, Terms
+from edge_dfcil.methods._distillation import distil
+from edge_dfcil.methods.task import Task
+from edge_dfcil.training.data import Batch
+from edge_dfcil.training.stage import Stage, Terms
 
 HELD_OUT = 0.1  # of the coreset, for the correction
 STEPS, LEARNING_RATE = 200, 0.05  # of Adam on two numbers, over all held-out images at once

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.yardsticks.base import Yardstick
-from edge_dfcil.augment import augment
-from edge_dfcil.data import Batch
 from edge_dfcil.errors import SettingError
-from edge_dfcil.network import Network
+from edge_dfcil.methods.task import Task
+from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe
-from edge_dfcil.training import Stage, Task, Terms
+from edge_dfcil.training.augment import augment
+from edge_dfcil.training.data import Batch
+from edge_dfcil.training.stage import Stage, Terms
 
 Order = Callable[[Tensor], Tensor]  # features (N, F) of a class to the order (N,) in which its images are worth keeping
 

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.yardsticks.base import Yardstick
-from edge_dfcil.data import Batch
 from edge_dfcil.dreaming.inversion import Dream
-from edge_dfcil.methods.distillation import distil
-from edge_dfcil.network import Network
-from edge_dfcil.training import Stage, Task, Terms
+from edge_dfcil.methods._distillation import distil
+from edge_dfcil.methods.task import Task
+from edge_dfcil.model.network import Network
+from edge_dfcil.training.data import Batch
+from edge_dfcil.training.stage import Stage, Terms
 
 LEARNING_RATE = 1e-3  # Adam, of the VAE
 MOST_LOG_VARIANCE = 20.0  # so that its first steps on large images do not run out of numbers

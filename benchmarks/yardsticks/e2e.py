@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.yardsticks.coreset import CoresetMethod, nearest_to_mean
-from edge_dfcil.data import Batch
-from edge_dfcil.methods.distillation import distil
-from edge_dfcil.training import Stage, Task, Terms
+from edge_dfcil.methods._distillation import distil
+from edge_dfcil.methods.task import Task
+from edge_dfcil.training.data import Batch
+from edge_dfcil.training.stage import Stage, Terms
 
 
 class E2E(CoresetMethod):

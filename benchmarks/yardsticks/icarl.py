@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.yardsticks.coreset import CoresetMethod, herding
-from edge_dfcil.data import Batch
 from edge_dfcil.methods.lwf_mc import LwFMC
-from edge_dfcil.network import Network
-from edge_dfcil.training import Stage, Task, Terms
+from edge_dfcil.methods.task import Task
+from edge_dfcil.model.network import Network
+from edge_dfcil.training.data import Batch
+from edge_dfcil.training.stage import Stage, Terms
 
 
 class ICaRL(CoresetMethod):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from benchmarks.yardsticks.coreset import CoresetMethod
-from edge_dfcil.data import Batch
 from edge_dfcil.methods.lwf import LwF
-from edge_dfcil.training import Task, Terms
+from edge_dfcil.methods.task import Task
+from edge_dfcil.training.data import Batch
+from edge_dfcil.training.stage import Terms
 
 
 class LwFCoreset(CoresetMethod):

@@ -10,8 +10,9 @@ from torchvision.io import decode_jpeg, encode_jpeg
 
 from benchmarks.yardsticks.base import Yardstick
 from benchmarks.yardsticks.coreset import Images, read
-from edge_dfcil.data import Batch
-from edge_dfcil.training import Stage, Task, Terms
+from edge_dfcil.methods.task import Task
+from edge_dfcil.training.data import Batch
+from edge_dfcil.training.stage import Stage, Terms
 
 QUALITY = 90
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks.yardsticks.coreset import CoresetMethod
-from edge_dfcil.training import Stage, Task
+from edge_dfcil.methods.task import Task
+from edge_dfcil.training.stage import Stage
 
 ALL = 10**9
 

@@ -13,16 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from edge_dfcil import augment, devices, training
+from edge_dfcil import devices
 from edge_dfcil.dreaming.inversion import Dream, Dreamer, Pool, make_pool
 from edge_dfcil.dreaming.pixels import paint
 from edge_dfcil.errors import SettingError
-from edge_dfcil.labels import Classes
-from edge_dfcil.methods.distillation import distil
-from edge_dfcil.network import Network
-from edge_dfcil.progress import with_progress
+from edge_dfcil.methods._distillation import distil
+from edge_dfcil.model.labels import Classes
+from edge_dfcil.model.network import Network
 from edge_dfcil.results import DistillReport, StageReport
-from edge_dfcil.training import Callback, Stage, Terms
+from edge_dfcil.training import augment
+from edge_dfcil.training import loop as training
+from edge_dfcil.training.callbacks import Callback
+from edge_dfcil.training.progress import with_progress
+from edge_dfcil.training.stage import Stage, Terms, set_batchnorm_momentum
 
 if TYPE_CHECKING:
     from edge_dfcil.learner import Learner
@@ -156,7 +159,7 @@ class _Lesson:
         self._pool, self._filled = Pool(total, teacher, self._device), 0
         self._fresh: Dream | None = None  # what was dreamt last
         self._dreamer = Dreamer(teacher, self._wanted, self._recipe)
-        training.set_batchnorm_momentum(student, self._recipe)
+        set_batchnorm_momentum(student, self._recipe)
         self._optimizer = torch.optim.SGD(
             student.parameters(), settings.learning_rate, momentum=0.9, weight_decay=self._recipe.weight_decay
         )

@@ -19,16 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edge_dfcil import devices, training
-from edge_dfcil.backbones import BATCHNORM
+from edge_dfcil import devices
 from edge_dfcil.compression.distillation import REPAIR, Distillation, parameters, shown, teach
 from edge_dfcil.compression.latency import LatencyTable, Shape
 from edge_dfcil.dreaming.inversion import Dream, Dreamer, make_pool
 from edge_dfcil.errors import BackboneError, SettingError
-from edge_dfcil.labels import Classes
-from edge_dfcil.network import Network
+from edge_dfcil.model.backbones import BATCHNORM
+from edge_dfcil.model.labels import Classes
+from edge_dfcil.model.network import Network
 from edge_dfcil.results import PruneReport, StageReport
-from edge_dfcil.training import Callback
+from edge_dfcil.training import loop as training
+from edge_dfcil.training.callbacks import Callback
 from exporters.timing import latencies
 
 if TYPE_CHECKING:

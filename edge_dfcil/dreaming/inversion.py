@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from edge_dfcil import augment
 from edge_dfcil.dreaming import objective
 from edge_dfcil.dreaming.generator import Generator
 from edge_dfcil.errors import DivergedError
-from edge_dfcil.network import Network
+from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe
-from edge_dfcil.training import Stage, Terms, momentum_of_parts
+from edge_dfcil.training import augment
+from edge_dfcil.training.stage import Stage, Terms, momentum_of_parts
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edge_dfcil.backbones import batchnorm_layers
+from edge_dfcil.model.backbones import batchnorm_layers
 
 LayerStatistics = tuple[Tensor, Tensor, Tensor, Tensor]  # running mean and variance, batch mean and variance: (C,) each
 

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edge_dfcil.backbones import check_backbone
 from edge_dfcil.dreaming import objective
 from edge_dfcil.dreaming.inversion import Dream, Pool
 from edge_dfcil.errors import BackboneError
-from edge_dfcil.network import Network
+from edge_dfcil.model.backbones import check_backbone
+from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe
-from edge_dfcil.training import Stage, Terms
+from edge_dfcil.training.stage import Stage, Terms
 
 LARGE = 128  # pixels a side from which images are sketched at half their size first
 SKETCHED = 2 / 3  # share of the steps at half size: 2,000 of 3,000 for ImageNet

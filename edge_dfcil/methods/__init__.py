@@ -8,12 +8,14 @@ import pkgutil
 from edge_dfcil.errors import SettingError
 from edge_dfcil.methods.base import Method
 
-_SHARED = {"base", "distillation", "dreaming", "refinement"}  # files here that are no method
+_NO_METHODS = {"base", "task"}  # files here that are no method, beside those that begin with an underscore
 
 
 def names() -> list[str]:
     """The names of the methods that come with the package."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
+    return sorted(
+        module.name for module in pkgutil.iter_modules(__path__) if module.name[0] != "_" and module.name not in _NO_METHODS
+    )
 
 
 def find_method(method: str | Method) -> Method:

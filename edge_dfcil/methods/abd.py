@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edge_dfcil.data import Batch
 from edge_dfcil.dreaming.inversion import Dream
-from edge_dfcil.methods.dreaming import DreamingMethod
-from edge_dfcil.methods.refinement import refine_head
-from edge_dfcil.training import Stage, Task, Terms
+from edge_dfcil.methods._dreaming import DreamingMethod
+from edge_dfcil.methods._refinement import refine_head
+from edge_dfcil.methods.task import Task
+from edge_dfcil.training.data import Batch
+from edge_dfcil.training.stage import Stage, Terms
 
 
 class ABD(DreamingMethod):

@@ -6,10 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
-from edge_dfcil.data import Batch
-from edge_dfcil.training import Stage, Task, Terms
+from edge_dfcil.methods.task import Task
+from edge_dfcil.training.data import Batch
+from edge_dfcil.training.stage import Stage, Terms, set_batchnorm_momentum
 
 
 class Method(ABC):
@@ -37,3 +41,43 @@ class Method(ABC):
     def refine(self, task: Task) -> Iterator[Stage]:
         """Stages after the learning, at every task."""
         return iter(())
+
+
+def stages(task: Task, method: Method) -> Iterator[Stage]:
+    """The stages of a task, each made when the one before has been run."""
+    yield from method.prepare(task)
+    yield learning_stage(task, method)
+    yield from method.refine(task)
+
+
+def learning_stage(task: Task, method: Method) -> Stage:
+    """SGD on the student under the recipe's schedule; on all of it, unless the recipe freezes its first layers."""
+    recipe, per_epoch = task.recipe, len(task.batches)
+    epochs = recipe.epochs if task.teacher is not None else recipe.first_epochs or recipe.epochs
+    steps = max(epochs * per_epoch, recipe.min_steps)
+    frozen = _first_layers(task.student.backbone, recipe.freeze) if task.teacher is not None else []
+    for layer in frozen:
+        layer.requires_grad_(False)
+    trained = [p for p in task.student.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay)
+    scheduler: LRScheduler
+    if recipe.schedule == "step":
+        scheduler = MultiStepLR(optimizer, [round(share * epochs) * per_epoch for share in recipe.milestones])
+    else:
+        scheduler = OneCycleLR(optimizer, recipe.learning_rate, total_steps=max(2, steps), cycle_momentum=False)
+    set_batchnorm_momentum(task.student, recipe)
+    term = method.loss if task.remembers else method.first_loss
+
+    def loss(batch: Batch) -> Terms:
+        return term(task, batch)
+
+    return Stage(
+        "learn", task.batches, steps, loss, optimizer, scheduler,
+        trains=[task.student], frozen=frozen, clip_gradient=recipe.clip_gradient,
+    )  # fmt: skip
+
+
+def _first_layers(backbone: nn.Module, share: float) -> list[nn.Module]:
+    """The first share of the layers that have weights, in the order in which the backbone names them."""
+    layers = [module for module in backbone.modules() if any(True for _ in module.parameters(recurse=False))]
+    return layers[: round(share * len(layers))]

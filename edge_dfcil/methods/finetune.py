@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from edge_dfcil.data import Batch
 from edge_dfcil.methods.base import Method
-from edge_dfcil.training import Task, Terms
+from edge_dfcil.methods.task import Task
+from edge_dfcil.training.data import Batch
+from edge_dfcil.training.stage import Terms
 
 
 class Finetune(Method):

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edge_dfcil.data import Batch
 from edge_dfcil.methods.base import Method
-from edge_dfcil.training import Task, Terms
+from edge_dfcil.methods.task import Task
+from edge_dfcil.training.data import Batch
+from edge_dfcil.training.stage import Terms
 
 
 class LwFMC(Method):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from edge_dfcil.data import Batch
-from edge_dfcil.methods.distillation import distil
-from edge_dfcil.methods.dreaming import DreamingMethod
-from edge_dfcil.training import Task, Terms
+from edge_dfcil.methods._distillation import distil
+from edge_dfcil.methods._dreaming import DreamingMethod
+from edge_dfcil.methods.task import Task
+from edge_dfcil.training.data import Batch
+from edge_dfcil.training.stage import Terms
 
 
 class LwFSynthetic(DreamingMethod):

@@ -15,8 +15,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as T
 
-from edge_dfcil.errors import DataError, SettingError
-from edge_dfcil.network import fit
+from edge_dfcil.errors import DataError
+from edge_dfcil.model.preprocessing import fit
 
 
 def read_picture(path: str | Path) -> Image.Image:
@@ -87,30 +87,3 @@ def open_folder(
 
 def _to_image(picture: Image.Image, size: int) -> Tensor:
     return fit(T.pil_to_tensor(picture), size)
-
-
-def check_drawable(path: Path) -> None:
-    """Raises `SettingError` for a path that no picture can be written to, before any is made."""
-    if not path.parent.is_dir():
-        raise SettingError(f"{path.parent} is not a folder; make it first")
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise SettingError(f"{path} does not end like a picture; name it .png")
-
-
-def contact_sheet(images: Tensor, labels: Sequence[str], names: Sequence[str], columns: int) -> Image.Image:
-    """One picture of uint8 images (N, 3, S, S): a row a name, which stands in front, at most `columns` images a row."""
-    from PIL import ImageDraw, ImageFont
-
-    side, gap, zoom = images.shape[-1], 2, max(1, 64 // images.shape[-1])
-    cell = side * zoom + gap
-    font = ImageFont.load_default(14)
-    margin = int(max(font.getlength(name) for name in names)) + 12
-    sheet = Image.new("RGB", (margin + columns * cell, len(names) * cell), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, name in enumerate(names):
-        draw.text((6, row * cell + cell // 2), name, "black", font, anchor="lm")
-        mine = [index for index, label in enumerate(labels) if label == name][:columns]
-        for column, index in enumerate(mine):
-            tile = T.to_pil_image(images[index]).resize((side * zoom, side * zoom), Image.Resampling.NEAREST)
-            sheet.paste(tile, (margin + column * cell, row * cell))
-    return sheet

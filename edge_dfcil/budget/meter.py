@@ -21,11 +21,14 @@ from functools import cache
 import psutil
 import torch
 
-from edge_dfcil import training
 from edge_dfcil.errors import SettingError
 from edge_dfcil.methods import Method
+from edge_dfcil.methods.base import stages
+from edge_dfcil.methods.task import Task
 from edge_dfcil.results import MemoryPlan, StageReport
-from edge_dfcil.training import Stage, Task
+from edge_dfcil.training import loop as training
+from edge_dfcil.training.callbacks import Callback
+from edge_dfcil.training.stage import Stage
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -175,7 +178,7 @@ NEAR = 0.97  # of the budget: from here on fewer images go through at once, befo
 def run(
     task: Task,
     method: Method,
-    callbacks: Sequence[training.Callback],
+    callbacks: Sequence[Callback],
     cancelled: Callable[[], bool],
     meter: Meter,
     plan: MemoryPlan | None,
@@ -199,7 +202,7 @@ def run(
 
     reports = []
     with capped(meter, task.device, budget):
-        for stage in measured(training.stages(task, method), meter):
+        for stage in measured(stages(task, method), meter):
             if stage.name in planned:
                 stage.at_once, stage.recompute = planned[stage.name].at_once, planned[stage.name].recompute
             report = training.fit(stage, task.device, callbacks, cancelled, too_much)

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edge_dfcil import training
+from edge_dfcil.budget.meter import Meter, measured, show
 from edge_dfcil.errors import BudgetError
-from edge_dfcil.memory import Meter, measured, show
 from edge_dfcil.methods import Method
-from edge_dfcil.recompute import blocks
+from edge_dfcil.methods.base import stages
+from edge_dfcil.methods.task import Task
 from edge_dfcil.results import MemoryPlan, StagePlan
-from edge_dfcil.training import Stage, Task, Terms
+from edge_dfcil.training import loop as training
+from edge_dfcil.training.callbacks import Callback
+from edge_dfcil.training.checkpointing import blocks
+from edge_dfcil.training.stage import Stage, Terms
 
 MARGIN = 0.1  # of the budget, left free when choosing how many images go through at once: a heap in pieces needs it above all
 LEAST_MARGIN = 0.05  # left free in any case, by the fewest images as by whole batches
@@ -104,7 +107,7 @@ class Rehearsed:
 Stages = dict[str, Rehearsed]
 
 
-class _Enough(training.Callback):
+class _Enough(Callback):
     """Ends a stage's rehearsal once it has passed the limit: that it does not fit is known then."""
 
     class Reached(Exception):
@@ -254,7 +257,7 @@ class Planner:
             refine_min_steps=STEPS,
         )
         found: Stages = {}
-        for stage in measured(training.stages(task, self.method), self.meter):
+        for stage in measured(stages(task, self.method), self.meter):
             stage.steps = min(stage.steps, STEPS)
             stage.at_once = at_once.get(stage.name, FEWEST)
             stage.recompute = way.recompute is None or stage.name in way.recompute

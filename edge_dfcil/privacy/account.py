@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from edge_dfcil.backbones import batchnorm_layers
 from edge_dfcil.errors import ModelFileError
+from edge_dfcil.model.backbones import batchnorm_layers
 
 WEIGHT = "weight"
 STATISTIC = "batchnorm statistic"

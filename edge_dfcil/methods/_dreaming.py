@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from edge_dfcil.dreaming.inversion import Dreamer, Dreams, Pool
 from edge_dfcil.dreaming.pixels import paint
 from edge_dfcil.methods.base import Method
-from edge_dfcil.training import Stage, Task
+from edge_dfcil.methods.task import Task
+from edge_dfcil.training.stage import Stage
 
 
 class DreamingMethod(Method):

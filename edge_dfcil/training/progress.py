@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge_dfcil.results import StageReport
-from edge_dfcil.training import Callback
+from edge_dfcil.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edge_dfcil.training import Stage, Task
+    from edge_dfcil.training.stage import Stage
 
 
 class Progress(Callback):
@@ -38,7 +38,7 @@ class Progress(Callback):
         self._bars.start()
         self._bar = self._bars.add_task("plan", total=None, detail="measuring what fits into the memory budget")
 
-    def on_task_begin(self, task: Task) -> None:
+    def on_task_begin(self, task: Any) -> None:
         if self._bars.tasks:
             self._bars.update(self._bar, total=1, completed=1)
 

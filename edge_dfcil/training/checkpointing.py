@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from edge_dfcil.backbones import batchnorm_layers
+from edge_dfcil.model.backbones import batchnorm_layers
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from edge_dfcil.recipe import Recipe
 
 if TYPE_CHECKING:
-    from edge_dfcil.network import Network
+    from edge_dfcil.model.network import Network
 
 GREY = (0.2989, 0.587, 0.114)
 

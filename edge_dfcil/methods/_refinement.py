@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from edge_dfcil.data import Batch
-from edge_dfcil.training import Stage, Task, Terms
+from edge_dfcil.methods.task import Task
+from edge_dfcil.training.data import Batch
+from edge_dfcil.training.stage import Stage, Terms
 
 
 def refine_head(task: Task) -> Iterator[Stage]:

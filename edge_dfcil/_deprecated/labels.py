@@ -1,0 +1,5 @@
+"""The old place of `edge_dfcil.model.labels`, for one release."""
+
+from edge_dfcil._moved import forward
+
+forward(__name__, "edge_dfcil.model.labels")
