@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import edge_dfcil
 from edge_dfcil import Learner, ModelFileError
 from edge_dfcil.model import file as storage
 from edge_dfcil.privacy import account as privacy
@@ -47,7 +49,7 @@ def test_everything_in_the_file_is_accounted_for(learnt, train, tmp_path):
     with safe_open(path, "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert set(metadata) == {"edge_dfcil", "settings"}
-    assert set(json.loads(metadata["edge_dfcil"])) == {"schema", "sha256"}
+    assert set(json.loads(metadata["edge_dfcil"])) == {"schema", "sha256", "kind"}
     assert set(json.loads(metadata["settings"])) == {
         *("version", "backbone", "architecture", "image_size", "mean", "std", "method", "recipe", "seed", "tasks")
     }
@@ -137,3 +139,66 @@ def test_a_full_disk_leaves_the_old_file(learnt, tmp_path):
     assert "untouched" in done.stdout
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path], "nothing is left aside"
+
+
+def test_a_checkpoint_is_no_model(tmp_path):
+    path = storage.write(tmp_path / "c", {"a": torch.zeros(2)}, {}, kind="checkpoint")
+    assert storage.read(path, kind="checkpoint")[1] == {}
+    with pytest.raises(ModelFileError, match="is a checkpoint, not a model"):
+        storage.read(path)
+    with pytest.raises(ModelFileError, match="is a model, not a checkpoint"):
+        storage.read(storage.write(tmp_path / "m", {}, {}), kind="checkpoint")
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    about=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["schema", "sha256", "kind"]), inner),
+    ),
+    written=st.text(max_size=8) | st.just("[" * 100_000) | st.just("9" * 10_000),
+)
+def test_any_header_ends_in_a_message(tmp_path, about, written):
+    for metadata in (
+        {"edge_dfcil": json.dumps(about), "settings": written},
+        {"edge_dfcil": written, "settings": "{}"},
+        {"edge_dfcil": json.dumps({"schema": 2, "sha256": about, "kind": "model"}), "settings": written},
+    ):
+        save_file({"a": torch.zeros(2)}, tmp_path / "m", metadata)
+        with pytest.raises(ModelFileError):
+            storage.read(tmp_path / "m")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.uint8])
+def test_tensors_of_any_dtype_come_back(tmp_path, dtype):
+    tensors = {"scalar": torch.ones((), dtype=dtype), "empty": torch.ones(0, 3, dtype=dtype), "m": torch.ones(2, 3, dtype=dtype)}
+    found, _ = storage.read(storage.write(tmp_path / "m", tensors, {}))
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == dtype for name in tensors)
+
+
+def test_a_later_version_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "SCHEMA", 99)
+    path = storage.write(tmp_path / "m", {}, {"version": "7.8.9"})
+    monkeypatch.undo()
+    with pytest.raises(ModelFileError, match=rf"edge-dfcil 7\.8\.9; this is edge-dfcil {edge_dfcil.__version__}"):
+        storage.read(path)
+
+
+@pytest.mark.parametrize("settings", [{"tasks": [["caf\udce9"]]}, {"x": object()}, {"caf\udce9": 1}])
+def test_settings_that_cannot_be_stored_are_refused(tmp_path, settings):
+    with pytest.raises(ModelFileError, match="cannot be stored") as caught:
+        storage.write(tmp_path / "m", {}, settings)
+    str(caught.value).encode()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_whose_name_is_not_text(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 alone")
+    path = storage.write(folder / "m", {"a": torch.zeros(2)}, {})
+    assert storage.digest_of(path) is not None
+    assert list(storage.read(path)[0]) == ["a"]

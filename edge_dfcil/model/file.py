@@ -1,25 +1,43 @@
 """The model file: one safetensors file, whose metadata holds the settings as JSON with a schema version and a SHA-256.
 
-Nothing in it can run code, and nothing else is in it: weights, BatchNorm statistics, class names, settings.
+Nothing in it can run code, and nothing else is in it: weights, BatchNorm statistics, class names, settings. A file is a
+"model", or the "checkpoint" of a task in progress; one is never read as the other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from edge_dfcil._version import __version__
 from edge_dfcil.errors import ModelFileError
-from exporters.files import replace_file
+from edge_dfcil.model.locks import claim, lock
+from exporters import files
 
-SCHEMA = 1
+__all__ = ["ANY", "SCHEMA", "check_writable", "claim", "digest", "digest_of", "lock", "read", "write"]
+
+SCHEMA = 2
+Kind = Literal["model", "checkpoint"]
+# What a damaged or a hostile header makes of its readers: safetensors, JSON, and the look-ups in what they give.
+_DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError)
+
+
+class _Any(Enum):
+    ANY = "any"
+
+
+ANY = _Any.ANY  # `write` replaces whatever version of the file is there
 
 
 def digest(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
@@ -28,58 +46,203 @@ def digest(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(tensor.numpy().tobytes())
+        state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # NumPy has no bfloat16
     return state.hexdigest()
 
 
-def write(path: str | Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Path:
-    """Writes a model file aside, flushes it and renames it into place.
+def digest_of(path: str | Path) -> str | None:
+    """The SHA-256 that a file's header states, None where there is no file. Reads no tensor.
 
-    Raises `ModelFileError` when it cannot be written; a file that was there before is untouched then.
+    Raises `ModelFileError` for a file that is foreign, damaged or from a later version.
+    """
+    if not os.path.exists(path):
+        return None
+    _check_is_file(path)
+    with _Reading(path) as file:
+        sha256: str = file.about["sha256"]
+        return sha256
+
+
+def check_writable(path: str | Path, size: int | None = None) -> None:
+    """Raises `ModelFileError` when `write` could not write `size` bytes there; None takes the size of the file that is there.
+
+    To be called before hours of learning whose result goes there.
+    """
+    try:
+        files.check_writable(path, size)
+    except OSError as error:
+        raise ModelFileError(f"{_shown(path)} cannot be written: {error.strerror or error}") from error
+
+
+def write(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    expected: str | Literal[_Any.ANY] | None = ANY,
+    *,
+    kind: Kind = "model",
+) -> Path:
+    """Writes a model file, all or nothing, under its lock.
+
+    Parameters
+    ----------
+    path
+        Where to. A symbolic link stays, and the file that it points to is replaced.
+    expected
+        `digest_of` the version that this model descends from, None if there was no file: a file that has changed since is
+        not overwritten. `ANY`, the default, overwrites.
+    kind
+        What the file is.
+
+    Raises
+    ------
+    ModelFileError
+        When it cannot be written, when another process is writing it, or when it has changed. What was there before is
+        untouched then.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise ModelFileError(f"{path.parent} is not a folder; make it first")
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = {
-        "edge_dfcil": json.dumps({"schema": SCHEMA, "sha256": digest(plain, settings)}),
-        "settings": _canonical(settings).decode(),
-    }
     try:
-        replace_file(path, save(plain, metadata))
-    except OSError as error:
-        raise ModelFileError(
-            f"{path} could not be written: {error.strerror or error}; what was there before is untouched"
-        ) from error
+        about = {"schema": SCHEMA, "sha256": digest(plain, settings), "kind": kind}
+        content = save(plain, {"edge_dfcil": json.dumps(about), "settings": _canonical(settings).decode()})
+    except UnicodeEncodeError as error:
+        found = error.object[max(error.start - 20, 0) : error.end + 20]
+        raise ModelFileError(f"a name cannot be stored as UTF-8: ...{found!r}...; rename that class") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ModelFileError(f"these settings cannot be stored as JSON: {error}") from error
+    check_writable(path, len(content))
+    with lock(path):
+        if expected is not ANY:
+            _check_unchanged(path, expected)
+        try:
+            files.replace_file(path, content)
+        except OSError as error:
+            raise ModelFileError(
+                f"{_shown(path)} could not be written: {error.strerror or error}; what was there before is untouched"
+            ) from error
     return path
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors, on the CPU, and settings of a model file whose SHA-256 is right.
+def _check_unchanged(path: Path, expected: str | None) -> None:
+    found = digest_of(path)
+    if found == expected:
+        return
+    what = "has been removed" if found is None else "has been created" if expected is None else "has been changed"
+    raise ModelFileError(
+        f"{_shown(path)} {what} by another process since it was read. Nothing was written. Load the file again and learn the "
+        "task with that model, or save this one under another name"
+    )
 
-    Raises `ModelFileError` for a file that is missing, foreign, damaged or from a later version.
+
+def read(path: str | Path, kind: Kind = "model") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, on the CPU, and settings of a file of this kind whose SHA-256 is right.
+
+    Raises `ModelFileError` for a file that is missing, foreign, damaged, of another kind or from a later version.
     """
-    if not os.path.isfile(path):
-        raise ModelFileError(f"{path} is not a file; `learner.save` or `edge-dfcil learn` writes one")
-    try:
-        with safe_open(os.fspath(path), "pt") as file:
-            metadata = file.metadata() or {}
-            if "edge_dfcil" not in metadata:
-                raise ModelFileError(f"{path} is a safetensors file, but edge-dfcil did not write it")
-            about, settings = json.loads(metadata["edge_dfcil"]), json.loads(metadata["settings"])
-            written = about["sha256"]
-            if about["schema"] < 1:
-                raise ModelFileError(f"{path} is damaged: there is no schema {about['schema']}")
-            if about["schema"] > SCHEMA:
-                raise ModelFileError(
-                    f"{path} has schema {about['schema']}; this version reads up to {SCHEMA}. Upgrade edge-dfcil"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ModelFileError(f"{path} is not an edge-dfcil model file, or it is damaged ({error})") from error
-    if digest(tensors, settings) != written:
-        raise ModelFileError(f"{path} is damaged: its SHA-256 is not the one written. Restore it from a copy")
+    _check_is_file(path)
+    with _Reading(path) as file:
+        found = file.about.get("kind", "model")
+        if found != kind:
+            raise ModelFileError(f"{_shown(path)} is a {found}, not a {kind}; {_ADVICE[kind]}")
+        tensors, settings = file.tensors(), file.settings
+        intact = digest(tensors, settings) == file.about["sha256"]
+    if not intact:
+        raise ModelFileError(f"{_shown(path)} is damaged: its SHA-256 is not the one written. Restore it from a copy")
     return tensors, settings
+
+
+_ADVICE = {
+    "model": "pass the model file; a checkpoint belongs to a task that has not ended, and `learn` goes on with it",
+    "checkpoint": "pass the checkpoint of the task that was stopped",
+}
+
+
+class _Reading:
+    """An open file whose header has been checked. Whatever its content raises leaves as `ModelFileError`."""
+
+    about: dict[str, Any]
+    settings: dict[str, Any]
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> _Reading:
+        try:
+            with _utf8_name(self._path) as name:
+                self._file = safe_open(name, "pt").__enter__()
+            self._read_header()
+        except ModelFileError:
+            raise
+        except _DAMAGE as error:
+            raise self._damaged(error) from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._file.__exit__(None, None, None)
+        if isinstance(error, _DAMAGE) and not isinstance(error, ModelFileError):
+            raise self._damaged(error) from error
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: self._file.get_tensor(name) for name in self._file.keys()}  # noqa: SIM118  not a mapping
+
+    def _read_header(self) -> None:
+        metadata = self._file.metadata() or {}
+        if "edge_dfcil" not in metadata:
+            raise ModelFileError(f"{_shown(self._path)} is a safetensors file, but edge-dfcil did not write it")
+        self.about = json.loads(metadata["edge_dfcil"])
+        schema = self.about["schema"]
+        if schema > SCHEMA:
+            raise self._too_new(schema, metadata)
+        keys = {"schema", "sha256"} if schema == 1 else {"schema", "sha256", "kind"}
+        if schema < 1 or set(self.about) != keys:
+            raise ModelFileError(f"{_shown(self._path)} is damaged: its header states {self.about}")
+        self.settings = json.loads(metadata["settings"])
+        if not isinstance(self.settings, dict):
+            raise TypeError("its settings are not a JSON object")
+
+    def _too_new(self, schema: int, metadata: dict[str, str]) -> ModelFileError:
+        try:
+            version = json.loads(metadata["settings"])["version"]
+        except _DAMAGE:
+            version = "a later version"
+        return ModelFileError(
+            f"{_shown(self._path)} has schema {schema}, written by edge-dfcil {version}; this is edge-dfcil {__version__}, "
+            f"which reads up to schema {SCHEMA}. Upgrade edge-dfcil"
+        )
+
+    def _damaged(self, error: BaseException) -> ModelFileError:
+        reason = " ".join(str(error).split())[:200]
+        return ModelFileError(f"{_shown(self._path)} is not an edge-dfcil model file, or it is damaged ({reason})")
+
+
+def _check_is_file(path: str | Path) -> None:
+    try:
+        found = os.path.isfile(path)
+    except ValueError:  # a null character
+        found = False
+    if not found:
+        raise ModelFileError(f"{_shown(path)} is not a file; `learner.save` or `edge-dfcil learn` writes one")
+
+
+@contextlib.contextmanager
+def _utf8_name(path: str | Path) -> Iterator[str]:
+    """A name of the file that safetensors takes. Old media hold names in other encodings; those are opened by descriptor."""
+    name = os.fspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            yield f"/dev/fd/{descriptor}"
+        finally:
+            os.close(descriptor)
+    else:
+        yield name
+
+
+def _shown(path: str | Path) -> str:
+    """A path as text that any terminal and log can encode."""
+    return os.fspath(path).encode("utf-8", "backslashreplace").decode()
 
 
 def _canonical(settings: Mapping[str, Any]) -> bytes:
