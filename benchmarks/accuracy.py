@@ -16,7 +16,7 @@ from benchmarks import embedding, machine, yardsticks
 from benchmarks.datasets import Data, class_order
 from edge_dfcil import Learner, metrics
 from edge_dfcil.errors import SettingError
-from edge_dfcil.recipe import Recipe, find_recipe
+from edge_dfcil.recipe import Recipe, dotted, find_recipe
 
 RESULTS = Path(__file__).parent / "results"
 UPPER_BOUND = "upper_bound"
@@ -41,7 +41,7 @@ class Protocol:
 
 # As published (ABD, supplement; REFERENCE: 250 epochs, batch 128, CIFAR-100's own mean and deviation).
 PAPER = Protocol("paper-5", 100, 5, "resnet32", "paper", mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
-SMALL_STEPS = {"learning_rate": 0.05, "generator_batch": 32}
+SMALL_STEPS = {"schedule.learning_rate": 0.05, "generator.batch": 32}
 PRESETS = {
     p.name: p
     for p in (
@@ -59,25 +59,25 @@ PRESETS = {
             "edge",
             batch_size=16,
             changes={
-                "learning_rate": 0.05,
-                "epochs": 14,
-                "first_epochs": 18,
-                "generator_steps": 400,
-                "pool": 10240,
+                "schedule.learning_rate": 0.05,
+                "schedule.epochs": 14,
+                "schedule.first_epochs": 18,
+                "generator.steps": 400,
+                "remember.pool": 10240,
             },
         ),
     )
 }
 
 # ABD less one part each. The head refinement, which is ours and would make up for some of it, is off in all of them.
-UNREFINED = {"refine_epochs": 0, "align_head": 0.0}
+UNREFINED = {"refine.epochs": 0, "refine.align_head": 0.0}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "abd:published": UNREFINED,
-    "abd:no_head_finetuning": UNREFINED | {"head_finetuning": False},
-    "abd:distil_real": UNREFINED | {"distil_on": "real"},
-    "abd:distil_synthetic": UNREFINED | {"distil_on": "synthetic"},
-    "abd:plain_distillation": UNREFINED | {"importance": False},
-    "abd:standard_cross_entropy": UNREFINED | {"local_cross_entropy": False},
+    "abd:no_head_finetuning": UNREFINED | {"remember.head_finetuning": False},
+    "abd:distil_real": UNREFINED | {"remember.distil_on": "real"},
+    "abd:distil_synthetic": UNREFINED | {"remember.distil_on": "synthetic"},
+    "abd:plain_distillation": UNREFINED | {"remember.importance": False},
+    "abd:standard_cross_entropy": UNREFINED | {"remember.local_cross_entropy": False},
 }
 
 
@@ -119,7 +119,7 @@ def run(
         Asked before each task, with the seconds of the longest so far; False raises `Stopped`.
     """
     name, parts = (method.split(":")[0], ABLATIONS[method]) if method in ABLATIONS else (method, {})
-    recipe = replace(find_recipe(protocol.recipe), **(protocol.changes | parts | (changes or {})))
+    recipe = find_recipe(protocol.recipe).changed(dotted(protocol.changes) | parts | dotted(changes or {}))
     tag = "".join(f"-{key}={value}" for key, value in (changes or {}).items())
     path = out / f"{protocol.name}-{method.replace(':', '.')}{tag}-seed{seed}.json"
     result = json.loads(path.read_text()) if path.exists() else None

@@ -126,8 +126,10 @@ def measure(cell: Cell, data: Path, numbers: list[int], model: Path) -> dict[str
     """Some tasks of a cell, in this process, from the model in the file if there is one; leaves it there if more are to come."""
     loaded = datasets.load(data, "cifar100" if cell.image_size == 32 else "tiny_imagenet_50")
     order = datasets.class_order(len(loaded.names), cell.seed)
-    short = {"min_steps": 0, "refine_min_steps": 0, "refine_epochs": 1}
-    recipe = replace(RECIPES["edge"], epochs=cell.epochs, first_epochs=cell.epochs, generator_steps=cell.generator_steps, **short)
+    short = {"schedule.min_steps": 0, "refine.min_steps": 0, "refine.epochs": 1}
+    recipe = RECIPES["edge"].changed(
+        {"schedule.epochs": cell.epochs, "schedule.first_epochs": cell.epochs, "generator.steps": cell.generator_steps, **short}
+    )
     method = yardsticks.find(cell.method)
     if model.exists():
         learner = Learner.load(model, "cpu", method=method, memory_budget=cell.budget)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def run(device: str, setting: Setting, say: Callable[[str], None]) -> dict[str, 
         "published classifier step": lambda: published.classifier_step(bench.batch.images.contiguous(), bench.batch.targets),
         "our classifier step": bench.step(bench.classifier()),
         "fine-tuning on as many images": bench.step(bench.finetuning(2 * n)),
-        "published generator step": lambda: published.generator_step(setting.recipe.generator_batch),
+        "published generator step": lambda: published.generator_step(setting.recipe.generator.batch),
         "our generator step": bench.step(bench.generator()),
     }
     edge = Bench(setting, found_device, edge_recipe(setting))
@@ -65,8 +65,8 @@ def file(device: str) -> str:
 
 
 def edge_recipe(setting: Setting) -> Recipe:
-    small = {"latent": 8, "width": 8, "generator_batch": 4, "pool": 16} if setting is QUICK else {}
-    return replace(RECIPES["edge"], **small)  # type: ignore[arg-type]
+    small = {"generator.latent": 8, "generator.width": 8, "generator.batch": 4, "remember.pool": 16} if setting is QUICK else {}
+    return RECIPES["edge"].changed(small)
 
 
 def agreement(bench: Bench) -> float:
@@ -88,7 +88,7 @@ def _difference(bench: Bench) -> float:
     ours = {"classifier": bench.classifier(student), "generator": bench.generator()}
     theirs = {
         "classifier": lambda: published.classifier_step(bench.batch.images.contiguous(), bench.batch.targets),
-        "generator": lambda: published.generator_step(bench.recipe.generator_batch),
+        "generator": lambda: published.generator_step(bench.recipe.generator.batch),
     }
     weights = copy.deepcopy(bench.dreamer.generator.state_dict())
     for name, stage in ours.items():
@@ -107,9 +107,9 @@ def whole_tasks(setting: Setting, seconds: dict[str, float]) -> dict[str, float]
     """Hours of a second task of `images` images, computed from the steps: inversion and learning, as each recipe has them."""
 
     def hours(recipe: Recipe, generator: str, classifier: str, per_step: int = 1) -> float:
-        per_epoch = setting.images // setting.batch if recipe.drop_incomplete else -(-setting.images // setting.batch)
-        learn = max(recipe.epochs * per_epoch, recipe.min_steps)
-        dream = recipe.generator_steps if generator else 0
+        per_epoch = setting.images // setting.batch if recipe.schedule.drop_incomplete else -(-setting.images // setting.batch)
+        learn = max(recipe.schedule.epochs * per_epoch, recipe.schedule.min_steps)
+        dream = recipe.generator.steps if generator else 0
         return (dream * seconds.get(generator, 0.0) + learn * seconds[classifier]) / 3600
 
     paper, edge = RECIPES["paper"], RECIPES["edge"]

@@ -39,7 +39,9 @@ class Setting:
 
 
 FULL = Setting("resnet32", 128, 50, 10, 10_000, 7, RECIPES["paper"])
-QUICK = Setting("resnet8", 4, 3, 2, 16, 2, replace(RECIPES["paper"], latent=8, width=8, generator_batch=4))
+QUICK = Setting(
+    "resnet8", 4, 3, 2, 16, 2, RECIPES["paper"].changed({"generator.latent": 8, "generator.width": 8, "generator.batch": 4})
+)
 
 
 class Bench:

@@ -32,7 +32,7 @@ from edge_dfcil.training.augment import augment
 CALIBRATION = 500  # real images that INT8 is calibrated on for comparison
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100's, for the classifier trained elsewhere
 
-RECIPE = replace(RECIPES["edge"], first_epochs=24, learning_rate=0.05, pixel_steps=200)
+RECIPE = RECIPES["edge"].changed({"schedule.first_epochs": 24, "schedule.learning_rate": 0.05, "pixels.steps": 200})
 LESSON = Distillation(rounds=4, dreams=1024, generator_steps=100, steps=200)  # of a student that begins with shared layers
 PIXELS = Distillation(rounds=4, dreams=256, steps=200, quality="best")  # the same by DeepInversion's own dreams, fewer of them
 SEEDS = (0, 1, 2)
@@ -91,7 +91,9 @@ LARGE = replace(
     page="workshop-large-dreams.png",
     students=(("resnet20", LONG, SEEDS), ("resnet20", BY_PIXEL, SEEDS), ("mobilenet_v3_small", replace(LONG, rounds=10), SEEDS)),
     # The competition's weight was chosen in shorter lessons with other seeds, which the result file names.
-    recipe=replace(RECIPE, latent=128, generator_batch=128, generator_steps=400, competition=3.0),
+    recipe=RECIPE.changed(
+        {"generator.latent": 128, "generator.batch": 128, "generator.steps": 400, "inversion.competition": 3.0}
+    ),
 )
 QUICK = Setting(
     backbone="resnet8",
@@ -104,10 +106,11 @@ QUICK = Setting(
     new_classes=2,
     images=96,
     epochs=1,
-    recipe=replace(
-        RECIPES["edge"], first_epochs=1, epochs=1, min_steps=4, generator_steps=4, latent=8, width=8, pool=32, pixel_steps=2,
-        pixel_batch=16, refine_epochs=1, refine_min_steps=2,
-    ),
+    recipe=RECIPES["edge"].changed({
+        "schedule.first_epochs": 1, "schedule.epochs": 1, "schedule.min_steps": 4, "generator.steps": 4, "generator.latent": 8,
+        "generator.width": 8, "remember.pool": 32, "pixels.steps": 2, "pixels.batch": 16, "refine.epochs": 1,
+        "refine.min_steps": 2,
+    }),
     repair=Distillation(rounds=1, dreams=32, generator_steps=2, steps=2, batch=16),
     latencies=(),
     group=4,
@@ -151,10 +154,10 @@ class Workshop:
             ("int8", "int8 calibrated on real images", lambda: self._int8(real=True)),
             ("adopt", "adopted", self._elsewhere),
         ]
-        pixels = {"dreams": "pixels", "pool": s.recipe.pool // 2}
+        pixels = {"remember.dreams": "pixels", "remember.pool": s.recipe.remember.pool // 2}
         methods: dict[str, dict[str, Any]] = {
             "abd": {},
-            "abd augment_dreams": {"augment_dreams": True},
+            "abd augment_dreams": {"inversion.augment": True},
             "abd by the pixel": pixels,
             "deep_inversion": pixels,
             "lwf_mc": {},
@@ -217,7 +220,7 @@ class Workshop:
     def _mirrored(self) -> dict[str, Any]:
         """The teacher, answering by the mean over an image and its mirror image."""
         teacher = self._teacher
-        teacher.recipe = replace(teacher.recipe, mirrored_answers=True)
+        teacher.recipe = teacher.recipe.changed({"augmentation.mirrored_answers": True})
         teacher = teacher.having(teacher.network.grown(0), teacher.backbone)
         return {"accuracy": teacher.evaluate(self._test, self._data.names).accuracy}
 
@@ -352,7 +355,7 @@ class Workshop:
                 mean=MEAN,
                 std=STD,
                 method=method,
-                recipe=replace(s.recipe, **changes),
+                recipe=s.recipe.changed(changes),
                 device=self._device,
                 seed=s.seed,
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
 
 from edge_dfcil import RECIPES, Learner
 from edge_dfcil.demo import NAMES, digits
@@ -17,7 +16,11 @@ from edge_dfcil.demo import NAMES, digits
 
 def main() -> None:
     train, test = digits()
-    learner = Learner("resnet8", image_size=16, recipe=replace(RECIPES["edge"], flip=False, generator_steps=100, min_steps=150))
+    learner = Learner(
+        "resnet8",
+        image_size=16,
+        recipe=RECIPES["edge"].changed({"augmentation.flip": False, "generator.steps": 100, "schedule.min_steps": 150}),
+    )
     learner.learn_task(train.of(("0", "1")), NAMES)
     learning = threading.Thread(target=learner.learn_task, args=(train.of(("2", "3")), NAMES))
     learning.start()

@@ -342,7 +342,6 @@ def demo(out: Path, device: str, as_json: bool) -> None:
 
 def _learner_for(model: Path, device: str, memory_budget: str | None, new: dict[str, Any]) -> Learner:
     """The learner in a model file, or a new one with the settings given."""
-    from dataclasses import replace
 
     from edge_dfcil.learner import Learner
     from edge_dfcil.recipe import find_recipe
@@ -357,7 +356,7 @@ def _learner_for(model: Path, device: str, memory_budget: str | None, new: dict[
     if not model.parent.is_dir():
         raise SettingError(f"{model.parent} is not a folder; make it first")
     recipe = find_recipe(given.pop("recipe", "edge"))
-    recipe = replace(recipe, flip=recipe.flip and not no_flip)
+    recipe = recipe.changed({"augmentation.flip": recipe.augmentation.flip and not no_flip})
     backbone = given.pop("backbone", "resnet32")
     return Learner(backbone, device=device, recipe=recipe, memory_budget=memory_budget, **given)
 

@@ -22,7 +22,15 @@ SIZE = 16  # the digits are 8x8; twice that gives the generator a map to start f
 TASKS = tuple((f"{2 * t}", f"{2 * t + 1}") for t in range(5))
 NAMES = tuple(name for task in TASKS for name in task)
 # Digits must not be mirrored, and are grey; a generator half as wide is wide enough for 16 pixels.
-RECIPE = replace(RECIPES["edge"], width=32, flip=False, brightness=0.0, contrast=0.0, crop_padding=2)
+RECIPE = RECIPES["edge"].changed(
+    {
+        "generator.width": 32,
+        "augmentation.flip": False,
+        "augmentation.brightness": 0.0,
+        "augmentation.contrast": 0.0,
+        "augmentation.crop_padding": 2,
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class Learner:
     def _adopt(self, name: str | None, network: Network, tasks: tuple[tuple[str, ...], ...], normalizes: bool) -> None:
         self.backbone = name
         network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        network.mirrored = self.recipe.mirrored_answers
+        network.mirrored = self.recipe.augmentation.mirrored_answers
         self._committed = Committed(network.eval(), tasks, normalizes)
         self._learning, self._cancel = threading.Lock(), threading.Event()
 

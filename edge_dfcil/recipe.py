@@ -1,195 +1,491 @@
-"""Recipe: every number of a learning run, by name, with its source.
+"""Recipe: every number of a learning run, by group and name, with its source.
 
-Two recipes come with the package. `paper` is ABD's published setting to the letter; `edge`, the default, learns a
-task in minutes on two CPU cores. Change a number with `dataclasses.replace(RECIPES["edge"], flip=False)`.
+Presets come with the package. `paper` is ABD's published setting to the letter; `edge`, the default, learns a task in minutes on
+two CPU cores; `strict` is `edge` without stored class statistics. Change settings with
+`RECIPES["edge"].changed({"augmentation.flip": False, "schedule.epochs": 3})`.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import InitVar, asdict, dataclass, replace
 from numbers import Integral, Real
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_origin
 
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as validated
+
+from edge_dfcil import _flat_recipe as flat
 from edge_dfcil.errors import SettingError
 
+Group = TypeVar("Group")
 
-@dataclass(frozen=True)
-class Recipe:
-    """All settings of `learn_task`. The defaults are the published ones of ABD (Smith et al., ICCV 2021) on CIFAR-100.
 
-    "ours" marks what the paper does not have; each such part is off by default and on in the `edge` recipe.
-    """
+def _python_number(value: Any) -> Any:
+    """A number of NumPy or the like as Python's own, so that a recipe is always JSON. Anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
-    # The classifier's schedule (ABD, supplement).
-    epochs: int = 250  # passes over a task's images
-    first_epochs: int | None = None  # the same for the first task; None: as `epochs`
-    min_steps: int = 0  # ours: a small task is repeated until it has had this many steps
-    schedule: Literal["step", "one_cycle"] = "step"
-    milestones: tuple[float, ...] = (0.4, 0.6, 0.8)  # lr x 0.1 at these shares of the epochs: 100, 150, 200 of 250
-    learning_rate: float = 0.1  # SGD; the peak of a one-cycle schedule
-    momentum: float = 0.9
-    weight_decay: float = 2e-4
-    clip_gradient: float | None = None  # ours: largest gradient norm of a step
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+_Whole = Annotated[int, BeforeValidator(_python_number)]
+_Number = Annotated[float, BeforeValidator(_python_number)]
+Count = Annotated[_Whole, Field(ge=1)]  # 1, 2, ...
+CountOrZero = Annotated[_Whole, Field(ge=0)]
+Weight = Annotated[_Number, Field(ge=0)]  # of a term; 0 switches it off
+Positive = Annotated[_Number, Field(gt=0)]
+Share = Annotated[_Number, Field(ge=0, le=1)]
+ShareBelowOne = Annotated[_Number, Field(ge=0, lt=1)]
+
+# A bool is no number, a text is no number, and a number is finite.
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+def _group(cls: type[Group]) -> type[Group]:
+    """Lets a validated dataclass raise `SettingError`, which names the setting, the value and what is allowed."""
+    init: Callable[..., None] = cls.__init__
+    group = cls.__name__.lower()
+
+    def __init__(self: Group, *args: Any, **settings: Any) -> None:  # noqa: N807
+        try:
+            init(self, *args, **settings)
+        except ValidationError as error:
+            raise SettingError("; ".join(_describe(group, cls, problem) for problem in error.errors())) from None
+
+    cls.__init__ = __init__  # type: ignore[assignment]
+    return cls
+
+
+def _describe(group: str, cls: type, problem: Any) -> str:
+    if problem["type"] == "value_error":  # raised by a group's own check
+        return str(problem["ctx"]["error"])
+    name, *place = problem["loc"] or ("",)
+    setting = f"{group}.{name}"
+    if problem["type"] == "unexpected_keyword_argument":
+        return _unknown(setting, [f"{group}.{field.name}" for field in dataclasses.fields(cls)])
+    allowed = problem["msg"].replace("Input should", "it must", 1)
+    for theirs, plain in _PLAIN.items():
+        allowed = allowed.replace(theirs, plain)
+    optional = " or None" if setting in SETTINGS and "None" in str(SETTINGS[setting].type) else ""
+    shown = repr(problem["input"])
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return f"recipe.{setting}{''.join(f'[{index}]' for index in place)} is {shown}; {allowed}{optional}"
+
+
+_PLAIN = {
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid boolean": "True or False",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "above",
+    "less than": "below",
+}
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"a recipe has no setting {name!r}" + (
+        f"; did you mean {near[0]!r}?" if near else f"; it has the groups {', '.join(GROUPS)}"
+    )
+
+
+@_group
+@validated(frozen=True, kw_only=True, config=_STRICT)
+class Schedule:
+    """The classifier's schedule (ABD, supplement)."""
+
+    epochs: Count = 250  # passes over a task's images
+    first_epochs: Count | None = None  # the same for the first task; None: as `epochs`
+    min_steps: CountOrZero = 0  # ours: a small task is repeated until it has had this many steps
+    shape: Literal["step", "one_cycle"] = "step"
+    # Learning rate x 0.1 at these shares of the epochs: 100, 150, 200 of 250.
+    milestones: Annotated[tuple[Share, ...], BeforeValidator(_tuple)] = (0.4, 0.6, 0.8)
+    learning_rate: Positive = 0.1  # SGD; the peak of a one-cycle schedule
+    momentum: ShareBelowOne = 0.9
+    weight_decay: Weight = 2e-4
+    clip_gradient: Positive | None = None  # ours: largest gradient norm of a step
     # Ours: None keeps the network's own. Running statistics must keep up with a short schedule, since the classifier
     # answers by them and dreams are made to match them; torchvision's MobileNetV3 comes with 0.01, made for long ones.
-    batchnorm_momentum: float | None = None
+    batchnorm_momentum: Share | None = None
     # Ours: the share of the backbone's layers, counted from the image, that stay as the first task left them. They need no
     # backward pass and keep no activations, and what they give cannot be forgotten.
-    freeze: float = 0.0
+    freeze: ShareBelowOne = 0.0
     drop_incomplete: bool = True  # skip batches smaller than the largest one
 
-    # Augmentation of real images (ABD, supplement).
-    brightness: float = 63 / 255  # colour jitter: factor drawn from 1 -/+ this
-    contrast: float = 0.8
+
+@_group
+@validated(frozen=True, kw_only=True, config=_STRICT)
+class Augmentation:
+    """Augmentation of real images (ABD, supplement), and what it says about images that are answered."""
+
+    brightness: Weight = 63 / 255  # colour jitter: factor drawn from 1 -/+ this
+    contrast: Weight = 0.8
     flip: bool = True  # horizontally; switch off where left and right differ, as for digits
-    crop_padding: int = 4  # pixels of zeros around the image before the random crop
+    crop_padding: CountOrZero = 4  # pixels of zeros around the image before the random crop
+    # Ours, test-time augmentation (Krizhevsky et al., 2012): the classifier's logits are the mean of those of an image and of
+    # its mirror image, here and in what is exported, at twice the work an answer. Learning is the same.
+    mirrored_answers: bool = False
 
-    # The generator (ABD, supplement; "ours" after section 6 of our reference trials).
-    latent: int = 1000  # length of z
-    width: int = 128  # channels
-    generator_steps: int = 10_000
-    generator_batch: int = 128
-    generator_learning_rate: float = 1e-3  # Adam
-    generator_schedule: Literal["constant", "one_cycle"] = "constant"
+    def __post_init__(self) -> None:
+        if self.mirrored_answers and not self.flip:
+            raise SettingError(
+                "recipe.augmentation.mirrored_answers takes mirrored images for alike, and recipe.augmentation.flip=False does "
+                "not; set both"
+            )
 
-    # The inversion objective (ABD, eqs. 1 to 5).
-    content: float = 1.0
-    content_temperature: float = 1000.0
-    diversity: float = 1.0
-    statistics: float = 50.0
-    smoothness: float = 1e-3
+
+@_group
+@validated(frozen=True, kw_only=True, config=_STRICT)
+class Generator:
+    """The generator of dreams (ABD, supplement)."""
+
+    latent: Count = 1000  # length of z
+    width: Count = 128  # channels
+    steps: Count = 10_000
+    batch: Count = 128
+    learning_rate: Positive = 1e-3  # Adam
+    schedule: Literal["constant", "one_cycle"] = "constant"
+
+
+@_group
+@validated(frozen=True, kw_only=True, config=_STRICT)
+class Inversion:
+    """Weights of the inversion objective (ABD, eqs. 1 to 5)."""
+
+    content: Weight = 1.0
+    content_temperature: Positive = 1000.0
+    diversity: Weight = 1.0
+    statistics: Weight = 50.0
+    smoothness: Weight = 1e-3
     # Ours: the classifier sees the generator's images augmented, as it saw real ones in training: its running statistics are
     # of those. Without it dreams look augmented already, and a student that is shown them augmented again learns less. What
     # a task remembers by dreams gained nothing from it (`adopt` in the workshop), so that recipes leave it off.
-    augment_dreams: bool = False
-
+    augment: bool = False
     # Adaptive dreams (Adaptive DeepInversion, Yin et al., CVPR 2020): the weight of 1 - JS, where a student competes with a
     # generator's dreams. The paper's weight is of pixel dreams, below.
-    competition: float = 10.0
+    competition: Weight = 10.0
 
-    # Pixel dreams (DeepInversion, Yin et al., CVPR 2020, section 4.1, CIFAR-10): slower than a generator's, and finer.
-    pixel_steps: int = 2000  # of Adam, on each batch of images
-    pixel_batch: int = 256
-    pixel_learning_rate: float = 0.05
-    pixel_statistics: float = 10.0
-    pixel_first_layer: float = 1.0  # the first BatchNorm layer's share; 10 for ImageNet
-    pixel_variation: float = 2.5e-5
-    pixel_l2: float = 0.0
-    pixel_competition: float = 10.0  # of adaptive ones
-    pixel_jitter: int = 2  # pixels that an image is shifted by at each step, at most, round its edges
 
-    # Remembering.
+@_group
+@validated(frozen=True, kw_only=True, config=_STRICT)
+class Pixels:
+    """Pixel dreams (DeepInversion, Yin et al., CVPR 2020, section 4.1, CIFAR-10): slower than a generator's, and finer."""
+
+    steps: Count = 2000  # of Adam, on each batch of images
+    batch: Count = 256
+    learning_rate: Positive = 0.05
+    statistics: Weight = 10.0
+    first_layer: Weight = 1.0  # the first BatchNorm layer's share; 10 for ImageNet
+    variation: Weight = 2.5e-5
+    l2: Weight = 0.0
+    competition: Weight = 10.0  # of adaptive ones
+    jitter: CountOrZero = 2  # pixels that an image is shifted by at each step, at most, round its edges
+
+
+@_group
+@validated(frozen=True, kw_only=True, config=_STRICT)
+class Remember:
+    """How a task remembers the classes before it."""
+
     dreams: Literal["generator", "pixels"] = "generator"  # ours: a method may remember through either; pixels need a pool
-    pool: int = 0  # dreams made once a task, with the teacher's outputs; 0: fresh dreams at every step, as published
-    mu: float | None = None  # weight of the distillation term; None: the method's published value
+    pool: CountOrZero = 0  # dreams made once a task, with the teacher's outputs; 0: fresh dreams at every step, as published
+    mu: Weight | None = None  # weight of the distillation term; None: the method's published value
     local_cross_entropy: bool = True  # ABD, eq. 6; False is the ablation "standard cross-entropy"
     head_finetuning: bool = True  # ABD, eq. 8; False is the ablation
     importance: bool = True  # ABD, eq. 7: feature distillation weighted by the old head; False: plain
     distil_on: Literal["both", "real", "synthetic"] = "both"
-
-    # Head refinement, a closing stage (ours, after R-DFCIL, Gao et al., ECCV 2022): backbone frozen in eval mode.
-    refine_epochs: int = 0
-    refine_min_steps: int = 0
-    refine_learning_rate: float = 0.005
-    # Ours, after "Maintaining discrimination and fairness" (Zhao et al., CVPR 2020): at the end, the head's rows of the
-    # current classes are scaled down to this share of the old ones' mean norm, for which there were only dreams; 0: not.
-    align_head: float = 0.0
-
-    # Ours, after the test-time views of the ImageNet years (Krizhevsky et al., 2012): the classifier's logits are the mean of
-    # those of an image and of its mirror image, here and in what is exported, at twice the work an answer. Learning is the same.
-    mirrored_answers: bool = False
+    # Ours: what a method may store between tasks besides weights, sums over the images of one class among it (means, counts).
+    class_statistics: bool = True
+    min_images: Count = 10  # fewest images behind a stored class statistic: a sum over fewer says too much about each
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            # Annotations are text here: "int | None" is a whole number, or nothing.
-            kind, _, optional = str(field.type).partition(" | ")
-            value, (wanted, said) = getattr(self, field.name), _KINDS.get(kind, (object, ""))
-            if not isinstance(value, wanted) and not (optional and value is None):
-                raise SettingError(f"recipe.{field.name} is {value!r}; it must be {said}{' or None' if optional else ''}")
-        for name in ("epochs", "generator_steps", "generator_batch", "latent", "width", "pixel_steps", "pixel_batch"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"recipe.{name} is {getattr(self, name)}; it must be 1 or more")
-        rates = ("learning_rate", "generator_learning_rate", "refine_learning_rate", "pixel_learning_rate")
-        for name in (*rates, "content_temperature"):
-            if not getattr(self, name) > 0:
-                raise SettingError(f"recipe.{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("min_steps", "refine_epochs", "refine_min_steps", "pool", "crop_padding", "weight_decay", "align_head"):
-            if getattr(self, name) < 0:
-                raise SettingError(f"recipe.{name} is {getattr(self, name)}; it must not be negative")
         if self.dreams == "pixels" and not self.pool:
-            raise SettingError("recipe.dreams is 'pixels', which are made once a task; say how many with recipe.pool")
-        if self.mirrored_answers and not self.flip:
             raise SettingError(
-                "recipe.mirrored_answers takes mirrored images for alike, and recipe.flip=False does not; set both"
+                "recipe.remember.dreams is 'pixels', which are made once a task; say how many with recipe.remember.pool"
             )
-        if not 0 <= self.freeze < 1:
-            raise SettingError(f"recipe.freeze is {self.freeze}; it is a share of layers, from 0 to below 1")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise SettingError(f"recipe.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+
+
+@_group
+@validated(frozen=True, kw_only=True, config=_STRICT)
+class Refine:
+    """Head refinement, a closing stage (ours, after R-DFCIL, Gao et al., ECCV 2022): backbone frozen in eval mode."""
+
+    epochs: CountOrZero = 0
+    min_steps: CountOrZero = 0
+    learning_rate: Positive = 0.005
+    # Ours, after "Maintaining discrimination and fairness" (Zhao et al., CVPR 2020): at the end, the head's rows of the
+    # current classes are scaled down to this share of the old ones' mean norm, for which there were only dreams; 0: not.
+    align_head: Weight = 0.0
+
+
+GROUPS: dict[str, type] = {
+    group.__name__.lower(): group for group in (Schedule, Augmentation, Generator, Inversion, Pixels, Remember, Refine)
+}
+# Every setting by its dotted name: "schedule.epochs".
+SETTINGS = {f"{name}.{field.name}": field for name, group in GROUPS.items() for field in dataclasses.fields(group)}
+
+
+@dataclass(frozen=True, init=False)
+class Recipe:
+    """All settings of `learn_task`, in groups. The groups' defaults are the published ones of ABD (Smith et al., ICCV 2021) on
+    CIFAR-100.
+
+    "ours" marks what the paper does not have; each such part is off by default and on in the `edge` recipe.
+
+    Parameters
+    ----------
+    preset, version
+        The preset that this recipe is made from. A file of settings that leaves some out takes them from there.
+    schedule, augmentation, generator, inversion, pixels, remember, refine
+        The groups; each with the published values by default.
+    origin
+        For `dataclasses.replace`: the recipe whose groups stand where none is given.
+
+    Raises
+    ------
+    SettingError
+        For a setting that is unknown, of a wrong type or out of range.
+    """
+
+    preset: str
+    version: int
+    schedule: Schedule
+    augmentation: Augmentation
+    generator: Generator
+    inversion: Inversion
+    pixels: Pixels
+    remember: Remember
+    refine: Refine
+    # `dataclasses.replace` reads this from the recipe that it copies and hands it on, so that a group which is named by a flat
+    # setting of the same name ("schedule") is not lost.
+    origin: InitVar[Recipe | None] = property(lambda self: self)  # noqa: RUF009
+
+    def __init__(
+        self,
+        *,
+        preset: str = "paper",
+        version: int = 1,
+        schedule: Schedule | str | None = None,
+        augmentation: Augmentation | None = None,
+        generator: Generator | None = None,
+        inversion: Inversion | None = None,
+        pixels: Pixels | None = None,
+        remember: Remember | None = None,
+        refine: Refine | None = None,
+        origin: Recipe | None = None,
+        **old_names: Any,
+    ) -> None:
+        if not isinstance(preset, str) or not preset:
+            raise SettingError(f"recipe.preset is {preset!r}; it must be a name")
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise SettingError(f"recipe.version is {version!r}; it must be a whole number of 1 or more")
+        if isinstance(schedule, str):
+            old_names["schedule"], schedule = schedule, None
+        given = (schedule, augmentation, generator, inversion, pixels, remember, refine)
+        groups = {}
+        for (name, kind), group in zip(GROUPS.items(), given, strict=True):
+            groups[name] = group if group is not None else kind() if origin is None else getattr(origin, name)
+            if not isinstance(groups[name], kind):
+                raise SettingError(f"recipe.{name} is {group!r}; it must be a {kind.__name__}")
+        if old_names:
+            changes = dotted(old_names)
+            flat.warn(changes, "Recipe takes groups now; change settings by recipe.changed({...}) with the names")
+            groups |= _changed(groups, changes)
+        for name, value in {"preset": preset, "version": version, **groups}.items():
+            object.__setattr__(self, name, value)
+
+    if not TYPE_CHECKING:  # a type checker is to find the old names
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in flat.NAMES:
+                raise AttributeError(f"a recipe has no {name!r}")
+            group, _, new = flat.NAMES[name].partition(".")
+            flat.warn({flat.NAMES[name]: None}, f"recipe.{name} is in a group now; read")
+            return getattr(getattr(self, group), new)
+
+    def changed(self, changes: Mapping[str, Any]) -> Recipe:
+        """A recipe with other settings: `recipe.changed({"schedule.epochs": 3, "generator.width": 32})`.
+
+        A text stands for the number in it ("3", "1e-3", "0.4,0.6", "true", "none"). The names of before the groups are taken as
+        well ("epochs", "generator_steps"). Raises `SettingError` for a setting that is unknown or cannot be.
+        """
+        typed = {name: _of_text(name, value) if isinstance(value, str) else value for name, value in dotted(changes).items()}
+        groups: dict[str, Any] = {name: getattr(self, name) for name in GROUPS}
+        return replace(self, **_changed(groups, typed))
+
+    def differences(self) -> dict[str, Any]:
+        """The settings that are not as in the preset, by dotted name; all of them where the preset is not one of ours."""
+        preset = PRESETS.get((self.preset, self.version))
+        own, theirs = _settings(self), {} if preset is None else _settings(preset)
+        return {name: value for name, value in own.items() if name not in theirs or theirs[name] != value}
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON takes them."""
-        return asdict(self)
+        """The settings as JSON takes them: `preset`, `version`, and a mapping for each group."""
+        values = asdict(self)
+        values["schedule"]["milestones"] = list(self.schedule.milestones)
+        return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        """The inverse of `to_dict`. Raises `SettingError` for a name this version does not know."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise SettingError(f"the recipe names {', '.join(unknown)}, which this version does not know; upgrade edge-dfcil")
-        typed: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        return cls(**typed)
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """The inverse of `to_dict`; takes the flat form of model files of schema 1 as well.
+
+        Settings that are left out are those of the preset that is named. If none is, they are those of the preset that agrees
+        with most of the settings given. Raises `SettingError` for a name that this version does not know.
+        """
+        settings = {name: value for name, value in values.items() if name not in ("preset", "version")}
+        try:
+            changes = dotted(settings)
+        except SettingError as error:
+            raise SettingError(f"{error}; if a newer version has written it, upgrade edge-dfcil") from None
+        if "preset" in values:
+            base = _named(values["preset"], values.get("version"), whole=changes.keys() >= SETTINGS.keys())
+        else:
+            changes = _as_once_accepted(changes)
+            base = max((PAPER, EDGE), key=lambda preset: _agreement(preset, changes))
+        return base.changed(changes)
 
 
-_KINDS: dict[str, tuple[type, str]] = {
-    "bool": (bool, "True or False"),
-    "int": (Integral, "a whole number"),
-    "float": (Real, "a number"),
-}
-_CHOICES = {
-    "schedule": ("step", "one_cycle"),
-    "generator_schedule": ("constant", "one_cycle"),
-    "distil_on": ("both", "real", "synthetic"),
-    "dreams": ("generator", "pixels"),
-}
+def dotted(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted name, given by group, by dotted name or by the flat name of before. Raises for any other name."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in GROUPS and isinstance(value, Mapping):
+            found |= {f"{name}.{inner}": one for inner, one in value.items()}
+        else:
+            found[flat.NAMES.get(name, name)] = value
+    for name in found:
+        if name not in SETTINGS:
+            raise SettingError(_unknown(name, list(SETTINGS)))
+    return found
 
-PAPER = Recipe()
 
-EDGE = replace(
-    PAPER,
-    epochs=8,
-    first_epochs=12,
-    min_steps=400,
-    schedule="one_cycle",
-    clip_gradient=5.0,
-    batchnorm_momentum=0.1,
-    drop_incomplete=False,
-    latent=64,
-    width=64,
-    generator_steps=250,
-    generator_batch=64,
-    generator_learning_rate=2e-3,
-    generator_schedule="one_cycle",
-    pixel_steps=200,
-    pixel_batch=128,
-    pixel_learning_rate=0.1,
-    pixel_statistics=1.0,  # with few steps and small batches, 10 leaves the class no say
-    competition=1.0,  # with few steps, 10 leaves the statistics no say: a student learns nothing from what is dreamt then
-    pool=2560,
-    refine_epochs=2,
-    refine_min_steps=150,
-    refine_learning_rate=0.05,
-    align_head=1.0,
+def _changed(groups: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The groups that differ, made with the changes."""
+    found: dict[str, dict[str, Any]] = {}
+    for setting, value in changes.items():
+        group, _, name = setting.partition(".")
+        found.setdefault(group, {})[name] = value
+    return {group: replace(groups[group], **values) for group, values in found.items()}
+
+
+def _of_text(setting: str, text: str) -> Any:
+    """What a text stands for: a number, a truth value, None, or some numbers with commas between. Else the text."""
+    group, _, name = setting.partition(".")
+    field: Any = GROUPS[group].__pydantic_fields__[name]  # type: ignore[attr-defined]
+    if get_origin(field.annotation) is Literal:
+        return text
+    if get_origin(field.annotation) is tuple:
+        return tuple(_number(part) for part in text.split(",") if part.strip())
+    return _number(text)
+
+
+def _number(text: str) -> Any:
+    word = text.strip().lower()
+    if word in _WORDS:
+        return _WORDS[word]
+    for kind in (int, float):
+        try:
+            value = kind(word)
+        except ValueError:
+            continue
+        return int(value) if value == value // 1 else value  # "1e3" is a whole number
+    return text
+
+
+_WORDS = {"none": None, "null": None, "true": True, "false": False}
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Every setting of a recipe by its dotted name."""
+    return {f"{group}.{name}": value for group in GROUPS for name, value in asdict(getattr(recipe, group)).items()}
+
+
+def _agreement(preset: Recipe, changes: Mapping[str, Any]) -> int:
+    own = _settings(preset)
+    return sum((list(own[name]) if isinstance(own[name], tuple) else own[name]) == value for name, value in changes.items())
+
+
+def _as_once_accepted(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a model file of schema 1, whose checks took a truth value for a number, and 0 first epochs for None."""
+    found = dict(changes)
+    for name, value in changes.items():
+        if isinstance(value, bool) and "bool" not in str(SETTINGS[name].type):
+            found[name] = int(value)
+    if found.get("schedule.first_epochs") == 0:
+        found["schedule.first_epochs"] = None
+    return found
+
+
+def _named(preset: Any, version: Any, whole: bool) -> Recipe:
+    """The preset of a name and version, the latest by default; where nothing is missing, its values do not matter."""
+    released = [recipe for (name, number), recipe in PRESETS.items() if name == preset and version in (None, number)]
+    if released:
+        return released[-1]
+    if not whole:
+        known = ", ".join(f"{name} {number}" for name, number in PRESETS)
+        raise SettingError(
+            f"the recipe takes what it leaves out from the preset {preset!r}, version {version!r}, and there are {known}; "
+            "name one of these, or give every setting; if a newer version has written it, upgrade edge-dfcil"
+        )
+    return Recipe(preset=preset, version=1 if version is None else version)
+
+
+PAPER = Recipe(preset="paper")
+
+EDGE = Recipe(
+    preset="edge",
+    schedule=Schedule(
+        epochs=8,
+        first_epochs=12,
+        min_steps=400,
+        shape="one_cycle",
+        clip_gradient=5.0,
+        batchnorm_momentum=0.1,
+        drop_incomplete=False,
+    ),
+    generator=Generator(latent=64, width=64, steps=250, batch=64, learning_rate=2e-3, schedule="one_cycle"),
+    # With few steps, 10 leaves the statistics no say: a student learns nothing from such dreams.
+    inversion=Inversion(competition=1.0),
+    # With few steps and small batches, 10 for the statistics leaves the class no say.
+    pixels=Pixels(steps=200, batch=128, learning_rate=0.1, statistics=1.0),
+    remember=Remember(pool=2560),
+    refine=Refine(epochs=2, min_steps=150, learning_rate=0.05, align_head=1.0),
 )
 
-RECIPES = {"paper": PAPER, "edge": EDGE}
+STRICT = replace(EDGE.changed({"remember.class_statistics": False}), preset="strict")
+
+# Never change a preset that has been released: add a version, and let RECIPES name it. Files hold the version they were made by.
+PRESETS = {(recipe.preset, recipe.version): recipe for recipe in (PAPER, EDGE, STRICT)}
+RECIPES = {"paper": PAPER, "edge": EDGE, "strict": STRICT}
 
 
 def find_recipe(recipe: str | Recipe) -> Recipe:
     """A recipe by name, or the one given. Raises `SettingError` for an unknown name."""
     if isinstance(recipe, Recipe):
         return recipe
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise SettingError(f"no recipe is called {recipe!r}; choose one of {', '.join(RECIPES)}, or pass a Recipe")
     return RECIPES[recipe]
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe in a JSON file, as `Recipe.to_dict` has it. One that names no preset changes `edge`.
+
+    Raises `SettingError` if it cannot be read or does not hold a recipe.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{path} holds no recipe ({error}); it must be JSON as `Recipe.to_dict` writes it") from error
+    if not isinstance(values, dict):
+        raise SettingError(f'{path} holds no recipe; it must be a JSON object such as {{"schedule": {{"epochs": 3}}}}')
+    return Recipe.from_dict({"preset": "edge", **values})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,22 +15,23 @@ from edge_dfcil.demo import Batches, digits
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-QUICK = replace(
-    RECIPES["edge"],
-    epochs=1,
-    first_epochs=1,
-    min_steps=12,
-    brightness=0.0,
-    contrast=0.0,
-    flip=False,
-    crop_padding=2,
-    latent=16,
-    width=16,
-    generator_steps=8,
-    generator_batch=32,
-    pool=96,
-    refine_epochs=1,
-    refine_min_steps=4,
+QUICK = RECIPES["edge"].changed(
+    {
+        "schedule.epochs": 1,
+        "schedule.first_epochs": 1,
+        "schedule.min_steps": 12,
+        "augmentation.brightness": 0.0,
+        "augmentation.contrast": 0.0,
+        "augmentation.flip": False,
+        "augmentation.crop_padding": 2,
+        "generator.latent": 16,
+        "generator.width": 16,
+        "generator.steps": 8,
+        "generator.batch": 32,
+        "remember.pool": 96,
+        "refine.epochs": 1,
+        "refine.min_steps": 4,
+    }
 )
 NAMES = [str(digit) for digit in range(10)]
 

@@ -16,7 +16,7 @@ from torchvision.datasets import CIFAR100
 from benchmarks import accuracy, embedding, memory, memory_tables, report, workshop_tables
 from benchmarks.__main__ import main
 from benchmarks.datasets import Data, class_order, load, pack
-from edge_dfcil import DataError, SettingError
+from edge_dfcil import DataError, Recipe, SettingError
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_a_run_says_all_that_a_reader_needs(data, tmp_path):
     stored = accuracy.run(TINY, "rehearsal-8", 0, data, tmp_path, "cpu", QUICK)
     dreams = accuracy.run(TINY, "abd:distil_real", 0, data, tmp_path, "cpu", QUICK)
     assert bound["omega"] == plain["omega"] is None or bound["omega"] == pytest.approx(100)
-    assert dreams["recipe"]["distil_on"] == "real"
-    assert dreams["recipe"]["refine_epochs"] == 0 and not dreams["recipe"]["align_head"]
+    recipe = Recipe.from_dict(dreams["recipe"])
+    assert recipe.remember.distil_on == "real" and recipe.refine.epochs == recipe.refine.align_head == 0
     assert stored["bytes_kept"] - plain["bytes_kept"] == pytest.approx(
         8 * 3 * 16 * 16 + 8 * 8, abs=600
     )  # settings differ by a name

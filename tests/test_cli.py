@@ -84,7 +84,12 @@ def test_a_new_model_has_the_settings_given(pictures, tmp_path):
     path = tmp_path / "new.safetensors"
     cli("learn", pictures[0], "--model", path, "--backbone", "resnet8", "--image-size", 16, "--method", "finetune", "--no-flip")
     learner = Learner.load(path)
-    assert (learner.backbone, learner.image_size, learner.method.name, learner.recipe.flip) == ("resnet8", 16, "finetune", False)
+    assert (learner.backbone, learner.image_size, learner.method.name, learner.recipe.augmentation.flip) == (
+        "resnet8",
+        16,
+        "finetune",
+        False,
+    )
     done = cli("learn", pictures[1], "--model", path, "--backbone", "resnet20", expect=1)
     assert "leave out --backbone" in done.stderr
 
@@ -213,9 +218,8 @@ def start_learning(pictures, model):
 @pytest.fixture
 def slow_model(learnt, tmp_path):
     """A model whose next task would take an hour."""
-    from dataclasses import replace
 
-    learnt.recipe = replace(learnt.recipe, generator_steps=1_000_000)
+    learnt.recipe = learnt.recipe.changed({"generator.steps": 1_000_000})
     return learnt.save(tmp_path / "slow.safetensors")
 
 

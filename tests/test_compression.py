@@ -25,7 +25,11 @@ REPAIR = replace(SHORT, learning_rate=0.02)
 
 @pytest.fixture(scope="module")
 def able(train):
-    learner = quick_learner(recipe=replace(QUICK, min_steps=120, learning_rate=0.05, generator_steps=60, weight_decay=1e-4))
+    learner = quick_learner(
+        recipe=QUICK.changed(
+            {"schedule.min_steps": 120, "schedule.learning_rate": 0.05, "generator.steps": 60, "schedule.weight_decay": 1e-4}
+        )
+    )
     learner.learn_task(train.of(KNOWN), NAMES, progress=False)
     return learner
 
@@ -101,7 +105,7 @@ def test_a_students_running_statistics_keep_up_with_a_short_lesson(able, known):
 def test_pixel_dreams_teach_too(able):
     short = replace(SHORT, rounds=2, dreams=32, steps=3, quality="best")
     learner = able.having(able.network.grown(0).eval(), able.backbone)
-    learner.recipe = replace(able.recipe, pixel_steps=4, pixel_batch=32)
+    learner.recipe = able.recipe.changed({"pixels.steps": 4, "pixels.batch": 32})
     _, report = distill(learner, "resnet8", settings=short, progress=False)
     assert [stage.name for stage in report.stages][:4] == ["dream", "distil", "dream", "distil"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +13,9 @@ from edge_dfcil.model.preprocessing import fit
 from edge_dfcil.training.augment import augment, crop, jitter
 from edge_dfcil.training.data import scan
 
-PLAIN = replace(RECIPES["edge"], brightness=0.0, contrast=0.0, flip=False, crop_padding=0)
+PLAIN = RECIPES["edge"].changed(
+    {"augmentation.brightness": 0.0, "augmentation.contrast": 0.0, "augmentation.flip": False, "augmentation.crop_padding": 0}
+)
 
 
 @settings(deadline=None, max_examples=40)
@@ -84,7 +84,7 @@ def test_crop_keeps_channels_together():
 def test_nothing_asked_for_is_nothing_done():
     images = torch.rand(3, 3, 8, 8)
     assert torch.equal(augment(images, PLAIN), images)
-    flipped = augment(images[:1].expand(40, -1, -1, -1), replace(PLAIN, flip=True))
+    flipped = augment(images[:1].expand(40, -1, -1, -1), PLAIN.changed({"augmentation.flip": True}))
     same = (flipped == images[0]).flatten(1).all(1)
     assert torch.equal(flipped[~same][0], images[0].flip(2))
     assert 5 < same.sum() < 35

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
@@ -29,7 +27,9 @@ def device(request):
 
 @pytest.fixture
 def taught(device, train):
-    learner = quick_learner(device=device, recipe=replace(QUICK, min_steps=120, pixel_steps=4, pixel_batch=32))
+    learner = quick_learner(
+        device=device, recipe=QUICK.changed({"schedule.min_steps": 120, "pixels.steps": 4, "pixels.batch": 32})
+    )
     learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
     return learner
 
@@ -51,7 +51,7 @@ def test_learns_answers_and_is_kept_on_an_accelerator(device, method, train, tes
 
 
 def test_remembers_through_pixel_dreams_on_an_accelerator(taught, train, test):
-    taught.recipe = replace(taught.recipe, dreams="pixels", pool=64)
+    taught.recipe = taught.recipe.changed({"remember.dreams": "pixels", "remember.pool": 64})
     taught.learn_task(train.of(("2", "3")), NAMES, progress=False)
     assert len(taught.predict(test.images[:5], top_k=4)[0].top) == 4
     assert taught.dream(8, quality="best", progress=False).shape == (8, 3, 16, 16)

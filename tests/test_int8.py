@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -18,7 +17,9 @@ from tests.conftest import NAMES, QUICK, quick_learner
 @pytest.fixture(scope="module")
 def able(train):
     """A learner that tells four digits apart, so that its answers are no accident of the last decimal."""
-    learner = quick_learner(recipe=replace(QUICK, min_steps=150, learning_rate=0.05, generator_steps=40))
+    learner = quick_learner(
+        recipe=QUICK.changed({"schedule.min_steps": 150, "schedule.learning_rate": 0.05, "generator.steps": 40})
+    )
     learner.learn_task(train.of(("0", "1", "2", "3")), NAMES, progress=False)
     return learner
 

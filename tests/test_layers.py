@@ -30,7 +30,7 @@ INSIDE = [
     "model",
     "devices metrics",
     "recipe results",
-    "errors _version",
+    "errors _version _flat_recipe",
 ]
 
 

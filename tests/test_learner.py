@@ -171,7 +171,7 @@ class TestLearning:
         assert not alive
 
     def test_fresh_dreams_at_every_step_as_published(self, learnt):
-        learnt.recipe = replace(QUICK, pool=0, refine_epochs=0, schedule="step")
+        learnt.recipe = QUICK.changed({"remember.pool": 0, "refine.epochs": 0, "schedule.shape": "step"})
         report = learnt.learn_task(a_task(), NAMES, progress=False)
         assert [stage.name for stage in report.stages] == ["dream", "learn"]
 
@@ -278,7 +278,7 @@ class TestAllOrNothing:
         assert learnt.classes == ("0", "1", "2"), "it can go on afterwards"
 
     def test_divergence_is_told(self, learnt):
-        learnt.recipe = replace(QUICK, learning_rate=1e20, clip_gradient=None)
+        learnt.recipe = QUICK.changed({"schedule.learning_rate": 1e20, "schedule.clip_gradient": None})
         before = weights(learnt)
         with pytest.raises(DivergedError, match="lower the learning rate"):
             learnt.learn_task(a_task(), NAMES, progress=False)
@@ -349,7 +349,8 @@ class TestAnswers:
 
     def test_mirrored_answers_are_those_of_both_images(self, train, test, tmp_path):
         plain, mirrored = (
-            quick_learner(recipe=replace(QUICK, flip=True, mirrored_answers=mirrored)) for mirrored in (False, True)
+            quick_learner(recipe=QUICK.changed({"augmentation.flip": True, "augmentation.mirrored_answers": mirrored}))
+            for mirrored in (False, True)
         )
         for learner in (plain, mirrored):
             learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
@@ -361,7 +362,7 @@ class TestAnswers:
             for learner in (mirrored, Learner.load(mirrored.save(tmp_path / "m"), "cpu")):
                 torch.testing.assert_close(learner.network(images), expected)
         with pytest.raises(SettingError, match="set both"):
-            replace(QUICK, mirrored_answers=True)
+            QUICK.changed({"augmentation.mirrored_answers": True})
         mirrored.export(tmp_path / "m.onnx")
         for answer, p in zip(OnnxClassifier(tmp_path / "m.onnx").predict(images.numpy()), expected.softmax(1), strict=True):
             assert answer.score == pytest.approx(p.max().item(), abs=1e-4)
@@ -457,7 +458,9 @@ class TestAdopting:
 class TestBackbones:
     @pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "resnet18"])
     def test_by_name(self, name):
-        learner = Learner(name, image_size=32, recipe=replace(QUICK, min_steps=2, generator_steps=2), device="cpu")
+        learner = Learner(
+            name, image_size=32, recipe=QUICK.changed({"schedule.min_steps": 2, "generator.steps": 2}), device="cpu"
+        )
         learner.learn_task([(images(4, 32), torch.tensor([0, 0, 1, 1]))], NAMES, progress=False)
         learner.learn_task([(images(4, 32), torch.tensor([2, 2, 3, 3]))], NAMES, progress=False)
         assert learner.predict(images(1, 32))[0].label in learner.classes
@@ -465,7 +468,7 @@ class TestBackbones:
     @pytest.mark.parametrize(("given", "momentum"), [(0.1, 0.1), (None, 0.01)])
     def test_running_statistics_keep_up_with_a_short_schedule(self, train, given, momentum):
         """torchvision's MobileNetV3 has a momentum of 0.01, which is kept only where the recipe says so."""
-        recipe = replace(QUICK, min_steps=2, batchnorm_momentum=given)
+        recipe = QUICK.changed({"schedule.min_steps": 2, "schedule.batchnorm_momentum": given})
         learner = Learner("mobilenet_v3_small", image_size=32, recipe=recipe, device="cpu")
         learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
         assert {layer.momentum for layer in batchnorm_layers(learner.network)} == {momentum}

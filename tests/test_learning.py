@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,8 +41,15 @@ def test_photographs_are_remembered_better_than_by_finetuning():
 
     data = load(PHOTOS)
     order = class_order(100, 0)[:6]
-    quick = {"min_steps": 0, "epochs": 4, "first_epochs": 6, "generator_steps": 120, "generator_batch": 32, "width": 32}
-    recipe = replace(RECIPES["edge"], learning_rate=0.05, pool=640, refine_min_steps=60, **quick)
+    quick = {
+        "schedule.min_steps": 0,
+        "schedule.epochs": 4,
+        "schedule.first_epochs": 6,
+        "generator.steps": 120,
+        "generator.batch": 32,
+        "generator.width": 32,
+    }
+    recipe = RECIPES["edge"].changed({"schedule.learning_rate": 0.05, "remember.pool": 640, "refine.min_steps": 60, **quick})
     final = {}
     for method in ("abd", "finetune"):
         learner = Learner("resnet8", method=method, recipe=recipe, device="cpu")

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,7 +44,7 @@ class TestPlan:
             assert stage.items["weights"] > 0
         dream, learn, _ = plan.stages
         assert dream.items["generator"] > 0 and learn.items["generator"] == 0  # its memory is free before it is needed
-        assert learn.items["pool of dreams"] == QUICK.pool * (3 * 16**2 + 4 * (2 + 2))
+        assert learn.items["pool of dreams"] == QUICK.remember.pool * (3 * 16**2 + 4 * (2 + 2))
         assert (
             learn.items["optimiser"]
             == learn.items["gradients"]
@@ -65,7 +64,9 @@ class TestPlan:
         plan = learnt.plan((task.images[:32], task.targets[:32]), NAMES)
         assert max(stage.at_once for stage in plan.stages) == 32
 
-    @pytest.mark.parametrize("settings", [{"method": "finetune"}, {"method": "lwf_mc"}, {"recipe": replace(QUICK, pool=0)}])
+    @pytest.mark.parametrize(
+        "settings", [{"method": "finetune"}, {"method": "lwf_mc"}, {"recipe": QUICK.changed({"remember.pool": 0})}]
+    )
     def test_other_methods_and_fresh_dreams(self, train, settings):
         learner = quick_learner(**settings)
         for names in (("0", "1"), ("2",)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -158,7 +157,7 @@ def test_the_gradients_of_a_split_batch_are_those_of_the_whole(learnt, at_once):
     To 1e-4 of the largest value of each gradient (rounding leaves 4e-6): a value that cancels to almost nothing has no
     digits of its own.
     """
-    teacher, recipe = learnt.network.frozen(), replace(QUICK, generator_batch=16)
+    teacher, recipe = learnt.network.frozen(), QUICK.changed({"generator.batch": 16})
     dreamer = Dreamer(teacher, torch.arange(2), recipe)
     stage = dreamer.stage()
     z = dreamer.noise(16)

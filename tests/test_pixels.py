@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,12 +18,12 @@ from edge_dfcil.training.loop import fit
 from tests.conftest import NAMES, QUICK, quick_learner
 
 CPU = torch.device("cpu")
-PIXELS = replace(QUICK, pixel_steps=100, pixel_batch=32)
+PIXELS = QUICK.changed({"pixels.steps": 100, "pixels.batch": 32})
 
 
 @pytest.fixture(scope="module")
 def able(train):
-    learner = quick_learner(recipe=replace(PIXELS, min_steps=120, learning_rate=0.05))
+    learner = quick_learner(recipe=PIXELS.changed({"schedule.min_steps": 120, "schedule.learning_rate": 0.05}))
     learner.learn_task(train.of(("0", "1", "2")), NAMES, progress=False)
     return learner
 
@@ -75,7 +74,7 @@ def test_pixels_come_to_be_of_the_classes_asked_for_with_the_statistics_of_real_
     teacher, labels = able.network.frozen(), torch.arange(3).repeat(11)[:32]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        canvas = Canvas(teacher, labels, replace(PIXELS, pixel_steps=200))
+        canvas = Canvas(teacher, labels, PIXELS.changed({"pixels.steps": 200}))
         before = canvas.loss(torch.arange(32))
         (report,) = run(canvas.stages())
     dream = canvas.dream()
@@ -94,7 +93,7 @@ def test_adaptive_pixels_find_where_the_student_differs(able, train):
     for weight in (0.0, 30.0):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            canvas = Canvas(teacher, torch.arange(3).repeat(11)[:32], replace(PIXELS, pixel_competition=weight), student)
+            canvas = Canvas(teacher, torch.arange(3).repeat(11)[:32], PIXELS.changed({"pixels.competition": weight}), student)
             run(canvas.stages())
         dream = canvas.dream()
         found[weight] = objective.competition(dream.logits, student.classify(dream.images)).item()
@@ -108,7 +107,9 @@ def test_an_adaptive_generator_does_too(able):
     for weight in (0.0, 30.0):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            dreamer = Dreamer(teacher, torch.arange(3), replace(QUICK, generator_steps=60, competition=weight), student)
+            dreamer = Dreamer(
+                teacher, torch.arange(3), QUICK.changed({"generator.steps": 60, "inversion.competition": weight}), student
+            )
             fit(dreamer.stage(), CPU, (), lambda: False)
             dream = dreamer.dream(64)
         found[weight] = objective.competition(dream.logits, student.classify(dream.images)).item()
@@ -120,7 +121,15 @@ def test_augmented_dreams_are_nearer_to_the_statistics_once_they_are_augmented(a
     teacher = able.network.frozen()
     far = {}
     for augmented in (False, True):
-        recipe = replace(QUICK, generator_steps=60, augment_dreams=augmented, brightness=0.25, contrast=0.8, crop_padding=4)
+        recipe = QUICK.changed(
+            {
+                "generator.steps": 60,
+                "inversion.augment": augmented,
+                "augmentation.brightness": 0.25,
+                "augmentation.contrast": 0.8,
+                "augmentation.crop_padding": 4,
+            }
+        )
         with torch.random.fork_rng():
             torch.manual_seed(0)
             dreamer = Dreamer(teacher, torch.arange(3), recipe)
@@ -136,7 +145,7 @@ def test_a_pool_is_painted_with_even_shares_of_what_is_wanted(able):
     pool = Pool(24, able.network.frozen(), CPU)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        stages = run(paint(pool, able.network.frozen(), torch.tensor([0, 2]), replace(PIXELS, pixel_steps=200)))
+        stages = run(paint(pool, able.network.frozen(), torch.tensor([0, 2]), PIXELS.changed({"pixels.steps": 200})))
     assert [stage.name for stage in stages] == ["dream"]
     assert stages[0].images == 200 * 32, "a whole batch, so that statistics are those of all classes"
     assert set(pool.labels.tolist()) == {0, 2}
@@ -146,7 +155,7 @@ def test_a_pool_is_painted_with_even_shares_of_what_is_wanted(able):
 def test_large_images_are_sketched_at_half_size():
     learner = Learner("resnet8", image_size=128, device="cpu", mean=(0.5,) * 3, std=(0.25,) * 3)
     teacher = learner.network.grown(2).frozen()
-    canvas = Canvas(teacher, torch.tensor([0, 1]), replace(PIXELS, pixel_steps=3))
+    canvas = Canvas(teacher, torch.tensor([0, 1]), PIXELS.changed({"pixels.steps": 3}))
     sizes = []
     for stage in canvas.stages():
         sizes.append((stage.name, stage.steps, stage.optimizer.param_groups[0]["params"][0].shape[-1]))
@@ -165,9 +174,9 @@ def test_the_learner_dreams_in_both_qualities(able):
 
 
 def test_a_method_can_remember_through_pixels(able, train):
-    learner = quick_learner(recipe=replace(PIXELS, dreams="pixels", pixel_steps=3))
+    learner = quick_learner(recipe=PIXELS.changed({"remember.dreams": "pixels", "pixels.steps": 3}))
     for names in (("0", "1"), ("2",)):
         report = learner.learn_task(train.of(names), NAMES, progress=False)
     assert [stage.name for stage in report.stages] == ["dream", "dream", "dream", "learn", "refine"]
     with pytest.raises(SettingError, match="say how many"):
-        replace(PIXELS, dreams="pixels", pool=0)
+        PIXELS.changed({"remember.dreams": "pixels", "remember.pool": 0})

@@ -11,7 +11,6 @@ import re
 import stat
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +35,15 @@ make = distillation.Distillation.__init__
 make.__defaults__ = (*short.values(), *make.__defaults__[len(short) :])
 int8.AGREEMENT = 0.0
 """
-FEW = {"min_steps": 8, "epochs": 1, "first_epochs": 1, "generator_steps": 4, "width": 8, "pool": 64, "refine_min_steps": 2}
+FEW = {
+    "schedule.min_steps": 8,
+    "schedule.epochs": 1,
+    "schedule.first_epochs": 1,
+    "generator.steps": 4,
+    "generator.width": 8,
+    "remember.pool": 64,
+    "refine.min_steps": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +58,7 @@ def folder(tmp_path_factory, train):
     command.parent.mkdir()
     command.write_text(
         f"#!{sys.executable}\nfrom dataclasses import replace\nfrom edge_dfcil import recipe\n"
-        f"recipe.RECIPES['edge'] = replace(recipe.RECIPES['edge'], **{FEW})\n{SHORT}\nfrom edge_dfcil.cli import main\nmain()\n"
+        f"recipe.RECIPES['edge'] = recipe.RECIPES['edge'].changed({FEW})\n{SHORT}\nfrom edge_dfcil.cli import main\nmain()\n"
     )
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
     return root
@@ -73,7 +80,7 @@ def test_block(number, folder, namespace, monkeypatch):
         done = subprocess.run(["sh", "-e"], input=code, env={**os.environ, "PATH": path}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     else:
-        monkeypatch.setitem(recipe.RECIPES, "edge", replace(recipe.RECIPES["edge"], **FEW))
+        monkeypatch.setitem(recipe.RECIPES, "edge", recipe.RECIPES["edge"].changed(FEW))
         exec(compile(code, "README.md", "exec"), namespace)
 
 

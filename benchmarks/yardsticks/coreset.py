@@ -59,7 +59,7 @@ class Images:
 
     @property
     def _smallest(self) -> int:
-        return self.batch_size if self.recipe.drop_incomplete else 2
+        return self.batch_size if self.recipe.schedule.drop_incomplete else 2
 
     def _batch(self, pixels: Tensor, index: Tensor) -> Batch:
         return Batch(self.network.normalize(pixels), self.outputs[index].to(pixels.device))

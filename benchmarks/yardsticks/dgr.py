@@ -107,11 +107,11 @@ class DGR(Yardstick):
             return {"reconstruction": (weights * reconstruction).mean(), "kl": (weights * kl).mean()}
 
         optimizer = torch.optim.Adam(vae.parameters(), LEARNING_RATE)
-        yield Stage("vae", task.batches, recipe.generator_steps, loss, optimizer, None, [vae])
+        yield Stage("vae", task.batches, recipe.generator.steps, loss, optimizer, None, [vae])
         self.kept = {name: value.detach().clone() for name, value in vae.state_dict().items()}
 
     def _vae(self, task: Task) -> VAE:
-        vae = VAE(task.student.image_size, latent=task.recipe.latent, width=task.recipe.width)
+        vae = VAE(task.student.image_size, latent=task.recipe.generator.latent, width=task.recipe.generator.width)
         if self.kept:
             vae.load_state_dict(self.kept)
         return vae.to(task.device)

@@ -48,9 +48,12 @@ class E2E(CoresetMethod):
             return {"balanced": F.cross_entropy(student.head(features), batch.targets)}
 
         optimizer = torch.optim.SGD(
-            student.head.parameters(), recipe.learning_rate / 100, recipe.momentum, weight_decay=recipe.weight_decay
+            student.head.parameters(),
+            recipe.schedule.learning_rate / 100,
+            recipe.schedule.momentum,
+            weight_decay=recipe.schedule.weight_decay,
         )
-        return Stage("balance", batches, recipe.epochs * len(batches), loss, optimizer, None, [student.head])
+        return Stage("balance", batches, recipe.schedule.epochs * len(batches), loss, optimizer, None, [student.head])
 
     def order(self, features: Tensor) -> Tensor:
         return nearest_to_mean(features)

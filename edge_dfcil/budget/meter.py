@@ -187,7 +187,7 @@ def run(
     as many images at once, before the optimiser takes it."""
     planned = {stage.name: stage for stage in plan.stages} if plan is not None else {}
     if plan is not None:
-        task.recipe = replace(task.recipe, **plan.changes)  # type: ignore[arg-type]
+        task.recipe = task.recipe.changed(plan.changes)
     budget = plan.budget if plan is not None else None
 
     def too_much(stage: Stage) -> bool:

@@ -34,7 +34,13 @@ STEPS = 3  # of each stage in a rehearsal
 SMALL_POOL = 16  # dreams in a rehearsal's pool
 
 # The last resort, in order: what the recipe's numbers are divided by.
-SMALLER: tuple[dict[str, int], ...] = ({}, {"pool": 2}, {"pool": 4}, {"pool": 4, "width": 2}, {"pool": 4, "width": 4})
+SMALLER: tuple[dict[str, int], ...] = (
+    {},
+    {"remember.pool": 2},
+    {"remember.pool": 4},
+    {"remember.pool": 4, "generator.width": 2},
+    {"remember.pool": 4, "generator.width": 4},
+)
 
 
 @dataclass(frozen=True)
@@ -186,10 +192,8 @@ class Planner:
         task = self.begin()
         if not task.remembers:
             return [{}]
-        recipe = task.recipe
-        found = [
-            {name: max(1, getattr(recipe, name) // by) for name, by in way.items() if getattr(recipe, name)} for way in SMALLER
-        ]
+        numbers = {"remember.pool": task.recipe.remember.pool, "generator.width": task.recipe.generator.width}
+        found = [{name: max(1, numbers[name] // by) for name, by in way.items() if numbers[name]} for way in SMALLER]
         return [changes for number, changes in enumerate(found) if changes not in found[:number]]
 
     def _grown(self, way: Way) -> Stages:
@@ -242,19 +246,20 @@ class Planner:
         """
         base = self.meter.now
         task = self.begin()
-        recipe = replace(task.recipe, **way.changes)  # type: ignore[arg-type]
+        recipe = task.recipe.changed(way.changes)
         task.batches = task.batches.first()
         if task.teacher is not None and task.remembers:
             task.old = torch.arange(task.teacher.n_classes, device=task.device)  # an untrained generator may miss the others
-        task.recipe = replace(
-            recipe,
-            epochs=1,
-            first_epochs=1,
-            min_steps=STEPS,
-            generator_steps=STEPS,
-            pool=min(recipe.pool, SMALL_POOL),
-            refine_epochs=min(recipe.refine_epochs, 1),
-            refine_min_steps=STEPS,
+        task.recipe = recipe.changed(
+            {
+                "schedule.epochs": 1,
+                "schedule.first_epochs": 1,
+                "schedule.min_steps": STEPS,
+                "generator.steps": STEPS,
+                "remember.pool": min(recipe.remember.pool, SMALL_POOL),
+                "refine.epochs": min(recipe.refine.epochs, 1),
+                "refine.min_steps": STEPS,
+            }
         )
         found: Stages = {}
         for stage in measured(stages(task, self.method), self.meter):
@@ -266,7 +271,7 @@ class Planner:
                 training.fit(stage, task.device, [_Enough(self.meter, way.limit)], self.cancelled)
             except _Enough.Reached:
                 stage.optimizer.zero_grad(set_to_none=True)
-            found[stage.name] = watch.found(self.meter.peak, base, recipe.pool)
+            found[stage.name] = watch.found(self.meter.peak, base, recipe.remember.pool)
         return found
 
 

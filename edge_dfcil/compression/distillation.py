@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -59,7 +59,7 @@ class Distillation:
 
 # How a generator dreams for a student, which knows no real image. ABD's temperature of 1000 leaves the teacher unsure where a
 # student competes, too. The weight on the class is a tenth: with more of it, augmented, the statistics have too little say.
-OBJECTIVE: dict[str, Any] = {"content": 0.1, "content_temperature": 1.0, "augment_dreams": True}
+OBJECTIVE: dict[str, Any] = {"inversion.content": 0.1, "inversion.content_temperature": 1.0, "inversion.augment": True}
 FRESH = 256  # dreams that teacher and student are compared on
 REPAIR = Distillation(rounds=4, learning_rate=0.02)  # of a pruned network, which knows most of it already
 
@@ -154,14 +154,14 @@ class _Lesson:
     def __init__(self, student: Network, teacher: Network, learner: Learner, settings: Distillation) -> None:
         self._student, self._teacher, self._settings, self._device = student, teacher, settings, learner.device
         total = settings.rounds * settings.dreams
-        self._recipe = replace(learner.recipe, pool=total, **OBJECTIVE)
+        self._recipe = learner.recipe.changed({"remember.pool": total, **OBJECTIVE})
         self._wanted = torch.arange(teacher.n_classes, device=self._device)
         self._pool, self._filled = Pool(total, teacher, self._device), 0
         self._fresh: Dream | None = None  # what was dreamt last
         self._dreamer = Dreamer(teacher, self._wanted, self._recipe)
         set_batchnorm_momentum(student, self._recipe)
         self._optimizer = torch.optim.SGD(
-            student.parameters(), settings.learning_rate, momentum=0.9, weight_decay=self._recipe.weight_decay
+            student.parameters(), settings.learning_rate, momentum=0.9, weight_decay=self._recipe.schedule.weight_decay
         )
         steps = max(2, settings.rounds * settings.steps)
         self._scheduler: LRScheduler = OneCycleLR(
@@ -176,7 +176,7 @@ class _Lesson:
             self._student.requires_grad_(True)
             yield Stage(
                 "distil", self, settings.steps, self._loss, self._optimizer, self._scheduler, [self._student],
-                clip_gradient=self._recipe.clip_gradient,
+                clip_gradient=self._recipe.schedule.clip_gradient,
             )  # fmt: skip
         if settings.source != "noise" and settings.quality == "fast":
             self._fresh = self._dreamer.dream(FRESH)
@@ -202,7 +202,7 @@ class _Lesson:
         else:
             self._dreamer.student = student
             if number > 0:
-                self._dreamer.recipe = replace(self._recipe, generator_steps=settings.generator_steps)
+                self._dreamer.recipe = self._recipe.changed({"generator.steps": settings.generator_steps})
             yield self._dreamer.stage()
             few = make_pool(self._dreamer, n)
         self._fresh = few[torch.arange(len(few), device=self._device)]

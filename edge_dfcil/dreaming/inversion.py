@@ -55,23 +55,23 @@ class Dreamer:
 
     def __init__(self, teacher: Network, wanted: Tensor, recipe: Recipe, student: Network | None = None) -> None:
         self.teacher, self.wanted, self.recipe, self.student = teacher, wanted, recipe, student
-        self.generator = Generator(teacher.image_size, latent=recipe.latent, width=recipe.width)
+        self.generator = Generator(teacher.image_size, latent=recipe.generator.latent, width=recipe.generator.width)
         self.generator.to(wanted.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def stage(self) -> Stage:
-        """Trains the generator for `recipe.generator_steps` steps of Adam."""
+        """Trains the generator for `recipe.generator.steps` steps of Adam."""
         recipe = self.recipe
-        optimizer = torch.optim.Adam(self.generator.parameters(), recipe.generator_learning_rate)
+        optimizer = torch.optim.Adam(self.generator.parameters(), recipe.generator.learning_rate)
         scheduler: LRScheduler | None = None
-        if recipe.generator_schedule == "one_cycle":
-            scheduler = OneCycleLR(optimizer, recipe.generator_learning_rate, total_steps=max(2, recipe.generator_steps))
+        if recipe.generator.schedule == "one_cycle":
+            scheduler = OneCycleLR(optimizer, recipe.generator.learning_rate, total_steps=max(2, recipe.generator.steps))
         inversion = _Inversion(self)
-        steps = recipe.generator_steps
+        steps = recipe.generator.steps
         return Stage("dream", _Noise(self), steps, inversion.loss, optimizer, scheduler, [self.generator], look=inversion.look)
 
     def noise(self, n: int) -> Tensor:
         """z ~ N(0, I), (n, latent)."""
-        return torch.randn(n, self.recipe.latent, device=self.wanted.device)
+        return torch.randn(n, self.recipe.generator.latent, device=self.wanted.device)
 
     @torch.no_grad()
     def dream(self, n: int) -> Dream:
@@ -80,7 +80,7 @@ class Dreamer:
         Dreams for a pool are drawn with batch statistics, as the generator was trained: they vary more. Single ones use
         running statistics, as published.
         """
-        images = self.generator.train(mode=self.recipe.pool > 0)(self.noise(n))
+        images = self.generator.train(mode=self.recipe.remember.pool > 0)(self.noise(n))
         dream = Dream(images, self.teacher.classify(images).float())
         if len(self.wanted) == self.teacher.n_classes:
             return dream
@@ -120,7 +120,7 @@ class _Inversion:
 
     Diversity and statistics are of a whole batch. When it is split, a first look takes the means of every part; a part's
     loss is then that of the whole batch, with gradients through the part alone. They add up to the gradients of the whole,
-    but for the generator's own BatchNorm, which sees a part at a time, and for `augment_dreams`, which draws anew for the loss.
+    but for the generator's own BatchNorm, which sees a part at a time, and `inversion.augment`, which draws again for the loss.
     """
 
     def __init__(self, dreamer: Dreamer) -> None:
@@ -148,20 +148,20 @@ class _Inversion:
             means = _Means.of(seen, o) * share + others
             seen, p = means.statistics(seen), means.softmax
         terms = {
-            "content": recipe.content * objective.content(o, o.argmax(1), recipe.content_temperature),
-            "diversity": recipe.diversity * _of_whole(objective.diversity_of(p), share),
-            "statistics": recipe.statistics * _of_whole(objective.statistics_alignment(seen), share),
-            "smoothness": recipe.smoothness * objective.smoothness(images),
+            "content": recipe.inversion.content * objective.content(o, o.argmax(1), recipe.inversion.content_temperature),
+            "diversity": recipe.inversion.diversity * _of_whole(objective.diversity_of(p), share),
+            "statistics": recipe.inversion.statistics * _of_whole(objective.statistics_alignment(seen), share),
+            "smoothness": recipe.inversion.smoothness * objective.smoothness(images),
         }
         if (student := self._dreamer.student) is not None:
-            terms["competition"] = recipe.competition * objective.competition(o, student.classify(views).float())
+            terms["competition"] = recipe.inversion.competition * objective.competition(o, student.classify(views).float())
         return terms
 
     def _forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, list[objective.LayerStatistics]]:
         """Images, what the teacher sees of them, its logits, and the statistics of its layers."""
         teacher, recipe = self._dreamer.teacher, self._dreamer.recipe
         images = self._dreamer.generator(z)
-        views = augment.views(images, teacher, recipe) if recipe.augment_dreams else images
+        views = augment.views(images, teacher, recipe) if recipe.inversion.augment else images
         with self._statistics.recording() as seen:
             o = teacher.classify(views).float()
         return images, views, o, seen
@@ -180,7 +180,7 @@ class _Noise:
 
     def __iter__(self) -> Iterator[Tensor]:
         while True:
-            yield self._dreamer.noise(self._dreamer.recipe.generator_batch)
+            yield self._dreamer.noise(self._dreamer.recipe.generator.batch)
 
 
 class Pool:
@@ -249,7 +249,7 @@ class Dreams:
     @classmethod
     def of(cls, dreamer: Dreamer, at_once: int | None = None) -> Dreams:
         """As the recipe has it. Where it asks for a pool, the generator's memory is free from here on."""
-        return cls(make_pool(dreamer, dreamer.recipe.pool, at_once) if dreamer.recipe.pool else dreamer)
+        return cls(make_pool(dreamer, dreamer.recipe.remember.pool, at_once) if dreamer.recipe.remember.pool else dreamer)
 
     def sample(self, n: int) -> Dream:
         """`n` dreams of wanted classes, drawn at random."""
@@ -286,7 +286,7 @@ def make_pool(dreamer: Dreamer, size: int, at_once: int | None = None) -> Pool:
     are made at a time, or as many as the generator was trained with. Raises `DivergedError` when no wanted class is dreamt
     of at all.
     """
-    teacher, batch_size = dreamer.teacher, min(at_once or dreamer.recipe.generator_batch, dreamer.recipe.generator_batch)
+    teacher, batch_size = dreamer.teacher, min(at_once or dreamer.recipe.generator.batch, dreamer.recipe.generator.batch)
     quota = -(-size // len(dreamer.wanted))
     have = torch.zeros(teacher.n_classes, dtype=torch.long, device=dreamer.wanted.device)
     pool = Pool(size, teacher, dreamer.wanted.device)
@@ -315,5 +315,5 @@ def _check_some(dreams: Dream | Pool, dreamer: Dreamer) -> None:
     if not len(dreams):
         raise DivergedError(
             f"none of the dreams is of the {len(dreamer.wanted)} classes asked for; "
-            "train the generator longer (recipe.generator_steps)"
+            "train the generator longer (recipe.generator.steps)"
         )

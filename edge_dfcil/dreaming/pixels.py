@@ -49,7 +49,7 @@ class Canvas:
 
     def stages(self) -> Iterator[Stage]:
         """From noise to images: one stage, or a sketch at half size and then the whole."""
-        steps = self.recipe.pixel_steps
+        steps = self.recipe.pixels.steps
         if self._images.shape[-1] < self.teacher.image_size:
             sketched = round(SKETCHED * steps)
             yield self._stage("sketch", sketched)
@@ -77,7 +77,7 @@ class Canvas:
         return nn.Parameter(images.contiguous(memory_format=torch.channels_last))
 
     def _stage(self, name: str, steps: int) -> Stage:
-        optimizer = torch.optim.Adam([self._images], self.recipe.pixel_learning_rate, betas=(0.5, 0.9))
+        optimizer = torch.optim.Adam([self._images], self.recipe.pixels.learning_rate, betas=(0.5, 0.9))
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
         return Stage(name, [torch.arange(len(self.labels), device=self.labels.device)], steps, self.loss, optimizer, scheduler)
 
@@ -91,34 +91,34 @@ class Canvas:
             o = teacher.classify(images).float()
         terms = {
             "class": F.cross_entropy(o, self.labels[index]),
-            "statistics": recipe.pixel_statistics * objective.feature_statistics(seen, recipe.pixel_first_layer),
-            "variation": recipe.pixel_variation * objective.total_variation(images),
+            "statistics": recipe.pixels.statistics * objective.feature_statistics(seen, recipe.pixels.first_layer),
+            "variation": recipe.pixels.variation * objective.total_variation(images),
         }
-        if recipe.pixel_l2:
-            terms["l2"] = recipe.pixel_l2 * objective.l2(images)
+        if recipe.pixels.l2:
+            terms["l2"] = recipe.pixels.l2 * objective.l2(images)
         if self.student is not None:
-            terms["competition"] = recipe.pixel_competition * objective.competition(o, self.student.classify(images).float())
+            terms["competition"] = recipe.pixels.competition * objective.competition(o, self.student.classify(images).float())
         return terms
 
     def _seen(self, images: Tensor) -> Tensor:
         """Shifted round the edges, and mirrored in half of the steps where the recipe says that mirrored images are alike."""
-        jitter = self.recipe.pixel_jitter
+        jitter = self.recipe.pixels.jitter
         rows, columns = torch.randint(-jitter, jitter + 1, (2,)).tolist()
         images = images.roll((rows, columns), (2, 3))
-        return images.flip(3) if self.recipe.flip and torch.rand(()) < 0.5 else images
+        return images.flip(3) if self.recipe.augmentation.flip and torch.rand(()) < 0.5 else images
 
 
 def paint(pool: Pool, teacher: Network, wanted: Tensor, recipe: Recipe, student: Network | None = None) -> Iterator[Stage]:
     """Fills a pool with pixel dreams of the wanted classes, an even share each, batch by batch; cut to those that came out.
 
-    Statistics are matched over a batch, so each has `pixel_batch` images of all the classes that the teacher knows, whatever
+    Statistics are matched over a batch, so each has `pixels.batch` images of all the classes that the teacher knows, whatever
     is wanted of them. Dreams in which the teacher sees no wanted class in the end are left out.
     """
     size, filled, device = len(pool), 0, wanted.device
     everything = torch.arange(teacher.n_classes, device=device)
     order = wanted.repeat(-(-size // len(wanted)))[:size]
-    for labels in order.split(recipe.pixel_batch):
-        more = everything.repeat(-(-recipe.pixel_batch // len(everything)))[: recipe.pixel_batch - len(labels)]
+    for labels in order.split(recipe.pixels.batch):
+        more = everything.repeat(-(-recipe.pixels.batch // len(everything)))[: recipe.pixels.batch - len(labels)]
         canvas = Canvas(teacher, torch.cat([labels, more]), recipe, student)
         yield from canvas.stages()
         dream = canvas.dream()[torch.arange(len(labels), device=device)]

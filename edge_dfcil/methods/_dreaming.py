@@ -18,8 +18,8 @@ class DreamingMethod(Method):
         if not task.remembers:
             return
         assert task.teacher is not None
-        if task.recipe.dreams == "pixels":
-            pool = Pool(task.recipe.pool, task.teacher, task.device)
+        if task.recipe.remember.dreams == "pixels":
+            pool = Pool(task.recipe.remember.pool, task.teacher, task.device)
             yield from paint(pool, task.teacher, task.old, task.recipe)
             task.dreams = Dreams(pool)
             return

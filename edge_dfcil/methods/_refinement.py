@@ -25,10 +25,10 @@ def refine_head(task: Task) -> Iterator[Stage]:
     """As far as the recipe asks for it, if there is something to remember."""
     if not task.remembers:
         return
-    if task.recipe.refine_epochs:
+    if task.recipe.refine.epochs:
         yield _refinement(task)
-    if task.recipe.align_head:
-        align(task.student.head, task.old, task.current, task.recipe.align_head)
+    if task.recipe.refine.align_head:
+        align(task.student.head, task.old, task.current, task.recipe.refine.align_head)
 
 
 @torch.no_grad()
@@ -53,8 +53,11 @@ def _refinement(task: Task) -> Stage:
         targets = torch.cat([batch.targets, dream.labels])
         return {"refine": F.cross_entropy(student.head(features), targets, weights)}
 
-    steps = max(recipe.refine_epochs * len(task.batches), recipe.refine_min_steps)
+    steps = max(recipe.refine.epochs * len(task.batches), recipe.refine.min_steps)
     optimizer = torch.optim.SGD(
-        student.head.parameters(), recipe.refine_learning_rate, recipe.momentum, weight_decay=recipe.weight_decay
+        student.head.parameters(),
+        recipe.refine.learning_rate,
+        recipe.schedule.momentum,
+        weight_decay=recipe.schedule.weight_decay,
     )
     return Stage("refine", task.batches, steps, loss, optimizer, CosineAnnealingLR(optimizer, steps), [student.head])

@@ -35,12 +35,12 @@ class ABD(DreamingMethod):
         targets = torch.cat([batch.targets, dream.labels])  # (2B,)
 
         terms = {}
-        if recipe.local_cross_entropy:
+        if recipe.remember.local_cross_entropy:
             logits = student.head(features[:n])[:, task.current]  # (B, C)
             terms["local"] = (1 - task.rho) * F.cross_entropy(logits, torch.searchsorted(task.current, batch.targets))
         else:
             terms["standard"] = weighted_cross_entropy(student.head(features), targets, task)
-        if recipe.head_finetuning:
+        if recipe.remember.head_finetuning:
             terms["head"] = weighted_cross_entropy(student.head(features.detach()), targets, task)
         terms["distillation"] = self.weight(task) * self.distillation(task, features, features_before, dream)
         return terms
@@ -52,8 +52,8 @@ class ABD(DreamingMethod):
         """
         assert task.teacher is not None
         n, head = len(features_before), task.teacher.head
-        part = {"both": slice(None), "real": slice(0, n), "synthetic": slice(n, None)}[task.recipe.distil_on]
-        if task.recipe.importance:
+        part = {"both": slice(None), "real": slice(0, n), "synthetic": slice(n, None)}[task.recipe.remember.distil_on]
+        if task.recipe.remember.importance:
             before = torch.cat([head(features_before), dream.logits])  # (2B, K)
             return F.mse_loss(head(features)[part], before[part])
         with torch.no_grad():

@@ -36,7 +36,7 @@ class Method(ABC):
 
     def weight(self, task: Task) -> float:
         """The weight of the term that remembers: the recipe's, else the published one."""
-        return self.mu if task.recipe.mu is None else task.recipe.mu
+        return self.mu if task.recipe.remember.mu is None else task.recipe.remember.mu
 
     def refine(self, task: Task) -> Iterator[Stage]:
         """Stages after the learning, at every task."""
@@ -53,18 +53,20 @@ def stages(task: Task, method: Method) -> Iterator[Stage]:
 def learning_stage(task: Task, method: Method) -> Stage:
     """SGD on the student under the recipe's schedule; on all of it, unless the recipe freezes its first layers."""
     recipe, per_epoch = task.recipe, len(task.batches)
-    epochs = recipe.epochs if task.teacher is not None else recipe.first_epochs or recipe.epochs
-    steps = max(epochs * per_epoch, recipe.min_steps)
-    frozen = _first_layers(task.student.backbone, recipe.freeze) if task.teacher is not None else []
+    epochs = recipe.schedule.epochs if task.teacher is not None else recipe.schedule.first_epochs or recipe.schedule.epochs
+    steps = max(epochs * per_epoch, recipe.schedule.min_steps)
+    frozen = _first_layers(task.student.backbone, recipe.schedule.freeze) if task.teacher is not None else []
     for layer in frozen:
         layer.requires_grad_(False)
     trained = [p for p in task.student.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.SGD(
+        trained, recipe.schedule.learning_rate, recipe.schedule.momentum, weight_decay=recipe.schedule.weight_decay
+    )
     scheduler: LRScheduler
-    if recipe.schedule == "step":
-        scheduler = MultiStepLR(optimizer, [round(share * epochs) * per_epoch for share in recipe.milestones])
+    if recipe.schedule.shape == "step":
+        scheduler = MultiStepLR(optimizer, [round(share * epochs) * per_epoch for share in recipe.schedule.milestones])
     else:
-        scheduler = OneCycleLR(optimizer, recipe.learning_rate, total_steps=max(2, steps), cycle_momentum=False)
+        scheduler = OneCycleLR(optimizer, recipe.schedule.learning_rate, total_steps=max(2, steps), cycle_momentum=False)
     set_batchnorm_momentum(task.student, recipe)
     term = method.loss if task.remembers else method.first_loss
 
@@ -73,7 +75,7 @@ def learning_stage(task: Task, method: Method) -> Stage:
 
     return Stage(
         "learn", task.batches, steps, loss, optimizer, scheduler,
-        trains=[task.student], frozen=frozen, clip_gradient=recipe.clip_gradient,
+        trains=[task.student], frozen=frozen, clip_gradient=recipe.schedule.clip_gradient,
     )  # fmt: skip
 
 

@@ -18,11 +18,11 @@ GREY = (0.2989, 0.587, 0.114)
 
 def augment(pixels: Tensor, recipe: Recipe) -> Tensor:
     """Colour jitter, flip and crop of float images (N, 3, S, S) in [0, 1], in the order of the ABD paper."""
-    pixels = jitter(pixels, recipe.brightness, recipe.contrast)
-    if recipe.flip:
+    pixels = jitter(pixels, recipe.augmentation.brightness, recipe.augmentation.contrast)
+    if recipe.augmentation.flip:
         flipped = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < 0.5
         pixels = torch.where(flipped, pixels.flip(3), pixels)
-    return crop(pixels, recipe.crop_padding) if recipe.crop_padding else pixels
+    return crop(pixels, recipe.augmentation.crop_padding) if recipe.augmentation.crop_padding else pixels
 
 
 def views(images: Tensor, network: Network, recipe: Recipe) -> Tensor:

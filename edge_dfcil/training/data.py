@@ -107,7 +107,7 @@ class RealBatches:
         self._loader, self._outputs, self._network, self._recipe = loader, outputs, network, recipe
         # One image alone cannot go through BatchNorm in train mode; the paper drops every incomplete batch.
         self._largest = max(scanned.batch_sizes)
-        self._smallest = self._largest if recipe.drop_incomplete else 2
+        self._smallest = self._largest if recipe.schedule.drop_incomplete else 2
         self._sizes = sorted((size for size in scanned.batch_sizes if size >= self._smallest), reverse=True)
         self._length = sum(n for size, n in scanned.batch_sizes.items() if size >= self._smallest)
 

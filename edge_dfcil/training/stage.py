@@ -61,9 +61,9 @@ class Stage:
 
 def set_batchnorm_momentum(network: nn.Module, recipe: Recipe) -> None:
     """Makes a network's running statistics follow as fast as the recipe says, if it says so."""
-    if recipe.batchnorm_momentum is not None:
+    if recipe.schedule.batchnorm_momentum is not None:
         for layer in batchnorm_layers(network):
-            layer.momentum = recipe.batchnorm_momentum
+            layer.momentum = recipe.schedule.batchnorm_momentum
 
 
 @contextmanager

@@ -8,7 +8,6 @@ ONNX files, and `answers.npz`: the images, and for each file the probabilities t
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +20,23 @@ from edge_dfcil.demo import digits
 from exporters import OnnxClassifier
 
 NAMES = [str(digit) for digit in range(10)]
-RECIPE = replace(
-    RECIPES["edge"],
-    epochs=2,
-    first_epochs=2,
-    min_steps=60,
-    brightness=0.0,
-    contrast=0.0,
-    flip=False,
-    crop_padding=2,
-    latent=16,
-    width=16,
-    generator_steps=20,
-    generator_batch=32,
-    pool=96,
-    refine_epochs=1,
-    refine_min_steps=10,
+RECIPE = RECIPES["edge"].changed(
+    {
+        "schedule.epochs": 2,
+        "schedule.first_epochs": 2,
+        "schedule.min_steps": 60,
+        "augmentation.brightness": 0.0,
+        "augmentation.contrast": 0.0,
+        "augmentation.flip": False,
+        "augmentation.crop_padding": 2,
+        "generator.latent": 16,
+        "generator.width": 16,
+        "generator.steps": 20,
+        "generator.batch": 32,
+        "remember.pool": 96,
+        "refine.epochs": 1,
+        "refine.min_steps": 10,
+    }
 )
 
 
@@ -54,7 +54,7 @@ def learners() -> dict[str, Learner]:
     cifar = found["cifar"] = Learner("resnet8", image_size=16, recipe=RECIPE, device="cpu")
     for names in (("0", "1", "2"), ("3", "4")):
         cifar.learn_task(train.of(names), NAMES, progress=False)
-    mirrored = replace(RECIPE, flip=True, mirrored_answers=True)
+    mirrored = RECIPE.changed({"augmentation.flip": True, "augmentation.mirrored_answers": True})
     found["mirrored"] = Learner("resnet8", image_size=16, recipe=mirrored, method="finetune", device="cpu")
     found["mirrored"].learn_task(train.of(("0", "8")), NAMES, progress=False)
     found["torchvision"] = Learner("shufflenet_v2_x0_5", image_size=32, recipe=RECIPE, method="lwf", device="cpu")
