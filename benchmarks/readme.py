@@ -58,8 +58,9 @@ def photographs(folder: Path) -> str:
     parts = [tables.table(head, rows), *_all_classes(found)]
     if timed := report.measured_all(folder, speed.FILE):
         parts.append(
-            "At equal mathematics, a classifier step of ABD and a generator step beside a plain transcription of the published "
-            f"ones ({timed[0]['setting']['backbone']}): {'; '.join(map(_speed, timed))}."
+            "At equal mathematics, a classifier step of ABD and a generator step beside the published ones, which are those of "
+            "[demos/abd_in_one_file.py](demos/abd_in_one_file.py) "
+            f"({timed[0]['setting']['backbone']}): {'; '.join(map(_speed, timed))}."
         )
     return "\n\n".join(parts) + "\n"
 

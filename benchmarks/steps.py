@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from benchmarks.published import Published
+from demos import abd_in_one_file as one_file
 from edge_dfcil import RECIPES, Learner, devices
+from edge_dfcil.dreaming.generator import Generator
 from edge_dfcil.dreaming.inversion import Dreamer, Dreams
 from edge_dfcil.methods import base
 from edge_dfcil.methods.abd import ABD
@@ -42,6 +44,43 @@ FULL = Setting("resnet32", 128, 50, 10, 10_000, 7, RECIPES["paper"])
 QUICK = Setting(
     "resnet8", 4, 3, 2, 16, 2, RECIPES["paper"].changed({"generator.latent": 8, "generator.width": 8, "generator.batch": 4})
 )
+
+
+class Published:
+    """The two steps of `demos/abd_in_one_file.py`, which are the published ones with the work that they waste, on copies of
+    given networks, in torch's default memory order."""
+
+    def __init__(self, teacher: Network, student: Network, generator: Generator) -> None:
+        self.teacher, self.student = one_file.Teacher(classifier_of(teacher)), classifier_of(student).train()
+        self.generator = generator_of(generator)
+        self.adam = torch.optim.Adam(self.generator.parameters(), lr=1e-3)
+        self.sgd = torch.optim.SGD(
+            self.student.parameters(), one_file.LEARNING_RATE, one_file.MOMENTUM, weight_decay=one_file.WEIGHT_DECAY
+        )
+
+    def generator_step(self, n: int) -> dict[str, float]:
+        """One step of the generator on `n` images; returns the terms of its loss."""
+        return one_file.descend(self.adam, one_file.inversion_losses(self.teacher, self.generator.train().sample(n)))
+
+    def classifier_step(self, images: Tensor, targets: Tensor) -> dict[str, float]:
+        """One step of the student on real images (B, 3, S, S), targets (B,), and B generated images."""
+        with torch.no_grad():
+            dreams = self.generator.eval().sample(len(images))
+        return one_file.descend(self.sgd, one_file.learning_losses(self.student, self.teacher, images, targets, dreams))
+
+
+def classifier_of(network: Network) -> one_file.Classifier:
+    """A copy of a network as the one file has it."""
+    contiguous: Any = torch.contiguous_format
+    copied = copy.deepcopy(network).to(memory_format=contiguous).requires_grad_(True)
+    return one_file.Classifier(copied.backbone, copied.head)
+
+
+def generator_of(generator: Generator) -> one_file.Generator:
+    """A generator of the one file with the same weights: it doubles first and convolves then."""
+    other = one_file.Generator(generator.image_size, generator.latent, generator.width)
+    other.load_state_dict(dict(zip(other.state_dict(), generator.state_dict().values(), strict=True)))
+    return other.to(next(generator.parameters()).device)
 
 
 class Bench:

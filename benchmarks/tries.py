@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.published import plain
-from benchmarks.steps import Bench, in_turns
+from benchmarks.steps import Bench, generator_of, in_turns
+from demos import abd_in_one_file as one_file
 from edge_dfcil.dreaming import objective
 from edge_dfcil.dreaming.inversion import Dream
 from edge_dfcil.model.network import Network
@@ -44,7 +44,8 @@ def _rows_first(bench: Bench, student: Network) -> Callable[[], Any]:
     other.batch = Batch(bench.batch.images.contiguous(), bench.batch.targets)
     other.teacher = copy.deepcopy(bench.teacher).to(memory_format=contiguous)
     other.dreamer = copy.copy(bench.dreamer)
-    other.dreamer.teacher, other.dreamer.generator = other.teacher, plain(bench.dreamer.generator)  # type: ignore[assignment]
+    other.dreamer.teacher = other.teacher
+    other.dreamer.generator = generator_of(bench.dreamer.generator)  # type: ignore[assignment]
     return other.step(other.classifier(student.to(memory_format=contiguous)))
 
 
@@ -122,16 +123,18 @@ def _var_mean(bench: Bench) -> Callable[[], Any]:
 
 def _doubling_first(bench: Bench) -> Callable[[], Any]:
     other: Any = copy.copy(bench.dreamer)
-    other.generator = ChannelsLast(plain(bench.dreamer.generator))
+    other.generator = ChannelsLast(generator_of(bench.dreamer.generator))
     return bench.step(replace(other.stage(), steps=1))
 
 
 class ChannelsLast(nn.Module):
-    """The plain generator in our memory order, so that doubling alone differs."""
+    """The one file's generator in our memory order, so that doubling alone differs."""
 
-    def __init__(self, layers: nn.Sequential) -> None:
+    def __init__(self, generator: one_file.Generator) -> None:
         super().__init__()
-        self.begin, self.end = layers[:2], layers[2:].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        linear, unflatten, *others = generator
+        self.begin = nn.Sequential(linear, unflatten)
+        self.end = nn.Sequential(*others).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, z: Tensor) -> Tensor:
         return self.end(self.begin(z).contiguous(memory_format=torch.channels_last))

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Each may import from those below it in this list, and from itself.
 HOUSE = ["demos", "benchmarks", "edge_dfcil", "exporters"]
+STANDS_ALONE = "demos.abd_in_one_file"  # imports nothing of ours, so that benchmarks may measure against it
 LIGHT = ("edge_dfcil.errors", "edge_dfcil.results")  # all that exporters may share with the package above them
 INSIDE = [
     "__main__ cli",
@@ -58,7 +59,14 @@ def test_imports_point_down(package):
         for name in imports(path):
             if package == "exporters" and name.startswith(LIGHT):
                 continue
+            if f"{name}.".startswith(f"{STANDS_ALONE}.") or (package == "benchmarks" and name == "demos"):
+                continue
             assert name.split(".")[0] not in above, f"{path} imports {name}, which is above it"
+
+
+def test_the_method_in_one_file_stands_alone():
+    found = imports(ROOT / f"{STANDS_ALONE.replace('.', '/')}.py")
+    assert {name.split(".")[0] for name in found}.isdisjoint(HOUSE)
 
 
 def test_imports_inside_the_package_point_down():

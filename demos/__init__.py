@@ -1,0 +1,1 @@
+"""What the package looks like in use, and the method itself in one file."""
