@@ -22,7 +22,7 @@ types: $(STAMP)
 
 # The pictures of the README.
 figures: $(STAMP)
-	$(BIN)/python demos/figures.py
+	$(BIN)/python -m demos.figures
 
 # The published protocol, in pieces of under nine minutes: run it again until it says that all has been run. What is done
 # lies in $(OUT) as small files, which may be moved to another machine in between.

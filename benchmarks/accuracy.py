@@ -128,6 +128,8 @@ def run(
     learner, state = _learner(protocol, name, seed, recipe, device, path, resumes=result is not None)
     if result is None:
         result = _begin(protocol, method, seed, recipe, learner, data)
+    elif machine.commit() != result.get("commit"):
+        result["commit"] = f"{result.get('commit')}, then {machine.commit()}"
     order = class_order(len(data.names), seed)[: protocol.classes]
     size = protocol.classes // protocol.tasks
     for task in range(len(result["matrix"]), protocol.tasks):
@@ -216,8 +218,7 @@ def _begin(protocol: Protocol, method: str, seed: int, recipe: Recipe, learner: 
         "seed": seed,
         "recipe": recipe.to_dict(),
         "packed": data.packed,
-        "versions": machine.versions(),
-        "machine": machine.machine(torch.device(learner.device)),
+        **machine.provenance(torch.device(learner.device)),
         "accuracy": [],
         "matrix": [],
         "seconds": [],

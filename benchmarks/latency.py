@@ -56,8 +56,7 @@ def run(
     return {
         **found,
         "backbone": learner.backbone,
-        "versions": machine.versions(),
-        "machine": machine.machine(torch.device("cpu")),
+        **machine.provenance(torch.device("cpu")),
     }
 
 

@@ -1,10 +1,11 @@
-"""What a run was made on, and the most memory that it took."""
+"""What a run was made with and on, and the most memory that it took."""
 
 from __future__ import annotations
 
 import os
 import platform
 import resource
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,35 @@ import torch
 
 import edge_dfcil
 
+ROOT = Path(__file__).resolve().parent.parent
+CODE = ("edge_dfcil", "exporters", "benchmarks", "demos", "pyproject.toml", ":(exclude)benchmarks/results")
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What every result file says of its making: "commit", "versions" and "machine"."""
+    return {"commit": commit(), "versions": versions(), "machine": machine(device)}
+
+
+def commit(root: Path = ROOT) -> str | None:
+    """The git commit of the code as 40 hex digits, with "-dirty" where code or settings differ from it.
+
+    Outside a git checkout: what the environment variable GIT_COMMIT says, such as on a machine that the files alone were
+    copied to; else None. Result files are no code: writing one makes nothing dirty.
+    """
+    if _git(root, "rev-parse", "--show-toplevel") != str(root.resolve()):  # not in git, or within a repository of others
+        return os.environ.get("GIT_COMMIT")
+    found = _git(root, "rev-parse", "HEAD")
+    return f"{found}-dirty" if found and _git(root, "status", "--porcelain", "--", *CODE) else found
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What git prints; None if it is not there or fails."""
+    try:
+        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def versions() -> dict[str, str]:

@@ -98,9 +98,9 @@ def run(chosen: list[Cell], data: Path, out: Path, say: Callable[[str], None]) -
         if cell.key in found["cells"]:
             continue
         say(cell.key)
-        measured = in_processes(cell, data)
-        found |= {"versions": machine.versions(), "machine": machine.machine(torch.device("cpu"))}
-        found["cells"][cell.key] = measured | {"day": date.today().isoformat()}
+        made = machine.provenance(torch.device("cpu"))
+        found["cells"][cell.key] = in_processes(cell, data) | {"day": date.today().isoformat(), "commit": made["commit"]}
+        found |= made
         path.write_text(json.dumps(found, indent=1) + "\n")
     return found
 

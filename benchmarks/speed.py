@@ -53,8 +53,7 @@ def run(device: str, setting: Setting, say: Callable[[str], None]) -> dict[str, 
             "generator step": profile(steps["our generator step"], found_device),
         },
         "setting": {**asdict(setting), "recipe": "paper"},
-        "versions": machine.versions(),
-        "machine": machine.machine(found_device),
+        **machine.provenance(found_device),
     }
 
 

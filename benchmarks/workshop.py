@@ -137,8 +137,10 @@ class Workshop:
             if name not in self._found or (name == "teacher" and not self._teacher_file.exists()):
                 say(name)
                 begin = time.perf_counter()
-                self._found[name] = {**step(), "minutes": (time.perf_counter() - begin) / 60}
-                self._found |= {"versions": machine.versions(), "machine": machine.machine(self._device)}
+                made = machine.provenance(self._device)
+                found = step()
+                self._found[name] = {**found, "minutes": (time.perf_counter() - begin) / 60, "commit": made["commit"]}
+                self._found |= made
                 self._path.write_text(json.dumps(self._found, indent=1) + "\n")
         return self._found
 

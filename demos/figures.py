@@ -11,6 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from benchmarks.machine import commit
 from edge_dfcil import Learner
 from edge_dfcil.demo import NAMES, digits, run
 
@@ -62,9 +63,11 @@ def main() -> None:
     DOCS.mkdir(exist_ok=True)
     if not (DEMO / "demo.json").exists():
         run(DEMO)
-    for name in ("demo.json", "accuracy.png"):
-        shutil.copy(DEMO / name, DOCS / name)
-    write_table(ROOT / "README.md", json.loads((DEMO / "demo.json").read_text()))
+    result = json.loads((DEMO / "demo.json").read_text())
+    result |= {"commit": commit()}
+    (DOCS / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
+    shutil.copy(DEMO / "accuracy.png", DOCS)
+    write_table(ROOT / "README.md", result)
     draw(Learner.load(DEMO / "digits.safetensors"), DOCS / "dreams.png")
     print(f"{DOCS} holds demo.json, accuracy.png and dreams.png, and the README's table is new")
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
-from benchmarks import accuracy, embedding, memory, memory_tables, report, workshop_tables
+from benchmarks import accuracy, embedding, machine, memory, memory_tables, report, workshop_tables
 from benchmarks.__main__ import main
 from benchmarks.datasets import Data, class_order, load, pack
 from edge_dfcil import DataError, Recipe, SettingError
@@ -83,6 +83,7 @@ def test_a_run_says_all_that_a_reader_needs(data, tmp_path):
     assert min(min(r["peak_bytes"]) for r in (plain, stored, dreams)) > 10**7
     assert set(dreams["mid"][0]) == {"to_new_real", "to_old_synthetic"}
     assert plain["mid"] == []
+    assert plain["commit"] == machine.commit()
     assert {"torch", "numpy", "python", "edge_dfcil"} == set(plain["versions"])
     assert set(plain["machine"]) == {"device", "processor", "threads", "allocator"}
 
@@ -236,7 +237,7 @@ def test_the_workshop_runs_every_step_and_goes_on_where_it_stopped(data, tmp_pat
     assert "teacher" not in again.stderr, "what is done is kept"
     assert "prune by importance and latency" in again.stdout and "calibrated on dreams" in again.stdout
     after = json.loads((out / "workshop.json").read_text())
-    assert {name: after[name] for name in found if name not in ("versions", "machine")}.items() <= after.items()
+    assert {name: after[name] for name in found if name not in ("commit", "versions", "machine")}.items() <= after.items()
     assert 0 <= after["adopt abd"]["old"] <= 1 and after["adopt upper bound"]["combined"] <= 1
 
     timed = ["latency", "--quick", "--model", str(models / "teacher.safetensors")]
