@@ -1,13 +1,158 @@
-"""Labels are names; the learner owns the mapping from a loader's target values to names, and from names to outputs."""
+"""Class names: which texts can be one, when two are the same, and which name a loader's target value has."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from edge_dfcil.errors import ClassError, DataError
 
 Classes = Sequence[str] | Mapping[Any, str]
+
+_JOINERS = {"\u200c", "\u200d"}  # they belong to Persian and Indian words, and to composed emoji
+_VARIATIONS = {"\ufe0e", "\ufe0f"}  # a character as text or as emoji
+_BLANKS = {"\u034f", "\u115f", "\u1160", "\u17b4", "\u17b5", "\u2800", "\u3164", "\uffa0"}  # letters and marks without ink
+_SHOWN = 20  # names in a message, at most
+
+
+# Single names
+
+
+def clean_name(name: Any, owner: str = "a class") -> str:
+    """A class name in Unicode's composed form (NFC).
+
+    Raises `ClassError` for what is no text, is empty or blank, begins or ends with a space, or holds a character that cannot
+    be seen or stored: control and format characters, terminal escapes, halves of surrogate pairs.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise ClassError(f"the name of {owner} is {name!r}; it must be a text that is not empty")
+    name = str(name)  # numpy's kind of text, too
+    if name != name.strip():
+        raise ClassError(f"the name of {owner} is {name!r}, with a space at its beginning or end; make it {name.strip()!r}")
+    for place, character in enumerate(name):
+        problem = _problem(name, place, character)
+        if problem:
+            raise ClassError(f"the name of {owner} is {_visible(name)}, with {problem} at position {place}; rename it")
+    return unicodedata.normalize("NFC", name)
+
+
+def _problem(name: str, place: int, character: str) -> str | None:
+    category = unicodedata.category(character)
+    if category == "Cs":
+        return "half a surrogate pair (the text was not valid UTF-8)"
+    if category in ("Cc", "Zl", "Zp"):
+        return "a control character"
+    if character in _JOINERS:
+        inside = 0 < place < len(name) - 1 and not name[place - 1].isascii() and not name[place + 1].isascii()
+        return None if inside else "a character that has no width"
+    if category == "Cf" or character in _BLANKS:
+        return "a character that cannot be seen"
+    return None
+
+
+def _visible(name: str) -> str:
+    """A name for a message; what cannot be seen is escaped."""
+    return "".join(ascii(c)[1:-1] if c in _VARIATIONS or c in _BLANKS else c for c in repr(name))
+
+
+def same_name(a: str, b: str) -> bool:
+    """Whether two names are one: equal in Unicode's composed form (macOS stores folder names in the decomposed one)."""
+    return unicodedata.normalize("NFC", a) == unicodedata.normalize("NFC", b)
+
+
+def folded(name: str) -> str:
+    """A key that is equal for names which differ as slips do: in case, in spaces, in characters that cannot be seen.
+
+    Single letters keep their case, because "a" and "A" are two classes of handwriting.
+    """
+    seen = "".join(c for c in name if c not in _VARIATIONS and c not in _BLANKS and unicodedata.category(c) not in ("Cc", "Cf"))
+    words = " ".join((seen if seen.strip() else name).split())
+    return unicodedata.normalize("NFC", words if len(words) == 1 else words.lower())
+
+
+# Several names
+
+
+def check_names(names: Iterable[Any], owner: str = "a class") -> tuple[str, ...]:
+    """Names as `clean_name` gives them. Raises `ClassError` for one that cannot be, that repeats, or that looks like a slip
+    for another one, and for what is no list of names."""
+    if isinstance(names, (str, bytes, int, Set)) or not isinstance(names, Iterable):
+        names = _ordered(names)
+    cleaned = tuple(clean_name(name, owner) for name in names)
+    _check_distinct(cleaned)
+    return cleaned
+
+
+def match_known(names: Mapping[Any, str], known: Sequence[str]) -> dict[Any, str]:
+    """Each name in the spelling that is known already, where it is the same name; a new one as it is.
+
+    Raises `ClassError` for a new name that differs from a known one in case or spaces only.
+    """
+    exact = set(known)
+    spellings = {_composed(name): name for name in reversed(known)}  # of two that an old model may have the first
+    slips = {folded(name): name for name in known}
+    matched = {}
+    for key, name in names.items():
+        spelling = name if name in exact else spellings.get(_composed(name))
+        if spelling is None and folded(name) in slips:
+            raise ClassError(
+                f"{name!r} differs from the known class {slips[folded(name)]!r} in case, spaces or invisible characters only; "
+                "write it like that to refresh the class, or choose another name"
+            )
+        matched[key] = name if spelling is None else spelling
+    return matched
+
+
+def outputs_of(names: Mapping[Any, str], known: Sequence[str]) -> dict[Any, int]:
+    """The output of each target's name. Raises `ClassError` for a name that is not known."""
+    exact = {name: output for output, name in enumerate(known)}
+    spelt = {_composed(name): output for output, name in reversed([*enumerate(known)])}
+    outputs = {key: exact.get(name, spelt.get(_composed(name))) for key, name in names.items()}
+    unknown = [name for key, name in names.items() if outputs[key] is None]
+    if unknown:
+        raise ClassError(f"the learner does not know {_listed(unknown)}{_meant(unknown, known)}; it knows {_listed(known)}")
+    return {key: output for key, output in outputs.items() if output is not None}
+
+
+def _composed(name: Any) -> Any:
+    return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
+
+
+def _meant(unknown: Sequence[Any], known: Sequence[str]) -> str:
+    slips = {folded(name): name for name in known}
+    meant = [slips[folded(name)] for name in unknown if isinstance(name, str) and folded(name) in slips]
+    return f" (is {_listed(meant)} meant?)" if meant else ""
+
+
+def _listed(names: Sequence[Any]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(repr(name) for name in names[:_SHOWN]) + more
+
+
+def _check_distinct(names: Iterable[Any]) -> None:
+    """Raises `ClassError` when a name repeats, or two look like slips for each other."""
+    same: set[Any] = set()
+    alike: dict[str, str] = {}
+    for name in names:
+        if not isinstance(name, str):
+            continue
+        composed = unicodedata.normalize("NFC", name)
+        if composed in same:
+            raise ClassError(f"the class name {name!r} appears twice in classes; names must differ")
+        other = alike.setdefault(folded(name), name)
+        if other is not name:
+            raise ClassError(
+                f"the class names {_visible(other)} and {_visible(name)} differ in case, spaces or invisible characters only; "
+                "if they are one class give it one name, else choose names that differ more"
+            )
+        same.add(composed)
+
+
+# Names of targets
 
 
 def name_targets(targets: Iterable[Any], loader: Any, classes: Classes | None) -> dict[Any, str]:
@@ -16,55 +161,84 @@ def name_targets(targets: Iterable[Any], loader: Any, classes: Classes | None) -
     Parameters
     ----------
     classes
-        A list indexed by target, or a mapping from target; None takes ``loader.dataset.classes``, through subsets too.
+        A list indexed by target, or a mapping from target; None takes what the loader's data set names (`classes`, or a
+        label's `names` in Hugging Face's `features`), through subsets too. Targets that are texts name themselves.
 
     Raises `ClassError` for a repeated or unusable name, `DataError` for a target without one.
     """
-    if classes is None:
-        classes = _dataset_classes(loader)
-    if isinstance(classes, str):
-        raise ClassError(f"classes={classes!r} is one text; pass a list of names, [{classes!r}]")
-    lookup = dict(classes) if isinstance(classes, Mapping) else dict(enumerate(classes))
-    repeated = _repeated(lookup.values())
-    if repeated is not None:
-        raise ClassError(f"the class name {repeated!r} appears twice in classes; names must differ")
+    values = sorted(targets, key=lambda value: (str(type(value)), value))
+    if classes is None and values and all(isinstance(value, str) for value in values):
+        classes = {value: value for value in values}
+    lookup = _lookup(_dataset_classes(loader) if classes is None else classes)
+    _check_distinct(lookup.values())
+    own = {name: name for name in lookup.values() if isinstance(name, str)}
     names = {}
-    for target in sorted(targets, key=lambda value: (str(type(value)), value)):
-        if target not in lookup:
-            known = ", ".join(repr(key) for key in list(lookup)[:8])
-            raise DataError(
-                f"target {target!r} has no name; classes names the targets {known}{', ...' if len(lookup) > 8 else ''}"
-            )
-        name = lookup[target]
-        if not isinstance(name, str) or not name.strip():
-            raise ClassError(f"the name of target {target!r} is {name!r}; it must be a text that is not empty")
-        names[target] = name
+    for target in values:
+        name = lookup.get(target, own.get(target) if isinstance(target, str) else None)
+        if name is None and target not in lookup:
+            raise DataError(_nameless(target, lookup))
+        names[target] = clean_name(name, f"target {target!r}")
     return names
 
 
-def _dataset_classes(loader: Any) -> Classes:
+def _lookup(classes: Any) -> dict[Any, Any]:
+    """Names by target value. Raises `ClassError` for what is neither a list nor a mapping."""
+    if isinstance(classes, Mapping):
+        return {plain_value(key): name for key, name in classes.items()}
+    return dict(enumerate(_ordered(classes)))
+
+
+def _ordered(classes: Any) -> list[Any]:
+    if isinstance(classes, (str, bytes)):
+        raise ClassError(f"classes={classes!r} is one text; pass a list of names, [{classes!r}]")
+    if isinstance(classes, Set):
+        raise ClassError(
+            f"classes is a {type(classes).__name__}, whose order is arbitrary; pass a list whose order is that of the targets"
+        )
+    if isinstance(classes, Iterable) and hasattr(classes, "__len__") and not isinstance(classes, Tensor):
+        return [name.item() if isinstance(name, np.generic) else name for name in classes]
+    raise ClassError(f"classes={classes!r} is a {type(classes).__name__}; pass a list of names, or a mapping from target to name")
+
+
+def plain_value(value: Any) -> Any:
+    """A number as a plain one: a whole number of NumPy's or a tensor of no dimension has another hash than its value."""
+    if isinstance(value, (Tensor, np.ndarray, np.generic)) and value.ndim == 0:
+        value = value.item()
+    return int(value) if isinstance(value, bool) else value
+
+
+def _nameless(target: Any, lookup: Mapping[Any, Any]) -> str:
+    if lookup and all(isinstance(key, str) and isinstance(name, int) for key, name in lookup.items()):
+        return (
+            f"target {target!r} has no name: classes maps names to targets; turn it round, "
+            "{target: name for name, target in classes.items()}"
+        )
+    known = ", ".join(repr(key) for key in list(lookup)[:8])
+    return f"target {target!r} has no name; classes names the targets {known}{', ...' if len(lookup) > 8 else ''}"
+
+
+def _dataset_classes(loader: Any) -> Any:
     dataset = getattr(loader, "dataset", None)
     while dataset is not None:
-        if getattr(dataset, "classes", None) is not None:
-            found: Classes = dataset.classes
+        found = _own_classes(dataset)
+        if found is not None:
             return found
+        parts = getattr(dataset, "datasets", None)  # torch's ConcatDataset
+        if parts:
+            named = [_own_classes(part) for part in parts]
+            if named[0] is not None and all(list(other or ()) == list(named[0]) for other in named):
+                return named[0]
         dataset = getattr(dataset, "dataset", None)  # torch's Subset and its like
     raise ClassError("the loader's data set does not name its classes; pass classes=[...], a name for each target value")
 
 
-def _repeated(names: Iterable[str]) -> str | None:
-    seen = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
+def _own_classes(dataset: Any) -> Any:
+    """What a data set of torchvision, or of Hugging Face, says its classes are."""
+    if getattr(dataset, "classes", None) is not None:
+        return dataset.classes
+    features = getattr(dataset, "features", None)
+    if isinstance(features, Mapping):
+        for key in ("label", "labels", "target", "targets"):
+            if getattr(features.get(key), "names", None) is not None:
+                return features[key].names
     return None
-
-
-def outputs_of(names: Mapping[Any, str], known: Sequence[str]) -> dict[Any, int]:
-    """The output of each target's name. Raises `ClassError` for a name that is not known."""
-    index = {name: output for output, name in enumerate(known)}
-    unknown = [name for name in names.values() if name not in index]
-    if unknown:
-        raise ClassError(f"the learner does not know {', '.join(map(repr, unknown))}; it knows {', '.join(map(repr, known))}")
-    return {target: index[name] for target, name in names.items()}
