@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from edge_dfcil.errors import DataError
 from edge_dfcil.results import Evaluation
 
 
 def evaluation(confusion: Sequence[Sequence[int]], classes: Sequence[str], tasks: Sequence[Sequence[str]]) -> Evaluation:
-    """An `Evaluation` from image counts [true][predicted]."""
+    """An `Evaluation` from image counts [true][predicted]. Raises `DataError` when there are none."""
+    if not any(count for row in confusion for count in row):
+        raise DataError("no image was counted, so that there is no accuracy; evaluate on at least one")
     right = {name: confusion[i][i] for i, name in enumerate(classes)}
     n = {name: sum(confusion[i]) for i, name in enumerate(classes)}
     per_task = []

@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, TensorDataset
 
-from edge_dfcil import RECIPES, metrics
+from edge_dfcil import RECIPES, Cancelled, DataError, metrics
 from edge_dfcil.model.inputs import check_images
+from edge_dfcil.model.network import Network
 from edge_dfcil.model.preprocessing import fit
 from edge_dfcil.training.augment import augment, crop, jitter
-from edge_dfcil.training.data import scan
+from edge_dfcil.training.data import RealBatches, scan
 
 PLAIN = RECIPES["edge"].changed(
     {"augmentation.brightness": 0.0, "augmentation.contrast": 0.0, "augmentation.flip": False, "augmentation.crop_padding": 0}
@@ -38,7 +40,8 @@ def test_fit_keeps_the_centre():
 
 @given(st.sampled_from([torch.float16, torch.float32, torch.float64, torch.bfloat16]))
 def test_every_float_kind_is_an_image(dtype):
-    assert check_images(torch.full((1, 3, 8, 8), 0.5, dtype=dtype)).dtype == dtype
+    kept = torch.float32 if dtype == torch.float64 else dtype  # MPS has no float64
+    assert check_images(torch.full((1, 3, 8, 8), 0.5, dtype=dtype)).dtype == kept
 
 
 @settings(deadline=None, max_examples=25)
@@ -96,6 +99,73 @@ def test_scan_counts_images_and_batches():
     assert scanned.counts == {0: 2, 1: 1, 5: 3}
     assert scanned.images == 6
     assert scanned.batch_sizes == {4: 1, 2: 1}
+    assert scanned.counts_by_size == {4: {0: 2, 1: 1, 5: 1}, 2: {5: 2}}
+
+
+def test_scan_of_a_loader_without_end_can_be_cancelled():
+    batch = (torch.rand(4, 3, 8, 8), [0, 0, 1, 1])
+
+    class Endless:
+        read = 0
+
+        def __iter__(self):
+            while True:
+                self.read += 1
+                yield batch
+
+    endless = Endless()
+    with pytest.raises(Cancelled, match="first time"):
+        scan(endless, lambda: endless.read >= 5)
+    assert endless.read == 5
+
+
+def real_batches(loader, recipe=PLAIN, names=None):
+    scanned = scan(loader)
+    network = Network(torch.nn.Flatten(), 192, 8).grown(2)
+    return RealBatches(loader, scanned, {0: 0, 1: 1}, network, recipe, names)
+
+
+def batches_of(*sizes, target=lambda batch, image: image % 2):
+    return [(torch.rand(n, 3, 8, 8), [target(batch, image) for image in range(n)]) for batch, n in enumerate(sizes)]
+
+
+class TestLeftOut:
+    PAPER = replace(PLAIN, drop_incomplete=True)
+
+    @pytest.mark.parametrize(("recipe", "sizes", "left_out"), [(PLAIN, (4, 3, 1), 1), (PAPER, (4, 3, 1), 4), (PAPER, (4, 3), 3)])
+    def test_images_that_no_epoch_sees_are_counted_and_mentioned(self, recipe, sizes, left_out):
+        with pytest.warns(UserWarning, match=f"{left_out} of {sum(sizes)} images are left out"):
+            batches = real_batches(batches_of(*sizes), recipe)
+        assert batches.left_out == left_out
+        assert sum(len(batch) for batch in batches) == sum(sizes) - left_out
+
+    @pytest.mark.parametrize(("recipe", "sizes"), [(PLAIN, (4, 3)), (PAPER, (4, 4)), (PAPER, (3,))])
+    def test_nothing_is_said_where_all_are_seen(self, recipe, sizes):
+        assert real_batches(batches_of(*sizes), recipe).left_out == 0
+
+    def test_a_class_that_would_never_be_learnt_is_refused(self):
+        alone = batches_of(4, 1, target=lambda batch, image: batch)
+        with pytest.raises(DataError, match=r"no image of 'dog' would be learnt from.*alone in a batch"):
+            real_batches(alone, names={0: "cat", 1: "dog"})
+        few = batches_of(4, 3, target=lambda batch, image: batch)
+        with pytest.raises(DataError, match=r"no image of target 1 .*drop_incomplete=False"):
+            real_batches(few, self.PAPER)
+        assert real_batches(few).left_out == 0
+
+    def test_a_class_left_out_by_chance_is_not_refused(self):
+        class Shuffled:
+            passes = 0
+
+            def __iter__(self):
+                self.passes += 1
+                return iter(batches_of(4, 1, target=lambda batch, image: (batch == 1) if self.passes == 1 else image % 2))
+
+        with pytest.warns(UserWarning, match="unless the loader shuffles"):
+            assert real_batches(Shuffled()).left_out == 1
+
+    def test_a_loader_known_to_shuffle_is_not_warned_of(self):
+        data = TensorDataset(torch.rand(9, 3, 8, 8), torch.arange(9) % 2)
+        assert real_batches(DataLoader(data, batch_size=4, shuffle=True)).left_out == 1
 
 
 def test_metrics_by_hand():
@@ -110,5 +180,11 @@ def test_evaluation_adds_up(confusion):
     found = metrics.evaluation(confusion, list("abcd"), [("a", "b"), ("c", "d")])
     assert 0 <= found.accuracy <= 1
     assert found.n == sum(map(sum, confusion))
+    assert found.macro_accuracy == pytest.approx(sum(found.per_class.values()) / len(found.per_class))
     weighted = sum(accuracy * sum(confusion["abcd".index(name)]) for name, accuracy in found.per_class.items())
     assert weighted / found.n == pytest.approx(found.accuracy)
+
+
+def test_an_evaluation_of_nothing_is_refused():
+    with pytest.raises(DataError, match="at least one"):
+        metrics.evaluation([[0, 0], [0, 0]], "ab", [("a", "b")])

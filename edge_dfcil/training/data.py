@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections import Counter
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import RandomSampler
 
-from edge_dfcil.errors import DataError
+from edge_dfcil.errors import Cancelled, DataError
 from edge_dfcil.model.inputs import read
 from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe
 from edge_dfcil.training.augment import augment
 
 SMALLEST_STD = 0.02  # per channel; images of one flat colour have none
+PASSES = 3  # over the loader, at most, to find out whether a class is left out always or was by chance
 
 
 @dataclass(frozen=True)
@@ -55,39 +58,55 @@ class Batch:
 class Scan:
     """One pass over a loader: images by target value, the sizes of its batches, and the pixels' statistics.
 
-    `mean` and `std` are per channel, over all pixels of all images in [0, 1]: six numbers for a whole task.
+    Attributes
+    ----------
+    counts
+        Images by target value.
+    batch_sizes
+        Batches by their number of images.
+    mean, std
+        Per channel, over all pixels of all images in [0, 1]: six numbers for a whole task.
+    counts_by_size
+        Images by target value, apart for each size of batch.
     """
 
     counts: Mapping[Any, int]
     batch_sizes: Mapping[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    counts_by_size: Mapping[int, Mapping[Any, int]] = field(default_factory=dict)
 
     @property
     def images(self) -> int:
         return sum(self.counts.values())
 
 
-def scan(loader: Any) -> Scan:
-    """Reads every batch once, so that bad input is told before anything is trained.
+def scan(loader: Any, cancelled: Callable[[], bool] = lambda: False) -> Scan:
+    """Reads every batch once, so that bad input is found before anything is trained.
 
-    Raises `DataError` for a loader that is empty, can be read only once, or whose batches cannot be learnt from.
+    `cancelled` is asked after each batch, because a loader may have no end.
+
+    Raises `DataError` for a loader that is empty, can be read only once, or whose batches cannot be learnt from, and
+    `Cancelled`.
     """
     if isinstance(loader, Iterator):
         raise DataError(
             f"a {type(loader).__name__} can be read only once, but learning takes several passes; "
             "pass a DataLoader or a list of batches"
         )
-    counts: Counter[Any] = Counter()
+    by_size: defaultdict[int, Counter[Any]] = defaultdict(Counter)
     sizes: Counter[int] = Counter()
     first, second = np.zeros(3), np.zeros(3)  # moments, each image weighing the same
     for images, targets in read(loader):
+        if cancelled():
+            raise Cancelled("learning was cancelled while the loader was read for the first time; nothing has changed")
         if len(images):
-            counts.update(targets)
+            by_size[len(images)].update(targets)
             sizes[len(images)] += 1
             pixels = images.float() / (255 if images.dtype == torch.uint8 else 1)
             first += pixels.mean((2, 3)).sum(0).cpu().numpy()
             second += pixels.square().mean((2, 3)).sum(0).cpu().numpy()
+    counts = sum(by_size.values(), Counter[Any]())
     if not counts:
         raise DataError("the loader gave no image; a task needs at least two")
     if max(sizes) < 2:
@@ -97,19 +116,45 @@ def scan(loader: Any) -> Scan:
         )
     mean = first / sum(counts.values())
     std = np.sqrt(np.maximum(second / sum(counts.values()) - mean**2, SMALLEST_STD**2))
-    return Scan(counts, sizes, tuple(mean.tolist()), tuple(std.tolist()))
+    return Scan(counts, sizes, tuple(mean.tolist()), tuple(std.tolist()), dict(by_size))
 
 
 class RealBatches:
-    """A task's images as the student sees them: augmented, normalised, on the device. One pass is an epoch."""
+    """A task's images as the student sees them: augmented, normalised, on the device. One pass is an epoch.
 
-    def __init__(self, loader: Any, scanned: Scan, outputs: Mapping[Any, int], network: Network, recipe: Recipe) -> None:
+    Batches too small to learn from are left out: those of one image, and with `recipe.drop_incomplete` all that are smaller
+    than the largest. Warns (`UserWarning`) of images that are left out, unless torch's
+    `RandomSampler` is known to choose others in each epoch.
+
+    Attributes
+    ----------
+    left_out
+        Images that an epoch leaves out. A loader that shuffles leaves out others each time.
+
+    Raises `DataError` when all images of a class are left out; `names` are those of the targets, for its message.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        scanned: Scan,
+        outputs: Mapping[Any, int],
+        network: Network,
+        recipe: Recipe,
+        names: Mapping[Any, str] | None = None,
+    ) -> None:
         self._loader, self._outputs, self._network, self._recipe = loader, outputs, network, recipe
         # One image alone cannot go through BatchNorm in train mode; the paper drops every incomplete batch.
         self._largest = max(scanned.batch_sizes)
         self._smallest = self._largest if recipe.schedule.drop_incomplete else 2
         self._sizes = sorted((size for size in scanned.batch_sizes if size >= self._smallest), reverse=True)
         self._length = sum(n for size, n in scanned.batch_sizes.items() if size >= self._smallest)
+
+        self.left_out = sum(size * n for size, n in scanned.batch_sizes.items() if size < self._smallest)
+        if self.left_out:
+            self._check_seen(scanned, names or {})
+            if not isinstance(getattr(loader, "sampler", None), RandomSampler):
+                self._warn_of_left_out(scanned)
 
     def __len__(self) -> int:
         return self._length
@@ -139,6 +184,47 @@ class RealBatches:
     def see(self, images: Tensor) -> Tensor:
         """Images of any size as the student sees them in training."""
         return self._network.normalize(augment(self._network.pixels(images), self._recipe))
+
+    def _check_seen(self, scanned: Scan, names: Mapping[Any, str]) -> None:
+        """Raises `DataError` for a class of which no image is learnt from, in this pass or in another one."""
+
+        def unseen(by_size: Mapping[int, Mapping[Any, int]]) -> set[Any]:
+            seen = {target for size, counts in by_size.items() if size >= self._smallest for target in counts}
+            return {target for counts in by_size.values() for target in counts} - seen
+
+        missing = unseen(scanned.counts_by_size)
+        for _ in range(PASSES):  # a loader that shuffles may have left out a small class by chance
+            if not missing:
+                return
+            by_size: defaultdict[int, Counter[Any]] = defaultdict(Counter)
+            for images, targets in read(self._loader):
+                by_size[len(images)].update(targets)
+            missing &= unseen(by_size)
+        if missing:
+            classes = ", ".join(
+                repr(names[target]) if target in names else f"target {target!r}" for target in sorted(missing, key=str)
+            )
+            raise DataError(f"no image of {classes} would be learnt from: {self._why()}")
+
+    def _why(self) -> str:
+        if self._smallest > 2:
+            return (
+                f"they are all in batches of fewer than {self._largest} images, which the recipe leaves out; give the loader "
+                "batches of one size, shuffle it, or set drop_incomplete=False in the recipe"
+            )
+        return (
+            "they are all alone in a batch, and BatchNorm cannot learn from one image; give the loader batches of another "
+            "size, shuffle it, or add images"
+        )
+
+    def _warn_of_left_out(self, scanned: Scan) -> None:
+        kind = "of one image" if self._smallest == 2 else f"of fewer than {self._largest} images"
+        warnings.warn(
+            f"{self.left_out} of {scanned.images} images are left out of an epoch, because they are in batches {kind}; unless "
+            "the loader shuffles they are never learnt from, so choose a batch size that leaves no such rest",
+            UserWarning,
+            stacklevel=3,
+        )
 
     def _read(self, see: Callable[[Tensor], Tensor], smallest: int) -> Iterator[Batch]:
         for images, targets in read(self._loader):
