@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from edge_dfcil.errors import SettingError
+
+SHOWN = 5  # names in a text, at most
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,10 @@ class Prediction:
     label: str
     score: float
     top: tuple[tuple[str, float], ...]
+
+    def __str__(self) -> str:
+        """The name and its probability, and those after it: "cat 0.93, dog 0.05"."""
+        return ", ".join(f"{name} {score:.2f}" for name, score in self.top or ((self.label, self.score),))
 
     def to_dict(self) -> dict[str, Any]:
         return {"label": self.label, "score": self.score, "top": [list(pair) for pair in self.top]}
@@ -55,8 +64,35 @@ class Evaluation:
     classes: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]
 
+    @property
+    def macro_accuracy(self) -> float:
+        """Mean of `per_class`, in [0, 1]: each class with images weighs the same, however many it has."""
+        return sum(self.per_class.values()) / len(self.per_class)
+
+    def to_frame(self) -> Any:
+        """`confusion` as a pandas DataFrame: a row a true class, a column a predicted one, image counts.
+
+        Raises `SettingError` when pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise SettingError("to_frame() needs pandas, which is not installed: pip install pandas") from error
+        rows, columns = pd.Index(self.classes, name="true"), pd.Index(self.classes, name="predicted")
+        return pd.DataFrame([list(row) for row in self.confusion], index=rows, columns=columns)
+
+    def __str__(self) -> str:
+        """Accuracy as a whole, task by task, and of the classes that do worst."""
+        lines = [f"accuracy {self.accuracy:.1%} on {_count(self.n, 'image')}, mean of the classes {self.macro_accuracy:.1%}"]
+        if len(self.per_task) > 1:
+            lines.append("by task: " + ", ".join("-" if task is None else f"{task:.1%}" for task in self.per_task))
+        worst = sorted(self.per_class, key=lambda name: self.per_class[name])[:SHOWN]
+        if len(self.per_class) > 1:
+            lines.append("lowest: " + ", ".join(f"{name} {self.per_class[name]:.1%}" for name in worst))
+        return "\n".join(lines)
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "macro_accuracy": self.macro_accuracy}
 
 
 @dataclass(frozen=True)
@@ -143,6 +179,8 @@ class StageReport:
         How often `at_once` was halved because a step took too much memory; the step was made again.
     peak_bytes
         Most memory held above the level at the call, what the stage was made from included; None if nobody looked.
+    history
+        The mean of each term of the loss over an epoch, by name; one entry an epoch.
     """
 
     name: str
@@ -154,6 +192,19 @@ class StageReport:
     recompute: bool = False
     halvings: int = 0
     peak_bytes: int | None = None
+    history: tuple[dict[str, float], ...] = ()
+
+    def __str__(self) -> str:
+        """One line: "learn: 120 steps in 12.3 s, 3,840 images, loss 0.41 (hard 0.30, distill 0.11)"."""
+        parts = [f"{self.name}: {_count(self.steps, 'step')} in {self.seconds:.1f} s, {_count(self.images, 'image')}"]
+        if self.losses:
+            terms = ", ".join(f"{name} {value:.3g}" for name, value in self.losses.items())
+            parts.append(f"loss {sum(self.losses.values()):.3g} ({terms})" if len(self.losses) > 1 else f"loss {terms}")
+        if self.peak_bytes is not None:
+            parts.append(f"at most {self.peak_bytes / 1e6:.1f} MB")
+        if self.at_once is not None:
+            parts.append(f"{_count(self.at_once, 'image')} at once")
+        return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -187,6 +238,17 @@ class DistillReport:
     accuracy: tuple[float, float] | None
     seconds: float
     stages: tuple[StageReport, ...]
+
+    def __str__(self) -> str:
+        """Which student of which teacher, how alike they answer, and the accuracy of both."""
+        before, after = self.parameters
+        lines = [f"{self.student} with {after:,} parameters from {self.teacher} with {before:,}, in {self.seconds:.1f} s"]
+        lines.append(
+            f"answers as its teacher for {self.agreement:.1%} of fresh dreams, after {self.dreams:,} dreams to learn from"
+        )
+        if self.accuracy is not None:
+            lines.append("accuracy {:.1%} as teacher, {:.1%} as student".format(*self.accuracy))
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -223,6 +285,20 @@ class PruneReport:
     seconds: float
     stages: tuple[StageReport, ...]
 
+    def __str__(self) -> str:
+        """What was left of the network, how fast it is, and its accuracy."""
+        lines = [
+            "{1:,} of {0:,} filters".format(*self.filters)
+            + ", {1:,} of {0:,} parameters".format(*self.parameters)
+            + ", {1:.3g} of {0:.3g} operations for one image".format(*self.flops),
+            "{:.2f} ms for one image before, {:.2f} ms after".format(*self.milliseconds),
+        ]
+        if self.accuracy is not None:
+            lines.append("accuracy {:.1%} before, {:.1%} pruned, {:.1%} repaired".format(*self.accuracy))
+        if self.agreement is not None:
+            lines.append(f"answers as before for {self.agreement:.1%} of fresh dreams")
+        return "\n".join(lines)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -251,6 +327,12 @@ class TaskReport:
         How the memory budget was to be kept; None without a budget.
     peak_bytes
         Most memory held above the level at the call, planning included.
+    left_out
+        Images that an epoch did not learn from, because they were in batches too small for it.
+    resumed
+        Whether the task went on from a checkpoint.
+    fitted
+        What `time_budget` fitted the schedule to, by name; None without one.
     """
 
     task: int
@@ -263,6 +345,33 @@ class TaskReport:
     stages: tuple[StageReport, ...]
     plan: MemoryPlan | None = None
     peak_bytes: int = 0
+    left_out: int = 0
+    resumed: bool = False
+    fitted: dict[str, Any] | None = None
+
+    def __str__(self) -> str:
+        """What was learnt, from what and by what, then a line a stage."""
+        what = [f"learnt {_names(self.new_classes)}"] if self.new_classes else []
+        what += [f"refreshed {_names(self.relearned_classes)}"] if self.relearned_classes else []
+        left_out = f" ({self.left_out:,} left out of an epoch)" if self.left_out else ""
+        lines = [
+            f"task {self.task} ({self.method}): {' and '.join(what)} from {_count(self.images, 'image')}{left_out} "
+            f"in {self.seconds:.1f} s{', resumed' if self.resumed else ''}; {_count(len(self.classes), 'class', 'classes')} known"
+        ]
+        if self.plan is not None and self.plan.budget is not None:
+            lines.append(f"memory: at most {self.peak_bytes / 1e6:.1f} MB of {self.plan.budget / 1e6:.1f} MB")
+        if self.fitted:
+            lines.append("fitted to the time: " + ", ".join(f"{name} {value}" for name, value in self.fitted.items()))
+        return "\n".join([*lines, *(f"  {stage}" for stage in self.stages)])
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "plan": self.plan.to_dict() if self.plan is not None else None}
+
+
+def _count(n: int, one: str, many: str | None = None) -> str:
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
