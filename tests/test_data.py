@@ -130,7 +130,7 @@ def batches_of(*sizes, target=lambda batch, image: image % 2):
 
 
 class TestLeftOut:
-    PAPER = replace(PLAIN, drop_incomplete=True)
+    PAPER = PLAIN.changed({"schedule.drop_incomplete": True})
 
     @pytest.mark.parametrize(("recipe", "sizes", "left_out"), [(PLAIN, (4, 3, 1), 1), (PAPER, (4, 3, 1), 4), (PAPER, (4, 3), 3)])
     def test_images_that_no_epoch_sees_are_counted_and_mentioned(self, recipe, sizes, left_out):
@@ -148,7 +148,7 @@ class TestLeftOut:
         with pytest.raises(DataError, match=r"no image of 'dog' would be learnt from.*alone in a batch"):
             real_batches(alone, names={0: "cat", 1: "dog"})
         few = batches_of(4, 3, target=lambda batch, image: batch)
-        with pytest.raises(DataError, match=r"no image of target 1 .*drop_incomplete=False"):
+        with pytest.raises(DataError, match=r"no image of target 1 .*drop_incomplete to False"):
             real_batches(few, self.PAPER)
         assert real_batches(few).left_out == 0
 

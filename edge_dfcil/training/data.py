@@ -122,7 +122,7 @@ def scan(loader: Any, cancelled: Callable[[], bool] = lambda: False) -> Scan:
 class RealBatches:
     """A task's images as the student sees them: augmented, normalised, on the device. One pass is an epoch.
 
-    Batches too small to learn from are left out: those of one image, and with `recipe.drop_incomplete` all that are smaller
+    Batches too small to learn from are left out: those of one image, and with `schedule.drop_incomplete` all that are smaller
     than the largest. Warns (`UserWarning`) of images that are left out, unless torch's
     `RandomSampler` is known to choose others in each epoch.
 
@@ -210,7 +210,7 @@ class RealBatches:
         if self._smallest > 2:
             return (
                 f"they are all in batches of fewer than {self._largest} images, which the recipe leaves out; give the loader "
-                "batches of one size, shuffle it, or set drop_incomplete=False in the recipe"
+                "batches of one size, shuffle it, or set schedule.drop_incomplete to False in the recipe"
             )
         return (
             "they are all alone in a batch, and BatchNorm cannot learn from one image; give the loader batches of another "
