@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.datasets import Part
-from edge_dfcil import Callback
+from edge_dfcil import Callback, Learner
 from edge_dfcil.methods.task import Task
 from edge_dfcil.model.network import Network
 from edge_dfcil.results import StageReport
@@ -48,8 +48,8 @@ class Probe(Callback):
         self.mid: dict[str, float] = {}
         self.seconds = 0.0
 
-    def on_task_begin(self, task: Task) -> None:
-        self._task: Task | None = task
+    def on_task_begin(self, learner: Learner) -> None:
+        self._task: Task | None = learner.running.work.task
 
     def on_stage_end(self, stage: Stage, report: StageReport) -> None:
         task = self._task

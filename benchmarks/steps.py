@@ -24,7 +24,7 @@ from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe
 from edge_dfcil.training import loop
 from edge_dfcil.training.data import Batch
-from edge_dfcil.training.stage import Stage, Terms
+from edge_dfcil.training.stage import StageSpec, StageState, Terms
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,15 @@ class Bench:
     def published(self) -> Published:
         return Published(self.teacher, self.student, self.dreamer.generator)
 
-    def classifier(self, student: Network | None = None, dreams: Dreams | None = None) -> Stage:
+    def classifier(self, student: Network | None = None, dreams: Dreams | None = None) -> StageSpec:
         """Our learning stage, one step long; of this student and these dreams, if they are given."""
         task = self._task(self.student if student is None else student, Dreams.of(self.dreamer) if dreams is None else dreams)
         return replace(base.learning_stage(task, ABD()), steps=1)
 
-    def generator(self) -> Stage:
+    def generator(self) -> StageSpec:
         return replace(self.dreamer.stage(), steps=1)
 
-    def finetuning(self, n: int) -> Stage:
+    def finetuning(self, n: int) -> StageSpec:
         """The floor: plain cross-entropy on as many images as a step of ABD sees."""
         student = copy.deepcopy(self.student)
         images, targets = self.batch.images.repeat(n // len(self.batch), 1, 1, 1), self.batch.targets.repeat(n // len(self.batch))
@@ -135,12 +135,19 @@ class Bench:
         def loss(batch: Batch) -> Terms:
             return {"cross_entropy": F.cross_entropy(student.classify(batch.images), batch.targets)}
 
-        optimizer = torch.optim.SGD(student.parameters(), 0.1, 0.9, weight_decay=2e-4)
-        return Stage("finetune", [Batch(images, targets)], 1, loss, optimizer, None, [student])
+        def optimizer() -> torch.optim.Optimizer:
+            return torch.optim.SGD(student.parameters(), 0.1, 0.9, weight_decay=2e-4)
 
-    def step(self, stage: Stage) -> Callable[[], dict[str, float]]:
+        return StageSpec("finetune", [Batch(images, targets)], 1, loss, optimizer, trains=[student])
+
+    def step(self, stage: StageSpec) -> Callable[[], dict[str, float]]:
         """A stage as a step that can be taken again and again."""
-        return lambda: loop.fit(stage, self.device, (), lambda: False).losses
+        state = StageState.at_start(stage)
+
+        def one_more() -> dict[str, float]:
+            return loop.fit(replace(stage, steps=state.step + 1), self.device, state=state).losses
+
+        return one_more
 
 
 def in_turns(steps: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:

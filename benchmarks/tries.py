@@ -82,8 +82,7 @@ def _bf16(bench: Bench, student: Network) -> Callable[[], Any]:
         with torch.autocast(bench.device.type, torch.bfloat16):
             return loss(batch)
 
-    stage.loss = half
-    return bench.step(stage)
+    return bench.step(replace(stage, loss=half))
 
 
 def _pool(bench: Bench, student: Network) -> Callable[[], Any]:

@@ -223,7 +223,6 @@ class Workshop:
         """The teacher, answering by the mean over an image and its mirror image."""
         teacher = self._teacher
         teacher.recipe = teacher.recipe.changed({"augmentation.mirrored_answers": True})
-        teacher = teacher.having(teacher.network.grown(0), teacher.backbone)
         return {"accuracy": teacher.evaluate(self._test, self._data.names).accuracy}
 
     def _page(self) -> dict[str, Any]:

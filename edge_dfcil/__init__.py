@@ -27,12 +27,20 @@ if TYPE_CHECKING:
         SettingError,
     )
     from edge_dfcil.learner import Learner
+    from edge_dfcil.methods.base import Method
+    from edge_dfcil.model.model import Model
+    from edge_dfcil.model.statistics import Statistic
     from edge_dfcil.recipe import RECIPES, Recipe
     from edge_dfcil.results import Evaluation, MemoryPlan, Prediction, StageReport, TaskReport
     from edge_dfcil.training.callbacks import Callback
+    from edge_dfcil.training.session import Session
 
 _HOMES = {
     "edge_dfcil.learner": ("Learner",),
+    "edge_dfcil.methods.base": ("Method",),
+    "edge_dfcil.model.model": ("Model",),
+    "edge_dfcil.model.statistics": ("Statistic",),
+    "edge_dfcil.training.session": ("Session",),
     "edge_dfcil.recipe": ("RECIPES", "Recipe"),
     "edge_dfcil.results": ("Evaluation", "MemoryPlan", "Prediction", "StageReport", "TaskReport"),
     "edge_dfcil.training.callbacks": ("Callback",),
@@ -66,12 +74,16 @@ __all__ = [
     "ExportError",
     "Learner",
     "MemoryPlan",
+    "Method",
+    "Model",
     "ModelFileError",
     "NotLearnedError",
     "Prediction",
     "Recipe",
+    "Session",
     "SettingError",
     "StageReport",
+    "Statistic",
     "TaskReport",
     "__version__",
 ]

@@ -152,12 +152,11 @@ def evaluate(model: Path, images: Path, strict: bool, device: str, as_json: bool
 @json_option
 def inspect(model: Path, as_json: bool) -> None:
     """Show what MODEL knows and every kind of thing it keeps."""
-    from edge_dfcil.learner import Learner
     from edge_dfcil.model import file as storage
     from edge_dfcil.privacy import account as privacy
 
     tensors, settings = storage.read(model)
-    kept = privacy.account(Learner.load(model, "cpu").network, tensors)
+    kept = privacy.account(tensors, settings)
     by_kind = {kind: sum(k.bytes for k in kept if k.kind == kind) for kind in dict.fromkeys(k.kind for k in kept)}
     answer = {**settings, "bytes": model.stat().st_size, "sha256": storage.digest(tensors, settings), "kept": by_kind}
     name = settings["backbone"] or settings["architecture"]

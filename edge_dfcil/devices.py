@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import Tensor
 
 from edge_dfcil.errors import SettingError
 
@@ -24,24 +25,81 @@ def find_device(device: str | torch.device) -> torch.device:
         raise SettingError(f"device {device!r} cannot be used here ({first_line}); use 'auto' or 'cpu'") from error
 
 
-def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """bf16 where it helps (CUDA cards that have it); full precision on MPS and CPU, where it costs time or accuracy."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.autocast("cuda", torch.bfloat16)
-    return nullcontext()
+@contextmanager
+def autocast(device: torch.device, enabled: bool = True) -> Iterator[None]:
+    """bf16 where it helps (CUDA cards that have it); full precision on MPS and CPU, where it costs time or accuracy.
+
+    What autocast keeps of the weights is dropped at the end, also inside a region of the caller's, where torch keeps it.
+    """
+    if not enabled or device.type != "cuda" or not torch.cuda.is_bf16_supported():
+        yield
+        return
+    with torch.autocast("cuda", torch.bfloat16):
+        yield
+    torch.clear_autocast_cache()
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Every draw inside follows `seed`; the caller's random state is as before afterwards."""
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Every draw inside follows `seed`, if there is one; the caller's random state is as before afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         mps_state = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng does not know MPS
-        torch.manual_seed(seed)
+        if seed is not None:  # torch.manual_seed would seed the devices that are not ours as well
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+            elif device.type == "mps":
+                torch.mps.manual_seed(seed)
         try:
             yield
         finally:
             if mps_state is not None:
                 torch.mps.set_rng_state(mps_state)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's global random generators: the CPU's, and the device's where that is another."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """The inverse of `random_state`. A state that was taken on another kind of device sets what both have."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
+@contextmanager
+def own_context(device: torch.device) -> Iterator[None]:
+    """Computes as the package expects, whatever the caller has set: gradients on, no inference mode, no autocast, float32
+    by default. All of it, and the random state, is the caller's again afterwards."""
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        # An outer region keeps low-precision copies of the weights until it ends: each step would see the first ones.
+        stack.enter_context(plain_precision(device))
+        torch.set_default_dtype(torch.float32)
+        stack.callback(torch.set_default_dtype, dtype)
+        stack.enter_context(seeded(None, device))
+        yield
+
+
+@contextmanager
+def plain_precision(device: torch.device) -> Iterator[None]:
+    """Without an autocast region of the caller's: answers do not depend on where they are asked for."""
+    with ExitStack() as stack:
+        for kind in dict.fromkeys(("cpu", device.type)):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def is_out_of_memory(error: BaseException) -> bool:

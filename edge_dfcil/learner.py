@@ -1,74 +1,50 @@
-"""Learner: a classifier that learns class after class on the device and keeps no image."""
+"""Learner: the face of the package. It holds the current model, the settings and one writer lock, and forwards."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edge_dfcil import devices, metrics
-from edge_dfcil._version import __version__
 from edge_dfcil.budget import meter as memory
-from edge_dfcil.budget import planner as planning
-from edge_dfcil.dreaming.inversion import Dreamer, Pool, make_pool
-from edge_dfcil.dreaming.pixels import paint
-from edge_dfcil.errors import BackboneError, ClassError, DataError, ExportError, ModelFileError, NotLearnedError, SettingError
+from edge_dfcil.budget import schedule
+from edge_dfcil.dreaming.work import Dreaming
+from edge_dfcil.errors import BackboneError, ModelFileError, SettingError
+from edge_dfcil.exporting import Exporting
+from edge_dfcil.learning import Learning
 from edge_dfcil.methods import Method, find_method
-from edge_dfcil.methods.task import Task
-from edge_dfcil.model import backbones, labels
-from edge_dfcil.model import file as storage
-from edge_dfcil.model.inputs import check_images, read
+from edge_dfcil.model import backbones, file
 from edge_dfcil.model.labels import Classes
+from edge_dfcil.model.model import Model
 from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe, find_recipe
 from edge_dfcil.results import Evaluation, MemoryPlan, Prediction, TaskReport
-from edge_dfcil.training import loop as training
-from edge_dfcil.training.augment import augment
-from edge_dfcil.training.callbacks import Callback
-from edge_dfcil.training.data import RealBatches, Scan, scan
+from edge_dfcil.training.callbacks import Callback, check_callbacks
 from edge_dfcil.training.progress import with_progress
-from edge_dfcil.training.stage import Stage
-from exporters import ExportReport, Int8, export_onnx
-
-
-@dataclass(frozen=True)
-class Committed:
-    """The model that answers. A task replaces it whole, in one assignment, so that readers in other threads see
-    either the model from before or the one after."""
-
-    network: Network
-    tasks: tuple[tuple[str, ...], ...] = ()
-    normalizes: bool = False  # whether the network's mean and std are settled
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return tuple(name for task in self.tasks for name in task)
+from edge_dfcil.training.session import Session, Work
+from exporters import ExportReport
 
 
 class Learner:
-    """Learns new classes task by task without keeping a sample (ABD, Smith et al., ICCV 2021).
+    """Learns new classes task by task without keeping an image (ABD, Smith et al., ICCV 2021).
 
     Parameters
     ----------
     backbone
         A registered name (`resnet20`, `resnet32`, ...), the name of a torchvision classifier (`mobilenet_v3_small`,
         `resnet18`, ...), or an `nn.Module` (it is copied) from normalised images (N, 3, S, S) to features (N, F). At
-        least three BatchNorm layers are needed, for dreams are made by matching their statistics.
+        least three BatchNorm layers are needed, because generated images are made by matching their statistics.
     image_size
         S, the side in pixels that the network sees. Images of other sizes are scaled and cropped to it.
     method
-        `abd`, a baseline (`finetune`, `lwf`, `lwf_mc`, `deep_inversion`, `lwf_synthetic`), or a `Method`.
+        `abd`, `lda`, a baseline (`finetune`, `lwf`, `lwf_mc`, `deep_inversion`, `lwf_synthetic`), or a `Method`.
     recipe
-        "edge" (quick, the default), "paper" (as published), or a `Recipe`.
+        "edge" (quick, the default), "paper" (as published), "strict" (`edge` without class statistics), or a `Recipe`.
     memory_budget
         The most that `learn_task` may add to the memory held when it is called: bytes, or text such as "128MB"; None for
         no bound. On the CPU that is the process's resident set, on CUDA and MPS what torch reserves on the device; what the
@@ -79,17 +55,10 @@ class Learner:
         All draws of a task follow it and the task's number; on the CPU two runs are equal to the bit, unless another
         thread draws from torch's global generator meanwhile.
     weights
-        Pretrained torchvision weights, such as "DEFAULT"; torchvision loads them.
+        Pretrained torchvision weights, such as "DEFAULT"; torchvision loads them. For a backbone by name.
     mean, std
         What images in [0, 1] are normalised with, per channel. None takes ImageNet's with pretrained weights; else they
-        are measured over all pixels of the first task, because dreams are made with mean 0 and deviation 1.
-
-    Attributes
-    ----------
-    classes, tasks
-        The names learnt, in the order of the outputs; and task by task.
-    device, backbone, method, recipe, seed
-        As given; `device` is the one found, `backbone` is None for an own module.
+        are measured over all pixels of the first task, because generated images have mean 0 and deviation 1.
 
     Raises
     ------
@@ -111,26 +80,48 @@ class Learner:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
-        self.memory_budget = memory.parse(memory_budget)
-        self.device = devices.find_device(device)
-        self.method, self.recipe, self.seed = find_method(method), find_recipe(recipe), seed
-        name = backbone if isinstance(backbone, str) else None
-        if not isinstance(image_size, int) or image_size < 8:
-            raise SettingError(f"image_size={image_size!r}; it is the side in pixels, 8 or more")
-        if weights is not None and mean is None and std is None:
-            mean, std = backbones.IMAGENET_STATISTICS
-        with devices.seeded(seed, self.device):
-            module = backbones.build(backbone, weights) if isinstance(backbone, str) else copy.deepcopy(backbone)
-            features = backbones.check_backbone(module, image_size)
-            network = Network(module, features, image_size)
-        self._adopt(name, network, (), _set_statistics(network, mean, std))
+        model = Model.new(backbone, image_size=image_size, device=device, seed=seed, weights=weights, mean=mean, std=std)
+        self._settle(model, find_method(method), find_recipe(recipe), memory_budget, seed)
 
-    def _adopt(self, name: str | None, network: Network, tasks: tuple[tuple[str, ...], ...], normalizes: bool) -> None:
-        self.backbone = name
-        network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        network.mirrored = self.recipe.augmentation.mirrored_answers
-        self._committed = Committed(network.eval(), tasks, normalizes)
-        self._learning, self._cancel = threading.Lock(), threading.Event()
+    def _settle(self, model: Model, method: Method, recipe: Recipe, memory_budget: int | str | None, seed: int) -> None:
+        self.memory_budget, self.seed, self._method, self._recipe = memory.parse(memory_budget), seed, method, recipe
+        self._writing, self._session, self._digests = threading.Lock(), None, {}
+        self._adopt(model)
+
+    _session: Session[Any] | None
+    _digests: dict[Path, str | None]  # of the model files that were read or written last, by path
+
+    def _adopt(self, model: Model) -> None:
+        """Makes a model the current one, with this learner's settings: one assignment, so that readers in other threads
+        see the one from before or this one."""
+        learning = dict(model.learning) | {"method": self._method.name, "recipe": self._recipe.to_dict(), "seed": self.seed}
+        self._model = model.with_learning(learning, self._recipe.augmentation.mirrored_answers)
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        *,
+        method: str | Method = "abd",
+        recipe: str | Recipe = "edge",
+        memory_budget: int | str | None = None,
+        seed: int = 0,
+    ) -> Learner:
+        """A learner that goes on from a model."""
+        learner = cls.__new__(cls)
+        learner._settle(model, find_method(method), find_recipe(recipe), memory_budget, seed)
+        return learner
+
+    def __repr__(self) -> str:
+        return f"Learner({self._model!r}, method={self._method.name!r}, recipe={self._recipe.preset!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: locks and a running session stay behind."""
+        return {name: value for name, value in vars(self).items() if name not in ("_writing", "_session")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._writing, self._session = threading.Lock(), None
 
     @classmethod
     def from_classifier(
@@ -143,69 +134,80 @@ class Learner:
         std: Sequence[float] | None = None,
         head: str | None = None,
         backbone: str | None = None,
+        device: str | torch.device = "auto",
         **settings: Any,
     ) -> Learner:
-        """Adopts a classifier that somebody else trained, and goes on from there. The module is copied, not changed.
+        """Adopts a trained classifier; see `Model.from_classifier`. `settings` are as for `Learner`: method, recipe,
+        memory_budget, seed."""
+        model = Model.from_classifier(
+            module, classes, image_size=image_size, mean=mean, std=std, head=head, backbone=backbone, device=device
+        )
+        return cls.of(model, **settings)
 
-        Parameters
-        ----------
-        module
-            Normalised images (N, 3, S, S) to logits (N, len(classes)), with BatchNorm layers and a final `nn.Linear`.
-        classes
-            The names of its outputs, in order.
-        mean, std
-            What its images were normalised with, for images in [0, 1]; None takes ImageNet's.
-        head
-            The dotted name of the final linear layer; None takes the last one there is.
-        backbone
-            The registered name of the module's architecture, if it has one: its file then loads by itself, while that of
-            a nameless module needs `Learner.load(path, backbone=module)`.
-        **settings
-            As for `Learner`: method, recipe, memory_budget, device, seed.
+    # What it holds
 
-        Raises
-        ------
-        BackboneError
-            When the module does not end in that linear layer, has too few BatchNorm layers, or is not what it is named.
-        ClassError
-            When the names repeat, or are not as many as the outputs.
-        """
-        parts = backbones.split(module, head)
-        backbones.check_split(module, parts, image_size)
-        if backbone is not None:
-            backbones.check_name(parts.backbone, backbone)
-        names = tuple(labels.name_targets(range(len(classes)), None, list(classes)).values())
-        if len(names) != parts.head.out_features:
-            raise ClassError(f"{len(names)} names were given for a classifier with {parts.head.out_features} outputs")
-        if mean is None and std is None:
-            mean, std = backbones.IMAGENET_STATISTICS
-        learner = cls(parts.backbone, image_size=image_size, mean=mean, std=std, **settings)
-        network = learner._committed.network.grown(len(names))
-        with torch.no_grad():
-            network.head.weight.copy_(parts.head.weight)
-            network.head.bias.copy_(parts.head.bias if parts.head.bias is not None else torch.zeros(len(names)))
-        learner._adopt(backbone, network, (names,), normalizes=True)
-        return learner
+    @property
+    def model(self) -> Model:
+        """The current model: immutable, and enough to serve. A task that is committed puts another in its place."""
+        return self._model
+
+    @property
+    def network(self) -> Network:
+        """The current network, plain pixels to logits. To look at, not to change."""
+        return self._model.network
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Every class name learnt, in the order of the outputs."""
-        return self._committed.classes
+        """Every class name learnt, in the order in which they were learnt."""
+        return self._model.classes
 
     @property
     def tasks(self) -> tuple[tuple[str, ...], ...]:
         """The class names that each task brought."""
-        return self._committed.tasks
+        return self._model.tasks
 
     @property
     def image_size(self) -> int:
         """The side in pixels that the network sees."""
-        return self._committed.network.image_size
+        return self._model.image_size
 
     @property
-    def network(self) -> Network:
-        """The committed classifier, plain pixels to logits. To look at, not to change."""
-        return self._committed.network
+    def backbone(self) -> str | None:
+        """The backbone's registered name; None for a module of the caller's own."""
+        return self._model.backbone
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @property
+    def running(self) -> Session[Any] | None:
+        """The session that runs on this learner now, in any thread."""
+        return self._session
+
+    def to(self, device: str | torch.device) -> Learner:
+        """Moves the current model to a device, and returns the learner."""
+        with self._write_lock():
+            self._model = self._model.to(device)
+        return self
+
+    @property
+    def method(self) -> Method:
+        return self._method
+
+    @method.setter
+    def method(self, method: str | Method) -> None:
+        self._method = find_method(method)
+        self._adopt(self._model)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self._recipe
+
+    @recipe.setter
+    def recipe(self, recipe: str | Recipe) -> None:
+        self._recipe = find_recipe(recipe)
+        self._adopt(self._model)
 
     # Learning
 
@@ -215,6 +217,8 @@ class Learner:
         classes: Classes | None = None,
         *,
         relearn: bool = False,
+        time_budget: float | str | None = None,
+        checkpoint: str | Path | None = None,
         callbacks: Sequence[Callback] = (),
         progress: bool = True,
     ) -> TaskReport:
@@ -231,10 +235,17 @@ class Learner:
             Names by target value: a list, or a mapping. None takes `loader.dataset.classes`.
         relearn
             Whether classes that are known already are refreshed with these images; else they are refused.
+        time_budget
+            Seconds, or text such as "10min": the schedule is fitted to the measured speed of a step so that it ends in
+            time, as a whole schedule with fewer steps. The report says what it was fitted to.
+        checkpoint
+            A file that is written every few seconds. After the process was killed, the same call goes on from it; on the
+            same CPU it ends with the same weights. It holds no image and no generated image, and is removed after the
+            commit. Generated images are made again when the task goes on, which takes its time.
         callbacks
             Hooks that are called as learning goes.
         progress
-            Whether to show progress on stderr, when that is a terminal.
+            Whether to show progress on stderr, when that is a terminal or a notebook.
 
         Raises
         ------
@@ -247,189 +258,168 @@ class Learner:
         DivergedError, Cancelled
             When a loss is not finite; after `cancel()`.
         """
-        if not self._learning.acquire(blocking=False):
+        session = self.session(
+            loader,
+            classes,
+            relearn=relearn,
+            time_budget=time_budget,
+            checkpoint=checkpoint,
+            callbacks=callbacks,
+            progress=progress,
+        )
+        while (report := session.run()) is None:  # a callback has paused it: there is nothing else to wait for here
+            pass
+        session.clear_checkpoint()
+        return report
+
+    def session(
+        self,
+        loader: Any,
+        classes: Classes | None = None,
+        *,
+        relearn: bool = False,
+        time_budget: float | str | None = None,
+        checkpoint: str | Path | None = None,
+        callbacks: Sequence[Callback] = (),
+        progress: bool = True,
+    ) -> Session[TaskReport]:
+        """The same as a session, which can be paused, saved (`state_dict`) and resumed; `run()` learns and commits.
+
+        The checkpoint is not removed by `run()`: call `clear_checkpoint()` when the model has been saved.
+        """
+        before, seconds = self._model, schedule.parse(time_budget)
+
+        def commit(model: Model) -> None:
+            if self._model is not before:
+                raise SettingError("the learner has another model than when this session was made; make a new session")
+            self._model = model
+
+        def begun() -> None:
+            for callback in found:
+                callback.on_task_begin(self)
+
+        work = Learning(
+            before,
+            self._method,
+            self._recipe,
+            loader,
+            classes,
+            relearn=relearn,
+            memory_budget=self.memory_budget,
+            seconds=seconds,
+            smaller=self._smaller,
+            begun=begun,
+            commit=commit,
+        )
+        found = with_progress(check_callbacks(callbacks), progress)
+        return self._new_session(work, found, checkpoint=checkpoint, deadline=seconds, writes=True)
+
+    def _new_session(
+        self,
+        work: Work[Any],
+        callbacks: Sequence[Callback],
+        *,
+        checkpoint: str | Path | None = None,
+        deadline: float | None = None,
+        writes: bool = False,
+        seed: int | None = None,
+    ) -> Session[Any]:
+        seed = self._seed_of_task() if seed is None else seed
+        session: Session[Any] = Session(
+            work, device=self.device, seed=seed, callbacks=callbacks, checkpoint=checkpoint, deadline=deadline
+        )
+        session.guard = lambda: self._running(session, writes)
+        return session
+
+    def run(self, work: Work[Any], callbacks: Sequence[Callback] = (), progress: bool = True, seed: int | None = None) -> Any:
+        """Runs a long operation on this learner's model, with progress and `cancel()`; returns its result."""
+        return self._new_session(work, with_progress(check_callbacks(callbacks), progress), seed=seed).run()
+
+    @contextlib.contextmanager
+    def _running(self, session: Session[Any], writes: bool) -> Iterator[None]:
+        with self._write_lock() if writes else contextlib.nullcontext():
+            self._session = session
+            try:
+                yield
+            finally:
+                self._session = None
+
+    @contextlib.contextmanager
+    def _write_lock(self) -> Iterator[None]:
+        if not self._writing.acquire(blocking=False):
             raise SettingError("this learner is learning a task already, in another thread; wait for it, or cancel() it")
-        callbacks = with_progress(callbacks, progress)
         try:
-            self._cancel.clear()
-            begin = time.perf_counter()
-            with self._measuring() as meter, devices.seeded(self._seed_of_task(), self.device):
-                scanned = scan(loader)
-                meter.exclude()  # what the loader keeps
-                plan = None
-                if self.memory_budget is not None:
-                    for callback in callbacks:
-                        callback.on_plan_begin()
-                    plan = self._plan(lambda learner: learner._begin(loader, scanned, classes, relearn)[0], meter)
-                task, committed, report = self._begin(loader, scanned, classes, relearn)
-                for callback in callbacks:
-                    callback.on_task_begin(task)
-                stages = memory.run(task, self.method, callbacks, self._cancel.is_set, meter, plan)
-            network = task.student.eval().requires_grad_(False)
-            training.check_finite(network)
-            seconds = time.perf_counter() - begin
-            report = replace(report, stages=tuple(stages), plan=plan, peak_bytes=meter.highest, seconds=seconds)
-            self._committed = replace(committed, network=network)
-            for callback in callbacks:
-                callback.on_task_end(report)
-            return report
+            yield
         finally:
-            for callback in callbacks:
-                callback.on_exit()
-            self._learning.release()
+            self._writing.release()
 
     def plan(self, loader: Any, classes: Classes | None = None, *, relearn: bool = False, progress: bool = True) -> MemoryPlan:
         """What `learn_task` would need and how it would keep the memory budget; nothing is learnt.
 
         It rehearses a few steps of each stage on a network that is thrown away. `loader` is as for `learn_task`, or one
-        batch of it, a pair of images and targets.
-
-        Raises `BudgetError` when the budget cannot be kept, and what `learn_task` raises for its loader.
+        batch of it, a pair of images and targets. Raises `BudgetError` when the budget cannot be kept, and what `learn_task`
+        raises for its loader.
         """
-        if isinstance(loader, tuple) and len(loader) == 2:
-            loader = [loader]
-        if not self._learning.acquire(blocking=False):
-            raise SettingError("this learner is learning a task in another thread, and its memory cannot be told apart; wait")
-        callbacks = with_progress((), progress)
-        try:
-            self._cancel.clear()
-            for callback in callbacks:
-                callback.on_plan_begin()
-            with self._measuring() as meter, devices.seeded(self._seed_of_task(), self.device):
-                scanned = scan(loader)
-                meter.exclude()
-                return self._plan(lambda learner: learner._begin(loader, scanned, classes, relearn)[0], meter)
-        finally:
-            for callback in callbacks:
-                callback.on_exit()
-            self._learning.release()
+        loader = [loader] if isinstance(loader, tuple) and len(loader) == 2 else loader
+        work = Learning(
+            self._model,
+            self._method,
+            self._recipe,
+            loader,
+            classes,
+            relearn=relearn,
+            memory_budget=self.memory_budget,
+            smaller=self._smaller,
+            plan_only=True,
+        )
+        session = self._new_session(work, with_progress((), progress), writes=True)
+        session.run()
+        assert work.plan is not None
+        return work.plan
 
-    @contextlib.contextmanager
-    def _measuring(self) -> Iterator[memory.Meter]:
-        with memory.returned_at_once(self.memory_budget), memory.Meter(self.device) as meter:
-            yield meter
-
-    def _plan(self, begin: Callable[[Learner], Task], meter: memory.Meter) -> MemoryPlan:
-        """A plan within the budget; `begin` lays out the task for a learner, which for remedies is a smaller one."""
-
-        def planner(learner: Learner) -> planning.Planner:
-            return planning.Planner(lambda: begin(learner), self.method, meter, self._cancel.is_set)
-
-        with devices.seeded(self._seed_of_task(), self.device):
-            try:
-                return planner(self).plan(self.memory_budget)
-            except planning.TooLarge as error:
-                assert self.memory_budget is not None
-                others = ((text, planner(learner).least) for text, learner in self._smaller())
-                raise planning.refusal(self.memory_budget, error.stages, others) from None
-
-    def _smaller(self) -> Iterator[tuple[str, Learner]]:
-        """Learners that need less memory for the same task, to be measured: a smaller image, a smaller backbone."""
+    def _smaller(self) -> Iterator[tuple[str, Model]]:
+        """Models that need less memory for the same task, to be measured: a smaller image, a smaller backbone."""
         half = self.image_size // 2
         choices = [(f"image_size={half}", self.backbone, half)] if self.image_size >= 32 else []
         choices += [(f"backbone={name!r}", name, self.image_size) for name in backbones.smaller(self.backbone)]
         for text, backbone, image_size in choices:
             with contextlib.suppress(BackboneError):  # an own module that does not run on smaller images
-                yield text, self.sibling(backbone or self.network.backbone, image_size=image_size)
+                yield text, self._model.untrained(backbone or self.network.backbone, image_size=image_size, seed=self.seed)
 
-    def sibling(self, backbone: str | nn.Module, *, image_size: int | None = None) -> Learner:
-        """A learner with another backbone, untrained, and all else alike, the classes included."""
-        settings: Any = {"method": self.method, "recipe": self.recipe, "device": self.device, "seed": self.seed}
-        new, before = Learner(backbone, image_size=image_size or self.image_size, **settings), self.network
-        with devices.seeded(self.seed, self.device):
-            network = new.network.grown(len(self.classes))
-        network.set_statistics(before.mean.flatten().tolist(), before.std.flatten().tolist())
-        return self.having(network, new.backbone)
-
-    def having(self, network: Network, backbone: str | None) -> Learner:
-        """A learner that answers with this network, whose backbone has this registered name, and all else alike."""
-        learner = copy.copy(self)
-        learner._adopt(backbone, network.requires_grad_(False), self.tasks, self._committed.normalizes)
-        return learner
-
-    def _begin(self, loader: Any, scanned: Scan, classes: Classes | None, relearn: bool) -> tuple[Task, Committed, TaskReport]:
-        """Lays out the task of a loader; the model that would be committed still has the old network."""
-        before = self._committed
-        names = labels.name_targets(scanned.counts, loader, classes)
-        known = [name for name in names.values() if name in before.classes]
-        if known and not relearn:
-            raise ClassError(f"{', '.join(map(repr, known))} is known already; leave it out, or pass relearn=True to refresh it")
-        new = tuple(name for name in names.values() if name not in known)
-        after = replace(before, tasks=(*before.tasks, new) if new else before.tasks, normalizes=True)
-        outputs = labels.outputs_of(names, after.classes)
-
-        student = before.network.grown(len(new))
-        if not before.normalizes:
-            student.set_statistics(scanned.mean, scanned.std)
-        counts = torch.zeros(student.n_classes, device=self.device)
-        for target, output in outputs.items():
-            counts[output] = scanned.counts[target]
-        task = Task(
-            student=student,
-            teacher=before.network.frozen() if before.classes else None,
-            current=torch.nonzero(counts).flatten(),
-            old=torch.nonzero(counts[: len(before.classes)] == 0).flatten(),
-            counts=counts,
-            batches=RealBatches(loader, scanned, outputs, student, self.recipe),
-            recipe=self.recipe,
-            device=self.device,
-        )
-        report = TaskReport(len(after.tasks), self.method.name, new, tuple(known), after.classes, scanned.images, 0.0, ())
-        return task, after, report
+    def with_model(self, model: Model) -> Learner:
+        """A learner with another model and all else alike."""
+        return Learner.of(model, method=self._method, recipe=self._recipe, memory_budget=self.memory_budget, seed=self.seed)
 
     def _seed_of_task(self) -> int:
-        return self.seed * 1009 + len(self._committed.tasks)
+        return self.seed * 1009 + len(self.tasks)
 
     def cancel(self) -> None:
-        """Stops a `learn_task` that runs in another thread or calls a callback; it raises `Cancelled` there."""
-        self._cancel.set()
+        """Stops what runs in another thread or calls a callback (`learn_task`, `dream`, ...); it raises `Cancelled` there."""
+        session = self._session
+        if session is not None:
+            session.cancel()
 
-    # Answering
+    # Answering: all of it by the current model, also while a task is being learnt in another thread
+
+    def predict(self, images: Any, top_k: int = 1) -> list[Prediction]:
+        """The most probable classes of each image; see `Model.predict`."""
+        return self._model.predict(images, top_k)
+
+    def probabilities(self, images: Any) -> Tensor:
+        """Probabilities (N, C) of the classes; see `Model.probabilities`."""
+        return self._model.probabilities(images)
+
+    def embed(self, images: Any) -> Tensor:
+        """Features (N, F); see `Model.embed`."""
+        return self._model.embed(images)
+
+    def evaluate(self, loader: Any, classes: Classes | None = None) -> Evaluation:
+        """Accuracy over a loader; see `Model.evaluate`."""
+        return self._model.evaluate(loader, classes)
 
     def check_answering(self) -> None:
         """Raises `NotLearnedError` before the first task."""
-        self._answering()
-
-    def _answering(self) -> Committed:
-        committed = self._committed
-        if not committed.classes:
-            raise NotLearnedError("nothing has been learnt yet; call learn_task(loader) first")
-        return committed
-
-    def predict(self, images: Any, top_k: int = 1) -> list[Prediction]:
-        """Names images (N, 3, H, W), uint8 or float in [0, 1]; also while a task is being learnt in another thread.
-
-        Raises `DataError` for images that are none, `NotLearnedError` before the first task.
-        """
-        committed = self._answering()
-        if top_k < 1:
-            raise SettingError(f"top_k={top_k}; it must be 1 or more")
-        images = check_images(images)
-        predictions = []
-        for chunk in images.split(256):
-            scores, outputs = _probabilities(committed.network, chunk).topk(min(top_k, len(committed.classes)))
-            for row_scores, row_outputs in zip(scores.tolist(), outputs.tolist(), strict=True):
-                top = tuple((committed.classes[o], s) for s, o in zip(row_scores, row_outputs, strict=True))
-                predictions.append(Prediction(top[0][0], top[0][1], top))
-        return predictions
-
-    def evaluate(self, loader: Any, classes: Classes | None = None) -> Evaluation:
-        """Accuracy over a loader, every known class competing. `loader` and `classes` are as for `learn_task`.
-
-        Raises `DataError` for a loader without images, `ClassError` for a class that is not known.
-        """
-        committed = self._answering()
-        names = list(committed.classes)
-        confusion = torch.zeros(len(names), len(names), dtype=torch.long)
-        for images, targets in read(loader):
-            named = labels.name_targets(set(targets), loader, classes)
-            outputs = labels.outputs_of(named, names)
-            true = torch.tensor([outputs[target] for target in targets])
-            predicted = _probabilities(committed.network, images).argmax(1).cpu()
-            confusion.index_put_((true, predicted), torch.ones(len(true), dtype=torch.long), accumulate=True)
-        if not confusion.sum():
-            raise DataError("the loader gave no image to evaluate on")
-        return metrics.evaluation(confusion.tolist(), names, committed.tasks)
+        self._model.check_answering()
 
     def dream(
         self,
@@ -440,76 +430,56 @@ class Learner:
         callbacks: Sequence[Callback] = (),
         progress: bool = True,
     ) -> Tensor:
-        """`n` images (n, 3, S, S), uint8, of what the model remembers, sorted by class.
-
-        There are fewer when the classes asked for are rarely come upon.
+        """Images (n, 3, S, S), uint8, of what the model remembers, sorted by class; fewer where a class is rarely generated.
 
         Parameters
         ----------
         classes
-            Names to dream of, an even share each; None dreams of all.
+            Names of the classes, an even share each; None takes all.
         quality
             "fast" trains a fresh generator (ABD), "best" optimises the pixels of every image (DeepInversion).
 
         Raises `ClassError` for a name that is not known, `NotLearnedError` before the first task, `DivergedError` when
-        no dream is of the classes asked for.
+        no generated image is of the classes asked for, `Cancelled` after `cancel()`, `BudgetError` when a step does not fit
+        into the memory budget.
         """
-        committed = self._answering()
-        chosen = list(dict.fromkeys(classes)) if classes is not None else list(committed.classes)
-        if n < 1 or not chosen:
-            raise SettingError(f"n={n}, classes={classes}; ask for at least one image of one class")
-        if quality not in ("fast", "best"):
-            raise SettingError(f"quality={quality!r}; choose 'fast' or 'best'")
-        wanted = labels.outputs_of({name: name for name in chosen}, committed.classes)
-        callbacks = with_progress(callbacks, progress)
-        try:
-            with devices.seeded(self._seed_of_task(), self.device):
-                outputs = torch.tensor(sorted(wanted.values()), device=self.device)
-                pool = self._dreamt(n, committed.network.frozen(), outputs, quality, callbacks)
-        finally:
-            for callback in callbacks:
-                callback.on_exit()
-        order = pool.labels.argsort(stable=True)
-        return committed.network.denormalize(pool[order].images).cpu()
+        work = Dreaming(self._model, self._recipe, n, classes, quality)
+        return self.run(work, callbacks, progress)
 
-    def _dreamt(self, n: int, teacher: Network, wanted: Tensor, quality: str, callbacks: Sequence[Callback]) -> Pool:
-        def fit(stage: Stage) -> None:
-            training.fit(stage, self.device, callbacks, cancelled=lambda: False)
+    # Class surgery
 
-        if quality == "best":
-            pool = Pool(n, teacher, self.device)
-            for stage in paint(pool, teacher, wanted, self.recipe):
-                fit(stage)
-            return pool
-        dreamer = Dreamer(teacher, wanted, self.recipe)
-        fit(dreamer.stage())
-        return make_pool(dreamer, n)
+    def forget(self, names: str | Iterable[str]) -> None:
+        """Forgets classes; see `Model.forget`, also for what the weights still carry."""
+        self._replace(self._model.forget(names))
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Calls classes by other names; see `Model.rename`."""
+        self._replace(self._model.rename(names))
+
+    def merge(self, names: Sequence[str], into: str) -> None:
+        """Takes several classes for one; see `Model.merge`."""
+        self._replace(self._model.merge(names, into))
+
+    def _replace(self, model: Model) -> None:
+        with self._write_lock():
+            self._model = model
 
     # Files
 
     def settings(self) -> dict[str, Any]:
         """What the model file holds beside its tensors, as JSON takes it."""
-        return self._settings_of(self._committed)
-
-    def _settings_of(self, committed: Committed) -> dict[str, Any]:
-        network = committed.network
-        return {
-            "version": __version__,
-            "backbone": self.backbone,
-            "architecture": type(network.backbone).__qualname__,
-            "image_size": network.image_size,
-            "mean": network.mean.flatten().tolist() if committed.normalizes else None,
-            "std": network.std.flatten().tolist() if committed.normalizes else None,
-            "method": self.method.name,
-            "recipe": self.recipe.to_dict(),
-            "seed": self.seed,
-            "tasks": [list(task) for task in committed.tasks],
-        }
+        return self._model.settings()
 
     def save(self, path: str | Path) -> Path:
-        """Writes the committed model to one file, all or nothing. Raises `ModelFileError` when that fails."""
-        committed = self._committed  # read once: a task that commits meanwhile must not mix two models in one file
-        return storage.write(path, committed.network.state_dict(), self._settings_of(committed))
+        """Writes the current model to one file, all or nothing.
+
+        Raises `ModelFileError` when that fails, and when another process has changed the file since this learner read or
+        wrote it: its classes would be lost.
+        """
+        key, model = Path(path).resolve(), self._model  # read once: a task that commits meanwhile must not mix two models
+        written = model.save(path, **({"expected": self._digests[key]} if key in self._digests else {}))
+        self._digests[key] = model.digest()
+        return written
 
     @classmethod
     def load(
@@ -521,48 +491,18 @@ class Learner:
         method: str | Method | None = None,
         memory_budget: int | str | None = None,
     ) -> Learner:
-        """Reads a model file back; it predicts the same to the bit on the same device.
+        """Reads a model file and goes on from it; it predicts the same to the bit on the same device.
 
-        Parameters
-        ----------
-        backbone
-            For a file whose backbone was the caller's own module (adopted ones included): that module, built anew. Its
-            weights are replaced by the file's.
-        method
-            None takes the one in the file.
-        memory_budget
-            As for `Learner`. It belongs to the device and is not in the file.
-
-        Raises `ModelFileError` for a file that is missing, damaged, foreign, or does not fit the backbone.
+        `backbone` is as for `Model.load`. `method` None takes the one in the file. `memory_budget` is as for `Learner`; it
+        belongs to the device and is not in the file. Raises `ModelFileError`.
         """
-        tensors, settings = storage.read(path)
+        model = Model.load(path, device, backbone=backbone)
         try:
-            name = settings["backbone"]
-            if name is None and backbone is None:
-                raise ModelFileError(
-                    f"{path} was made with a backbone of its own ({settings['architecture']}); build that module and pass "
-                    "Learner.load(path, backbone=module)"
-                )
-            module = copy.deepcopy(backbone) if backbone is not None else backbones.build(name)
-            backbones.narrow(module, {key.removeprefix("backbone."): tensor for key, tensor in tensors.items()})
-            learner = cls(
-                module,
-                image_size=settings["image_size"],
-                method=method or settings["method"],
-                recipe=Recipe.from_dict(settings["recipe"]),
-                memory_budget=memory_budget,
-                device=device,
-                seed=settings["seed"],
-                mean=settings["mean"],
-                std=settings["std"],
-            )
-            tasks = tuple(tuple(task) for task in settings["tasks"])
-            network = learner._committed.network.grown(sum(map(len, tasks)))
-            network.load_state_dict(tensors)
-        except (KeyError, TypeError, RuntimeError) as error:
-            first_lines = " ".join(str(error).split())[:200]
-            raise ModelFileError(f"{path} does not fit this version or backbone: {first_lines}") from error
-        learner._adopt(name, network.requires_grad_(False), tasks, settings["mean"] is not None)
+            saved = {"recipe": Recipe.from_dict(model.learning["recipe"]), "seed": model.learning["seed"]}
+            learner = cls.of(model, method=method or model.learning["method"], memory_budget=memory_budget, **saved)
+        except (KeyError, TypeError) as error:
+            raise ModelFileError(f"{path} does not say how it was learnt ({error}); Model.load(path) serves it") from error
+        learner._digests[Path(path).resolve()] = file.digest_of(path)
         return learner
 
     def export(
@@ -570,98 +510,14 @@ class Learner:
         path: str | Path,
         quantize: str | None = None,
         *,
-        calibration: Any | None = None,
-        evaluation: Any | None = None,
-        classes: Classes | None = None,
+        callbacks: Sequence[Callback] = (),
         progress: bool = True,
+        **options: Any,
     ) -> ExportReport:
-        """Writes the committed classifier as ONNX with its preprocessing, checked against the model before it is written.
+        """Writes the current classifier with its preprocessing, checked against the model before it is written.
 
-        Parameters
-        ----------
-        quantize
-            None for floats; "int8" for a static quantization (QDQ, a scale a channel), calibrated on dreams and checked on
-            other dreams. It takes a quarter of the space, and dreaming takes its time.
-        calibration
-            A loader, as for `learn_task`, to calibrate on instead. Nothing of it is kept.
-        evaluation
-            A loader of known classes, on which the INT8 file is checked as well; the report has both accuracies.
-        classes
-            Names by target value for `evaluation`; None takes its data set's.
-
-        Raises `ExportError` when the file cannot be made or disagrees with the model; nothing is written then.
+        See `edge_dfcil.exporting.Exporting` for `quantize` and the options: `calibration`, `evaluation`, `classes`. Raises
+        `ExportError` when the file cannot be made or disagrees with the model; nothing is written then.
         """
-        if quantize not in (None, "int8"):
-            raise ExportError(f"quantize={quantize!r} is no form of quantization; pass None or 'int8'")
-        if quantize is None and (calibration is not None or evaluation is not None):
-            raise ExportError("calibration and evaluation are for quantize='int8'; a float file is checked without them")
-        committed = self._answering()
-        if not Path(path).parent.is_dir():
-            raise ExportError(f"{Path(path).parent} is not a folder; make it first")
-        int8 = None if quantize is None else self._int8(calibration, evaluation, classes, progress)
-        network = copy.deepcopy(committed.network).cpu()
-        return export_onnx(
-            network,
-            path,
-            classes=committed.classes,
-            image_size=network.image_size,
-            source_sha256=storage.digest(network.state_dict(), self._settings_of(committed)),
-            version=__version__,
-            int8=int8,
-        )
-
-    def _int8(self, calibration: Any | None, evaluation: Any | None, classes: Classes | None, progress: bool) -> Int8:
-        """Images to quantize with: dreams, half to calibrate on and half to check, and what was given besides."""
-        pictures = self._pictures(calibration)[0] if calibration is not None else None
-        checks, targets = {}, {}
-        if evaluation is not None:
-            checks["pictures"], found = self._pictures(evaluation)
-            outputs = labels.outputs_of(labels.name_targets(set(found), evaluation, classes), self.classes)
-            targets["pictures"] = np.array([outputs[target] for target in found])
-        # In turns, so that both halves have every class: dreams come sorted.
-        dreams = self.dream(max(MIN_CALIBRATION, 8 * len(self.classes)), progress=progress)
-        checks["dreams"] = dreams[1::2].numpy()
-        if pictures is not None:
-            return Int8(pictures, checks, targets)
-        return Int8(self._varied(dreams[::2]), checks, targets, widening=DREAMS_WIDENING)
-
-    def _varied(self, dreams: Tensor) -> Any:
-        """Dreams (N, 3, S, S), uint8, each twice, with the brightness, contrast and place of real images in training.
-
-        Dreams have the mean and the spread of real activations, but not their tails, and ranges are made of those.
-        """
-        with devices.seeded(self._seed_of_task(), torch.device("cpu")):
-            varied = augment(torch.cat([dreams, dreams]).float() / 255, self.recipe)
-        return (255 * varied).round().to(torch.uint8).contiguous().numpy()
-
-    def _pictures(self, loader: Any) -> tuple[Any, list[Any]]:
-        """All images of a loader as an app feeds them to the file (N, 3, S, S), uint8, and their targets."""
-        network = self._committed.network
-        chunks, targets = [], []
-        for images, found in read(loader):
-            chunks.append((255 * network.pixels(images)).round().to(torch.uint8).cpu().numpy())
-            targets += found
-        if not targets:
-            raise DataError("the loader gave no image")
-        return np.concatenate(chunks), targets
-
-
-MIN_CALIBRATION = 1024  # dreams for an INT8 export, at least: half to calibrate on, half to check
-# Real images reach further than dreams. Chosen on training images of a resnet32 (the answers of 1.0, 1.1, 1.25 and 1.5 times
-# the range agreed with the float ones for 96.3, 98.5, 98.9 and 98.8 %).
-DREAMS_WIDENING = 1.25
-
-
-def _set_statistics(network: Network, mean: Sequence[float] | None, std: Sequence[float] | None) -> bool:
-    """Sets what was given, and whether anything was."""
-    if mean is None and std is None:
-        return False
-    if mean is None or std is None or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise SettingError(f"mean={mean}, std={std}; give both, three numbers each, one a channel, and std above 0")
-    network.set_statistics(mean, std)
-    return True
-
-
-@torch.inference_mode()
-def _probabilities(network: Network, images: Tensor) -> Tensor:
-    return network(images).float().softmax(1)
+        work = Exporting(self._model, self._recipe, path, quantize, seed=self._seed_of_task(), **options)
+        return self.run(work, callbacks, progress)

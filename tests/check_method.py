@@ -58,6 +58,7 @@ def check_keeps_no_sample(learner: Learner, before: set[int]) -> None:
     """No tensor hangs on to the learner but the model's own, and no image that the tasks made is alive at all."""
     own = {id(tensor) for tensor in learner.network.state_dict(keep_vars=True).values()}
     own |= {id(learner.network.mean), id(learner.network.std)}
+    own |= {id(statistic.values) for statistic in learner.model.statistics.values()}
     seen, queue = set(), [learner, learner.method]
     while queue:
         thing = queue.pop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -104,7 +105,7 @@ def test_a_students_running_statistics_keep_up_with_a_short_lesson(able, known):
 
 def test_pixel_dreams_teach_too(able):
     short = replace(SHORT, rounds=2, dreams=32, steps=3, quality="best")
-    learner = able.having(able.network.grown(0).eval(), able.backbone)
+    learner = copy.deepcopy(able)
     learner.recipe = able.recipe.changed({"pixels.steps": 4, "pixels.batch": 32})
     _, report = distill(learner, "resnet8", settings=short, progress=False)
     assert [stage.name for stage in report.stages][:4] == ["dream", "distil", "dream", "distil"]
@@ -194,7 +195,7 @@ def test_the_latency_term_sees_kernels_that_work_in_blocks(able, tmp_path):
 
 
 def test_channels_that_do_nothing_leave_first(able, table):
-    learner = able.having(able.network.grown(0).eval(), able.backbone)
+    learner = copy.deepcopy(able)
     block = learner.network.backbone.stages[1][0]
     with torch.no_grad():
         for parameter in block.bn1.parameters():

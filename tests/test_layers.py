@@ -22,6 +22,7 @@ INSIDE = [
     "__main__ cli",
     "demo compression",
     "learner",
+    "learning exporting",
     "budget",
     "methods",
     "dreaming",

@@ -19,7 +19,7 @@ def test_method(name, train, test, tmp_path):
 
 
 def test_the_published_methods_are_there():
-    assert set(names()) == {"abd", "deep_inversion", "finetune", "lwf", "lwf_mc", "lwf_synthetic"}
+    assert set(names()) == {"abd", "deep_inversion", "finetune", "lda", "lwf", "lwf_mc", "lwf_synthetic"}
 
 
 class Hoarder(Finetune):

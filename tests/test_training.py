@@ -10,7 +10,7 @@ from torch import nn
 
 from edge_dfcil import SettingError
 from edge_dfcil.training.loop import fit
-from edge_dfcil.training.stage import Stage
+from edge_dfcil.training.stage import StageSpec
 from tests.conftest import NAMES, QUICK, quick_learner, weights
 
 CPU = torch.device("cpu")
@@ -25,8 +25,10 @@ def trained(n: int, at_once: int | None, steps: int = 3) -> tuple[list[torch.Ten
         sizes.append(len(part))
         return {"square": model(part).square().mean(), "mean": model(part).mean()}
 
-    stage = Stage("learn", [images], steps, loss, torch.optim.SGD(model.parameters(), 0.1), trains=[model], at_once=at_once)
-    report = fit(stage, CPU, (), lambda: False)
+    stage = StageSpec(
+        "learn", [images], steps, loss, lambda: torch.optim.SGD(model.parameters(), 0.1), trains=[model], micro_batch=at_once
+    )
+    report = fit(stage, CPU)
     return [p.detach() for p in model.parameters()], report.losses, max(sizes)
 
 
@@ -45,11 +47,16 @@ def test_running_statistics_move_as_far_in_parts():
     for at_once in (None, 2):
         layer = nn.BatchNorm1d(1, momentum=0.5)
         images = torch.ones(8, 1)
-        stage = Stage(
-            "learn", [images], 1, lambda part, layer=layer: {"sum": layer(part).sum()},
-            torch.optim.SGD(layer.parameters(), 0.0), trains=[layer], at_once=at_once,
-        )  # fmt: skip
-        fit(stage, CPU, (), lambda: False)
+        stage = StageSpec(
+            "learn",
+            [images],
+            1,
+            lambda part, layer=layer: {"sum": layer(part).sum()},
+            lambda layer=layer: torch.optim.SGD(layer.parameters(), 0.0),
+            trains=[layer],
+            micro_batch=at_once,
+        )
+        fit(stage, CPU)
         moved.append(layer.running_mean.item())
         assert layer.momentum == 0.5
     assert moved[0] == pytest.approx(0.5)

@@ -90,8 +90,8 @@ def test_herding_keeps_the_mean_better_than_the_nearest():
 
 
 class HeadAfterEachStage(Callback):
-    def on_task_begin(self, task):
-        self.task, self.weights = task, {}
+    def on_task_begin(self, learner):
+        self.task, self.weights = learner.running.work.task, {}
 
     def on_stage_end(self, stage, report):
         self.weights[stage.name] = self.task.student.head.weight.detach().clone()

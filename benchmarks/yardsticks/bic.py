@@ -12,7 +12,7 @@ from benchmarks.yardsticks.coreset import CoresetMethod, Images, herding
 from edge_dfcil.methods._distillation import distil
 from edge_dfcil.methods.task import Task
 from edge_dfcil.training.data import Batch
-from edge_dfcil.training.stage import Stage, Terms
+from edge_dfcil.training.stage import Stage, StageSpec, Terms
 
 HELD_OUT = 0.1  # of the coreset, for the correction
 STEPS, LEARNING_RATE = 200, 0.05  # of Adam on two numbers, over all held-out images at once
@@ -70,7 +70,7 @@ class BiC(CoresetMethod):
             new = correction["alpha"] * logits[:, n_old:] + correction["beta"]
             return {"correction": F.cross_entropy(torch.cat([logits[:, :n_old], new], 1), targets)}
 
-        yield Stage("correct", [targets], STEPS, loss, torch.optim.Adam(correction.parameters(), LEARNING_RATE))
+        yield StageSpec("correct", [targets], STEPS, loss, lambda: torch.optim.Adam(correction.parameters(), LEARNING_RATE))
         with torch.no_grad():
             head.weight[n_old:] *= correction["alpha"]
             head.bias[n_old:] = correction["alpha"] * head.bias[n_old:] + correction["beta"]

@@ -18,7 +18,7 @@ from edge_dfcil.methods._distillation import distil
 from edge_dfcil.methods.task import Task
 from edge_dfcil.model.network import Network
 from edge_dfcil.training.data import Batch
-from edge_dfcil.training.stage import Stage, Terms
+from edge_dfcil.training.stage import Stage, StageSpec, Terms
 
 LEARNING_RATE = 1e-3  # Adam, of the VAE
 MOST_LOG_VARIANCE = 20.0  # so that its first steps on large images do not run out of numbers
@@ -106,8 +106,14 @@ class DGR(Yardstick):
             reconstruction, kl = vae.loss(pixels)
             return {"reconstruction": (weights * reconstruction).mean(), "kl": (weights * kl).mean()}
 
-        optimizer = torch.optim.Adam(vae.parameters(), LEARNING_RATE)
-        yield Stage("vae", task.batches, recipe.generator.steps, loss, optimizer, None, [vae])
+        yield StageSpec(
+            "vae",
+            task.batches,
+            recipe.generator.steps,
+            loss,
+            lambda: torch.optim.Adam(vae.parameters(), LEARNING_RATE),
+            trains=[vae],
+        )
         self.kept = {name: value.detach().clone() for name, value in vae.state_dict().items()}
 
     def _vae(self, task: Task) -> VAE:

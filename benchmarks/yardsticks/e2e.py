@@ -12,7 +12,7 @@ from benchmarks.yardsticks.coreset import CoresetMethod, nearest_to_mean
 from edge_dfcil.methods._distillation import distil
 from edge_dfcil.methods.task import Task
 from edge_dfcil.training.data import Batch
-from edge_dfcil.training.stage import Stage, Terms
+from edge_dfcil.training.stage import Stage, StageSpec, Terms
 
 
 class E2E(CoresetMethod):
@@ -47,13 +47,15 @@ class E2E(CoresetMethod):
                 features = student.backbone(batch.images)
             return {"balanced": F.cross_entropy(student.head(features), batch.targets)}
 
-        optimizer = torch.optim.SGD(
-            student.head.parameters(),
-            recipe.schedule.learning_rate / 100,
-            recipe.schedule.momentum,
-            weight_decay=recipe.schedule.weight_decay,
-        )
-        return Stage("balance", batches, recipe.schedule.epochs * len(batches), loss, optimizer, None, [student.head])
+        def optimizer() -> torch.optim.Optimizer:
+            return torch.optim.SGD(
+                student.head.parameters(),
+                recipe.schedule.learning_rate / 100,
+                recipe.schedule.momentum,
+                weight_decay=recipe.schedule.weight_decay,
+            )
+
+        return StageSpec("balance", batches, recipe.schedule.epochs * len(batches), loss, optimizer, trains=[student.head])
 
     def order(self, features: Tensor) -> Tensor:
         return nearest_to_mean(features)

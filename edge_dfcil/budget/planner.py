@@ -6,23 +6,26 @@ more, until it is known how many fit. The last rehearsal, of whole batches in as
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edge_dfcil.budget.meter import Meter, measured, show
+from edge_dfcil.budget.meter import Meter, show
 from edge_dfcil.errors import BudgetError
 from edge_dfcil.methods import Method
-from edge_dfcil.methods.base import stages
 from edge_dfcil.methods.task import Task
+from edge_dfcil.recipe import Recipe
 from edge_dfcil.results import MemoryPlan, StagePlan
-from edge_dfcil.training import loop as training
+from edge_dfcil.training import loop
 from edge_dfcil.training.callbacks import Callback
 from edge_dfcil.training.checkpointing import blocks
-from edge_dfcil.training.stage import Stage, Terms
+from edge_dfcil.training.stage import Stage, StageSpec, Terms
 
 MARGIN = 0.1  # of the budget, left free when choosing how many images go through at once: a heap in pieces needs it above all
 LEAST_MARGIN = 0.05  # left free in any case, by the fewest images as by whole batches
@@ -73,7 +76,7 @@ class Rehearsed:
     peak
         Most bytes above the level.
     base
-        Those that were held when the rehearsal began: libraries keep what they made for earlier ones.
+        Those that are held without the stage: by the model, and by libraries, which keep what they made for a size.
     items
         What they are made of; "scratch" is what could not be counted.
     can_recompute
@@ -127,6 +130,17 @@ class _Enough(Callback):
             raise _Enough.Reached
 
 
+class _AfterWarmUp(Callback):
+    """Forgets the peak of a stage's first step."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+
+    def on_step_end(self, stage: Stage, step: int, losses: Mapping[str, Tensor], images: int) -> None:
+        if step == 1:
+            self._meter.reset()
+
+
 class TooLarge(Exception):
     """No settings fit; `stages` are those of the smallest."""
 
@@ -142,14 +156,14 @@ class Planner:
     ----------
     begin
         Makes a task that may be thrown away.
-    cancelled
-        Asked between steps.
+    check
+        Called between steps; it may raise.
     """
 
     begin: Callable[[], Task]
     method: Method
     meter: Meter
-    cancelled: Callable[[], bool]
+    check: Callable[[], object]
 
     def plan(self, budget: int | None) -> MemoryPlan:
         """Whole batches if they fit, else parts of them, else parts that recompute, else a smaller pool or generator.
@@ -174,6 +188,14 @@ class Planner:
         planned = (StagePlan(name, stage.at_once, name in tight, stage.peak, stage.items) for name, stage in stages.items())
         return MemoryPlan(budget, tuple(planned), changes)
 
+    def plan_or_refuse(self, budget: int | None, others: Iterable[tuple[str, Callable[[], Stages]]]) -> MemoryPlan:
+        """As `plan`, but raises `BudgetError` that says what is needed, also by `others`: smaller models, by name."""
+        try:
+            return self.plan(budget)
+        except TooLarge as error:
+            assert budget is not None
+            raise refusal(budget, error.stages, others) from None
+
     def _in_whole(self, stages: Stages, way: Way) -> Stages:
         """The stages with whole batches, with fewer images at once where the limit is passed after all."""
         at_once = {name: stage.at_once for name, stage in stages.items()}
@@ -192,8 +214,10 @@ class Planner:
         task = self.begin()
         if not task.remembers:
             return [{}]
-        numbers = {"remember.pool": task.recipe.remember.pool, "generator.width": task.recipe.generator.width}
-        found = [{name: max(1, numbers[name] // by) for name, by in way.items() if numbers[name]} for way in SMALLER]
+        recipe = task.recipe
+        found = [
+            {name: max(1, value // by) for name, by in way.items() if (value := attrgetter(name)(recipe))} for way in SMALLER
+        ]
         return [changes for number, changes in enumerate(found) if changes not in found[:number]]
 
     def _grown(self, way: Way) -> Stages:
@@ -242,37 +266,38 @@ class Planner:
         """A few steps of each stage, with as many images at once as named, or else the fewest.
 
         Batches are cut to two parts, which tells what more would take, unless they are wanted in whole: their many small
-        parts leave the heap in pieces.
+        parts leave the heap in pieces. The first step of a stage makes what libraries make once for a size (kernels,
+        packed weights, scratch) and may keep; it is not measured with the others. What they keep is held from then on, so
+        it belongs to the base and not to what the stage takes.
         """
         base = self.meter.now
-        task = self.begin()
+        peaks = self._rehearsed(way, at_once, in_whole)
+        kept = max(0, self.meter.now - base)  # once, by the libraries
+        return {name: replace(stage, base=base + kept, peak=max(stage.peak, base + kept)) for name, stage in peaks.items()}
+
+    def _rehearsed(self, way: Way, at_once: Mapping[str, int], in_whole: bool) -> Stages:
+        """What each stage takes, in a scope of its own: its task is gone when this returns."""
+        base, task, method = self.meter.now, self.begin(), copy.deepcopy(self.method)
         recipe = task.recipe.changed(way.changes)
         task.batches = task.batches.first()
         if task.teacher is not None and task.remembers:
             task.old = torch.arange(task.teacher.n_classes, device=task.device)  # an untrained generator may miss the others
-        task.recipe = recipe.changed(
-            {
-                "schedule.epochs": 1,
-                "schedule.first_epochs": 1,
-                "schedule.min_steps": STEPS,
-                "generator.steps": STEPS,
-                "remember.pool": min(recipe.remember.pool, SMALL_POOL),
-                "refine.epochs": min(recipe.refine.epochs, 1),
-                "refine.min_steps": STEPS,
-            }
-        )
+        task.recipe = rehearsed_recipe(recipe, STEPS, SMALL_POOL)
         found: Stages = {}
-        for stage in measured(stages(task, self.method), self.meter):
-            stage.steps = min(stage.steps, STEPS)
-            stage.at_once = at_once.get(stage.name, FEWEST)
-            stage.recompute = way.recompute is None or stage.name in way.recompute
-            watch = _Watch(stage, task, in_whole)
-            try:
-                training.fit(stage, task.device, [_Enough(self.meter, way.limit)], self.cancelled)
-            except _Enough.Reached:
-                stage.optimizer.zero_grad(set_to_none=True)
-            found[stage.name] = watch.found(self.meter.peak, base, recipe.remember.pool)
-        return found
+        stages = method.stages(task)
+        while True:
+            self.meter.reset()
+            stage = next(stages, None)
+            if stage is None:
+                return found
+            few = at_once.get(stage.name, FEWEST)
+            task.micro_batches[stage.name] = few
+            watch = _Watch(stage, task, few, in_whole)
+            small = watch.stage(recompute=way.recompute is None or stage.name in way.recompute)
+            made = self.meter.peak  # what the stage is made from: a pool of generated images
+            with contextlib.suppress(_Enough.Reached):
+                loop.run(small, task.device, [_AfterWarmUp(self.meter), _Enough(self.meter, way.limit)], self.check)
+            found[stage.name] = watch.found(max(made, self.meter.peak), base, recipe.remember.pool)
 
 
 def _fit(stages: Stages, limit: float) -> bool:
@@ -280,25 +305,46 @@ def _fit(stages: Stages, limit: float) -> bool:
 
 
 class _Watch:
-    """Looks on while a stage is rehearsed: shortens its largest batches to two parts, unless told not to, and counts what is
+    """Looks on while a stage is rehearsed: shortens its largest batches to two parts, unless asked not to, and counts what is
     kept for the backward pass."""
 
-    def __init__(self, stage: Stage, task: Task, in_whole: bool) -> None:
-        self._stage, self._task, self._loss, self._in_whole = stage, task, stage.loss, in_whole
-        self._batches, self._whole, self._activations = stage.batches, 0, 0
-        modules = [task.student, *([task.teacher] if task.teacher else []), *stage.trains]
+    def __init__(self, stage: Stage, task: Task, at_once: int, in_whole: bool) -> None:
+        self._spec, self._task, self._at_once, self._in_whole = stage, task, at_once, in_whole
+        self._whole, self._activations = 0, 0
+        self._trained = [*stage.trains] if isinstance(stage, StageSpec) else []
+        self._optimizer: torch.optim.Optimizer | None = None
+        modules = [task.student, *([task.teacher] if task.teacher else []), *self._trained]
         self._weights = {tensor.untyped_storage().data_ptr() for module in modules for tensor in module.parameters()}
-        stage.batches, stage.loss = self, self._watched
+
+    def stage(self, recompute: bool) -> Stage:
+        """The stage as it is rehearsed: a copy, a few steps long."""
+        spec = self._spec
+        if not isinstance(spec, StageSpec):
+            return replace(spec, batches=self, micro_batch=self._at_once)
+        return replace(
+            spec,
+            batches=self,
+            loss=self._watched,
+            optimizer=self._made,
+            steps=min(spec.steps, STEPS),
+            micro_batch=self._at_once,
+            recompute=recompute,
+        )
+
+    def _made(self) -> torch.optim.Optimizer:
+        assert isinstance(self._spec, StageSpec)
+        self._optimizer = self._spec.optimizer()
+        return self._optimizer
 
     def __iter__(self) -> Iterator[Any]:
-        for number, batch in enumerate(self._batches):
+        for number, batch in enumerate(self._spec.batches):
             self._whole = max(self._whole, len(batch))
-            at_once = self._stage.at_once or len(batch)
             # A batch of another size, the last of a loader, goes in parts of its own.
             cut = not self._in_whole and (number == 0 or len(batch) == self._whole)
-            yield batch[: 2 * at_once] if cut else batch
+            yield batch[: 2 * self._at_once] if cut else batch
 
     def _watched(self, part: Any) -> Terms:
+        assert isinstance(self._spec, StageSpec)
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -308,21 +354,22 @@ class _Watch:
             return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            terms = self._loss(part)
+            terms = self._spec.loss(part)
         self._activations = max(self._activations, sum(kept.values()))
         return terms
 
     def found(self, peak: int, base: int, pool: int) -> Rehearsed:
-        stage, task = self._stage, self._task
-        own = [module for module in stage.trains if module is not task.student and module is not task.student.head]
-        trained = [p for group in stage.optimizer.param_groups for p in group["params"]]
-        state = [value for values in stage.optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+        """What the stage took, by item; `pool` is how many generated images there are to be outside the rehearsal."""
+        task, optimizer = self._task, self._optimizer
+        own = [module for module in self._trained if module is not task.student and module is not task.student.head]
+        groups = optimizer.param_groups if optimizer is not None else []
+        states = optimizer.state.values() if optimizer is not None else []
         items = {
             "weights": _bytes_of([task.student]),
             "teacher": 0,  # it shares the tensors of the committed model, which are held in any case
             "generator": _bytes_of(own),
-            "gradients": sum(p.nbytes for p in trained),
-            "optimiser": sum(value.nbytes for value in state),
+            "gradients": sum(p.nbytes for group in groups for p in group["params"]),
+            "optimiser": sum(value.nbytes for values in states for value in values.values() if isinstance(value, Tensor)),
             "pool of dreams": 0,
             "activations": self._activations,
         }
@@ -332,8 +379,24 @@ class _Watch:
         elif task.dreams is not None:
             items["generator"] = task.dreams.nbytes
         items["scratch"] = max(0, peak - sum(items.values()))
-        at_once = min(stage.at_once or self._whole, self._whole)
-        return Rehearsed(at_once, self._whole, peak, base, items, any(True for m in own or stage.trains for _ in blocks(m)))
+        at_once, trained = min(self._at_once, self._whole), own or self._trained
+        return Rehearsed(at_once, self._whole, peak, base, items, any(True for m in trained for _ in blocks(m)))
+
+
+def rehearsed_recipe(recipe: Recipe, steps: int, pool: int) -> Recipe:
+    """The recipe of a rehearsal: the same sizes, but few steps and a small pool."""
+    return recipe.changed(
+        {
+            "schedule.epochs": 1,
+            "schedule.first_epochs": 1,
+            "schedule.min_steps": steps,
+            "generator.steps": steps,
+            "pixels.steps": steps,
+            "remember.pool": min(recipe.remember.pool, pool),
+            "refine.epochs": min(recipe.refine.epochs, 1),
+            "refine.min_steps": steps,
+        }
+    )
 
 
 def _bytes_of(modules: Iterable[nn.Module]) -> int:

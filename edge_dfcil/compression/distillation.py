@@ -3,10 +3,8 @@ section 4.4), round by round; from the second round on the dreams are adaptive, 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,12 +18,13 @@ from edge_dfcil.errors import SettingError
 from edge_dfcil.methods._distillation import distil
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.network import Network
+from edge_dfcil.recipe import Recipe
 from edge_dfcil.results import DistillReport, StageReport
 from edge_dfcil.training import augment
-from edge_dfcil.training import loop as training
 from edge_dfcil.training.callbacks import Callback
-from edge_dfcil.training.progress import with_progress
-from edge_dfcil.training.stage import Stage, Terms, set_batchnorm_momentum
+from edge_dfcil.training.loop import check_finite
+from edge_dfcil.training.session import PlainWork, Session
+from edge_dfcil.training.stage import Stage, StageSpec, Terms, set_batchnorm_momentum
 
 if TYPE_CHECKING:
     from edge_dfcil.learner import Learner
@@ -94,28 +93,53 @@ def distill(
     DivergedError
         When a loss is not finite.
     """
-    settings = settings or Distillation()
-    learner.check_answering()
-    student = learner.sibling(to)
-    begin = time.perf_counter()
-    before = learner.evaluate(evaluation, classes).accuracy if evaluation is not None else None
-    with shown(callbacks, progress) as callbacks, devices.seeded(learner.seed, learner.device):
-        network = student.network.grown(0)
-        if settings.inherit:
+    work = Distilling(learner, to, settings or Distillation(), evaluation, classes)
+    found: tuple[Learner, DistillReport] = learner.run(work, callbacks, progress, seed=learner.seed)
+    return found
+
+
+class Distilling(PlainWork):
+    """The work of a session that teaches a student."""
+
+    def __init__(
+        self, learner: Learner, to: str | nn.Module, settings: Distillation, evaluation: Any | None, classes: Classes | None
+    ) -> None:
+        learner.check_answering()
+        self._learner, self._settings = learner, settings
+        self._evaluation, self._classes = evaluation, classes
+        self._student = learner.model.untrained(to, seed=learner.seed)
+        self._before: float | None = None
+
+    def prepare(self, session: Session[Any]) -> None:
+        if self._evaluation is not None:
+            with devices.seeded(None, session.device):
+                self._before = self._learner.evaluate(self._evaluation, self._classes).accuracy
+
+    def stages(self, session: Session[Any]) -> Iterator[Stage]:
+        learner = self._learner
+        network = self._network = self._student.network.grown(0)
+        if self._settings.inherit:
             _inherit(network, learner.network)
-        stages, agreement = teach(network, learner.network.frozen(), learner, settings, callbacks)
-    student = student.having(network.eval(), student.backbone)
-    after = student.evaluate(evaluation, classes).accuracy if evaluation is not None else None
-    return student, DistillReport(
-        teacher=learner.backbone or type(learner.network.backbone).__qualname__,
-        student=student.backbone or type(network.backbone).__qualname__,
-        parameters=(parameters(learner.network), parameters(network)),
-        dreams=settings.rounds * settings.dreams if settings.source != "noise" else 0,
-        agreement=agreement,
-        accuracy=None if before is None or after is None else (before, after),
-        seconds=time.perf_counter() - begin,
-        stages=tuple(stages),
-    )
+        lesson = self._lesson = Lesson(network, learner.network.frozen(), learner.recipe, self._settings)
+        yield from lesson.stages()
+
+    def finish(self, session: Session[Any], reports: Sequence[StageReport]) -> tuple[Learner, DistillReport]:
+        learner, network, settings = self._learner, self._network, self._settings
+        check_finite(network)
+        model = replace(self._student, network=network.requires_grad_(False).eval())
+        student, after = learner.with_model(model), None
+        if self._evaluation is not None:
+            after = student.evaluate(self._evaluation, self._classes).accuracy
+        return student, DistillReport(
+            teacher=learner.model.architecture,
+            student=model.architecture,
+            parameters=(parameters(learner.network), parameters(network)),
+            dreams=settings.rounds * settings.dreams if settings.source != "noise" else 0,
+            agreement=self._lesson.agreement(),
+            accuracy=None if self._before is None or after is None else (self._before, after),
+            seconds=session.seconds,
+            stages=tuple(reports),
+        )
 
 
 def _inherit(student: nn.Module, teacher: nn.Module) -> None:
@@ -128,33 +152,13 @@ def parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-@contextmanager
-def shown(callbacks: Sequence[Callback], progress: bool) -> Iterator[Sequence[Callback]]:
-    """The callbacks, with progress where somebody watches, closed afterwards."""
-    callbacks = with_progress(callbacks, progress)
-    try:
-        yield callbacks
-    finally:
-        for callback in callbacks:
-            callback.on_exit()
+class Lesson:
+    """Trains a student in rounds: generated images are added to a pool, then the student learns from all of it."""
 
-
-def teach(
-    student: Network, teacher: Network, learner: Learner, settings: Distillation, callbacks: Sequence[Callback]
-) -> tuple[list[StageReport], float]:
-    """Trains a student in rounds; returns what was done, and for how many of the last dreams, made after the last round and
-    never learnt from, both answer alike."""
-    lesson = _Lesson(student, teacher, learner, settings)
-    stages = [training.fit(stage, learner.device, callbacks, lambda: False) for stage in lesson.stages()]
-    training.check_finite(student)
-    return stages, lesson.agreement()
-
-
-class _Lesson:
-    def __init__(self, student: Network, teacher: Network, learner: Learner, settings: Distillation) -> None:
-        self._student, self._teacher, self._settings, self._device = student, teacher, settings, learner.device
+    def __init__(self, student: Network, teacher: Network, recipe: Recipe, settings: Distillation) -> None:
+        self._student, self._teacher, self._settings, self._device = student, teacher, settings, teacher.mean.device
         total = settings.rounds * settings.dreams
-        self._recipe = learner.recipe.changed({"remember.pool": total, **OBJECTIVE})
+        self._recipe = recipe.changed({"remember.pool": total, **OBJECTIVE})
         self._wanted = torch.arange(teacher.n_classes, device=self._device)
         self._pool, self._filled = Pool(total, teacher, self._device), 0
         self._fresh: Dream | None = None  # what was dreamt last
@@ -174,10 +178,17 @@ class _Lesson:
             self._student.requires_grad_(False)  # while dreams compete with it, they alone learn
             yield from self._dreams(number)
             self._student.requires_grad_(True)
-            yield Stage(
-                "distil", self, settings.steps, self._loss, self._optimizer, self._scheduler, [self._student],
+            # One optimizer and one schedule over all rounds.
+            yield StageSpec(
+                "distil",
+                self,
+                settings.steps,
+                self._loss,
+                lambda: self._optimizer,
+                lambda optimizer: self._scheduler,
+                trains=[self._student],
                 clip_gradient=self._recipe.schedule.clip_gradient,
-            )  # fmt: skip
+            )
         if settings.source != "noise" and settings.quality == "fast":
             self._fresh = self._dreamer.dream(FRESH)
         else:

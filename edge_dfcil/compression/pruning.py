@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edge_dfcil import devices
-from edge_dfcil.compression.distillation import REPAIR, Distillation, parameters, shown, teach
+from edge_dfcil.compression.distillation import REPAIR, Distillation, Lesson, parameters
 from edge_dfcil.compression.latency import LatencyTable, Shape
 from edge_dfcil.dreaming.inversion import Dream, Dreamer, make_pool
 from edge_dfcil.errors import BackboneError, SettingError
@@ -28,8 +26,10 @@ from edge_dfcil.model.backbones import BATCHNORM
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.network import Network
 from edge_dfcil.results import PruneReport, StageReport
-from edge_dfcil.training import loop as training
 from edge_dfcil.training.callbacks import Callback
+from edge_dfcil.training.loop import check_finite
+from edge_dfcil.training.session import PlainWork, Session
+from edge_dfcil.training.stage import Stage
 from exporters.timing import latencies
 
 if TYPE_CHECKING:
@@ -111,38 +111,62 @@ def prune(
     SettingError
         When torch-pruning is not installed.
     """
-    learner.check_answering()
-    begin, stages = time.perf_counter(), []
-    teacher, table = learner.network.frozen(), table or LatencyTable()
-    with shown(callbacks, progress) as callbacks, devices.seeded(learner.seed, learner.device):
-        dream, stage = _dreams(learner, teacher, settings.dreams, callbacks)
-        stages.append(stage)
-        network = learner.network.grown(0)
-        cutter = Cutter(network, dream, settings, table)
-        cutter.cut()
-        table.save()
-        pruned = learner.having(copy.deepcopy(network).eval(), learner.backbone)
-        agreement = None
+    work = PruningWork(learner, settings, table or LatencyTable(), evaluation, classes)
+    found: tuple[Learner, PruneReport] = learner.run(work, callbacks, progress, seed=learner.seed)
+    return found
+
+
+class PruningWork(PlainWork):
+    """The work of a session that prunes a network and repairs it."""
+
+    def __init__(
+        self, learner: Learner, settings: Pruning, table: LatencyTable, evaluation: Any | None, classes: Classes | None
+    ) -> None:
+        learner.check_answering()
+        self._learner, self._settings, self._table = learner, settings, table
+        self._evaluation, self._classes = evaluation, classes
+
+    def stages(self, session: Session[Any]) -> Iterator[Stage]:
+        learner, settings, device = self._learner, self._settings, session.device
+        teacher = learner.network.frozen()
+        dreamer = Dreamer(teacher, torch.arange(teacher.n_classes, device=device), learner.recipe)
+        yield dreamer.stage()
+        pool = make_pool(dreamer, settings.dreams)
+        self._network = learner.network.grown(0)
+        self._cutter = Cutter(self._network, pool[torch.arange(len(pool), device=device)], settings, self._table)
+        self._cutter.cut(session.check)
+        self._table.save()
+        self._pruned = copy.deepcopy(self._network)
+        self._lesson: Lesson | None = None
         if settings.repair is not None:
-            repaired, agreement = teach(network, teacher, learner, settings.repair, callbacks)
-            stages += repaired
-    smaller = learner.having(network.eval(), learner.backbone)
-    accuracy = None
-    if evaluation is not None:
-        before, broken, after = (one.evaluate(evaluation, classes).accuracy for one in (learner, pruned, smaller))
-        accuracy = before, broken, after
-    return smaller, PruneReport(
-        filters=(cutter.before.filters, cutter.now.filters),
-        parameters=(parameters(learner.network), parameters(network)),
-        flops=(cutter.before.flops, cutter.now.flops),
-        milliseconds=_measured(learner, smaller),
-        table_milliseconds=(cutter.before.milliseconds, cutter.now.milliseconds),
-        channels=cutter.channels,
-        accuracy=accuracy,
-        agreement=agreement,
-        seconds=time.perf_counter() - begin,
-        stages=tuple(stages),
-    )
+            self._lesson = Lesson(self._network, teacher, learner.recipe, settings.repair)
+            yield from self._lesson.stages()
+
+    def finish(self, session: Session[Any], reports: Sequence[StageReport]) -> tuple[Learner, PruneReport]:
+        learner, cutter = self._learner, self._cutter
+        check_finite(self._network)
+        smaller, pruned = self._with(self._network), self._with(self._pruned)
+        accuracy = None
+        if self._evaluation is not None:
+            before, broken, after = (one.evaluate(self._evaluation, self._classes).accuracy for one in (learner, pruned, smaller))
+            accuracy = before, broken, after
+        return smaller, PruneReport(
+            filters=(cutter.before.filters, cutter.now.filters),
+            parameters=(parameters(learner.network), parameters(self._network)),
+            flops=(cutter.before.flops, cutter.now.flops),
+            milliseconds=_measured(learner, smaller),
+            table_milliseconds=(cutter.before.milliseconds, cutter.now.milliseconds),
+            channels=cutter.channels,
+            accuracy=accuracy,
+            agreement=self._lesson.agreement() if self._lesson is not None else None,
+            seconds=session.seconds,
+            stages=tuple(reports),
+        )
+
+    def _with(self, network: Network) -> Learner:
+        """A learner with this network. Class statistics are of the features before, so they are not kept."""
+        network = network.requires_grad_(False).eval()
+        return self._learner.with_model(replace(self._learner.model, network=network, statistics={}))
 
 
 def _measured(before: Learner, after: Learner) -> tuple[float, float]:
@@ -153,14 +177,6 @@ def _measured(before: Learner, after: Learner) -> tuple[float, float]:
             graphs[name] = Path(learner.export(Path(folder) / f"{name}.onnx").path).read_bytes()
     seconds = latencies(graphs, before.image_size)
     return 1000 * seconds["before"], 1000 * seconds["after"]
-
-
-def _dreams(learner: Learner, teacher: Network, n: int, callbacks: Sequence[Callback]) -> tuple[Dream, StageReport]:
-    wanted = torch.arange(teacher.n_classes, device=learner.device)
-    dreamer = Dreamer(teacher, wanted, learner.recipe)
-    report = training.fit(dreamer.stage(), learner.device, callbacks, lambda: False)
-    pool = make_pool(dreamer, n)
-    return pool[torch.arange(len(pool), device=learner.device)], report
 
 
 @dataclass(frozen=True)
@@ -191,10 +207,14 @@ class Cutter:
     def now(self) -> _Size:
         return self._size(_convolutions(self._network))
 
-    def cut(self) -> None:
-        """Until the target is met. Raises `BackboneError` when the layers have no more channels to give."""
+    def cut(self, check: Callable[[], object] = lambda: None) -> None:
+        """Until the target is met; `check` is called on the way and may raise.
+
+        Raises `BackboneError` when the layers have no more channels to give.
+        """
         each = 1
         while not self._done():
+            check()
             scored = sorted(self._scored(), key=lambda candidate: candidate[0])
             if not scored:
                 raise BackboneError(

@@ -10,6 +10,7 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from edge_dfcil.dreaming import objective
@@ -18,7 +19,7 @@ from edge_dfcil.errors import DivergedError
 from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe
 from edge_dfcil.training import augment
-from edge_dfcil.training.stage import Stage, Terms, momentum_of_parts
+from edge_dfcil.training.stage import StageSpec, Terms, momentum_of_parts
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,27 @@ class Dreamer:
         self.generator = Generator(teacher.image_size, latent=recipe.generator.latent, width=recipe.generator.width)
         self.generator.to(wanted.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def stage(self) -> Stage:
+    def stage(self) -> StageSpec:
         """Trains the generator for `recipe.generator.steps` steps of Adam."""
-        recipe = self.recipe
-        optimizer = torch.optim.Adam(self.generator.parameters(), recipe.generator.learning_rate)
-        scheduler: LRScheduler | None = None
-        if recipe.generator.schedule == "one_cycle":
-            scheduler = OneCycleLR(optimizer, recipe.generator.learning_rate, total_steps=max(2, recipe.generator.steps))
+        recipe, steps = self.recipe, self.recipe.generator.steps
+
+        def optimizer() -> Optimizer:
+            return torch.optim.Adam(self.generator.parameters(), recipe.generator.learning_rate)
+
+        def scheduler(optimizer: Optimizer) -> LRScheduler:
+            return OneCycleLR(optimizer, recipe.generator.learning_rate, total_steps=max(2, steps))
+
         inversion = _Inversion(self)
-        steps = recipe.generator.steps
-        return Stage("dream", _Noise(self), steps, inversion.loss, optimizer, scheduler, [self.generator], look=inversion.look)
+        return StageSpec(
+            "dream",
+            _Noise(self),
+            steps,
+            inversion.loss,
+            optimizer,
+            scheduler if recipe.generator.schedule == "one_cycle" else None,
+            trains=[self.generator],
+            look=inversion.look,
+        )
 
     def noise(self, n: int) -> Tensor:
         """z ~ N(0, I), (n, latent)."""
@@ -120,7 +132,7 @@ class _Inversion:
 
     Diversity and statistics are of a whole batch. When it is split, a first look takes the means of every part; a part's
     loss is then that of the whole batch, with gradients through the part alone. They add up to the gradients of the whole,
-    but for the generator's own BatchNorm, which sees a part at a time, and `inversion.augment`, which draws again for the loss.
+    but for the generator's own BatchNorm, which sees a part at a time, and for `augment_dreams`, which draws anew for the loss.
     """
 
     def __init__(self, dreamer: Dreamer) -> None:

@@ -18,7 +18,7 @@ from edge_dfcil.errors import BackboneError
 from edge_dfcil.model.backbones import check_backbone
 from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe
-from edge_dfcil.training.stage import Stage, Terms
+from edge_dfcil.training.stage import StageSpec, Terms
 
 LARGE = 128  # pixels a side from which images are sketched at half their size first
 SKETCHED = 2 / 3  # share of the steps at half size: 2,000 of 3,000 for ImageNet
@@ -47,7 +47,7 @@ class Canvas:
         )
         self._images = self._blank(torch.randn(len(labels), 3, *self._first_size(), device=labels.device))
 
-    def stages(self) -> Iterator[Stage]:
+    def stages(self) -> Iterator[StageSpec]:
         """From noise to images: one stage, or a sketch at half size and then the whole."""
         steps = self.recipe.pixels.steps
         if self._images.shape[-1] < self.teacher.image_size:
@@ -76,10 +76,15 @@ class Canvas:
     def _blank(images: Tensor) -> nn.Parameter:
         return nn.Parameter(images.contiguous(memory_format=torch.channels_last))
 
-    def _stage(self, name: str, steps: int) -> Stage:
-        optimizer = torch.optim.Adam([self._images], self.recipe.pixels.learning_rate, betas=(0.5, 0.9))
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-        return Stage(name, [torch.arange(len(self.labels), device=self.labels.device)], steps, self.loss, optimizer, scheduler)
+    def _stage(self, name: str, steps: int) -> StageSpec:
+        return StageSpec(
+            name,
+            [torch.arange(len(self.labels), device=self.labels.device)],
+            steps,
+            self.loss,
+            lambda: torch.optim.Adam([self._images], self.recipe.pixels.learning_rate, betas=(0.5, 0.9)),
+            lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps)),
+        )
 
     def loss(self, index: Tensor) -> Terms:
         """The weighted objective (DeepInversion, eqs. 2 to 4) of some of the images; statistics are theirs alone."""
@@ -108,10 +113,10 @@ class Canvas:
         return images.flip(3) if self.recipe.augmentation.flip and torch.rand(()) < 0.5 else images
 
 
-def paint(pool: Pool, teacher: Network, wanted: Tensor, recipe: Recipe, student: Network | None = None) -> Iterator[Stage]:
+def paint(pool: Pool, teacher: Network, wanted: Tensor, recipe: Recipe, student: Network | None = None) -> Iterator[StageSpec]:
     """Fills a pool with pixel dreams of the wanted classes, an even share each, batch by batch; cut to those that came out.
 
-    Statistics are matched over a batch, so each has `pixels.batch` images of all the classes that the teacher knows, whatever
+    Statistics are matched over a batch, so each has `pixel_batch` images of all the classes that the teacher knows, whatever
     is wanted of them. Dreams in which the teacher sees no wanted class in the end are left out.
     """
     size, filled, device = len(pool), 0, wanted.device

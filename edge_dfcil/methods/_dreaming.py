@@ -24,6 +24,5 @@ class DreamingMethod(Method):
             task.dreams = Dreams(pool)
             return
         dreamer = Dreamer(task.teacher, task.old, task.recipe)
-        stage = dreamer.stage()
-        yield stage
-        task.dreams = Dreams.of(dreamer, stage.at_once)
+        yield dreamer.stage()
+        task.dreams = Dreams.of(dreamer, task.micro_batches.get("dream"))

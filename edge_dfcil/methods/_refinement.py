@@ -14,11 +14,12 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from edge_dfcil.methods.task import Task
 from edge_dfcil.training.data import Batch
-from edge_dfcil.training.stage import Stage, Terms
+from edge_dfcil.training.stage import Stage, StageSpec, Terms
 
 
 def refine_head(task: Task) -> Iterator[Stage]:
@@ -38,7 +39,7 @@ def align(head: nn.Linear, old: Tensor, current: Tensor, share: float) -> None:
     head.weight[current] *= (share * norm[old].mean() / norm[current].mean()).clamp(max=1)
 
 
-def _refinement(task: Task) -> Stage:
+def _refinement(task: Task) -> StageSpec:
     recipe, student = task.recipe, task.student
     teacher, dreams = task.memory
     # Expected share of each class in a step of B real images and B dreams; its inverse weighs all classes alike.
@@ -53,11 +54,23 @@ def _refinement(task: Task) -> Stage:
         targets = torch.cat([batch.targets, dream.labels])
         return {"refine": F.cross_entropy(student.head(features), targets, weights)}
 
-    steps = max(recipe.refine.epochs * len(task.batches), recipe.refine.min_steps)
-    optimizer = torch.optim.SGD(
-        student.head.parameters(),
-        recipe.refine.learning_rate,
-        recipe.schedule.momentum,
-        weight_decay=recipe.schedule.weight_decay,
+    steps = task.share_of(max(recipe.refine.epochs * len(task.batches), recipe.refine.min_steps))
+
+    def optimizer() -> Optimizer:
+        return torch.optim.SGD(
+            student.head.parameters(),
+            recipe.refine.learning_rate,
+            recipe.schedule.momentum,
+            weight_decay=recipe.schedule.weight_decay,
+        )
+
+    return StageSpec(
+        "refine",
+        task.batches,
+        steps,
+        loss,
+        optimizer,
+        lambda optimizer: CosineAnnealingLR(optimizer, steps),
+        trains=[student.head],
+        resumable=True,
     )
-    return Stage("refine", task.batches, steps, loss, optimizer, CosineAnnealingLR(optimizer, steps), [student.head])

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
 from edge_dfcil.methods.task import Task
 from edge_dfcil.training.data import Batch
-from edge_dfcil.training.stage import Stage, Terms, set_batchnorm_momentum
+from edge_dfcil.training.stage import Stage, StageSpec, Terms, set_batchnorm_momentum
 
 
 class Method(ABC):
@@ -21,9 +22,20 @@ class Method(ABC):
 
     name: ClassVar[str]
     mu: ClassVar[float] = 1.0  # the published weight of the term that remembers
+    state: ClassVar[Mapping[str, str]] = {}  # class statistics that it keeps, by name, with their roles
+
+    def stages(self, task: Task) -> Iterator[Stage]:
+        """The stages of a task in order, each made when the one before has been run."""
+        yield from self.prepare(task)
+        yield learning_stage(task, self)
+        yield from self.refine(task)
 
     def prepare(self, task: Task) -> Iterator[Stage]:
-        """Stages before the learning; what they make is left in `task`. The first task, with nothing to remember, has it too."""
+        """Stages before the learning; what they make is left in `task`. The first task, with nothing to remember, has it too.
+
+        Making a stage may draw random numbers and read the teacher and what earlier stages made, but not the student's
+        weights: a task that resumes from a checkpoint has those of a later step.
+        """
         return iter(())
 
     def first_loss(self, task: Task, batch: Batch) -> Terms:
@@ -43,40 +55,46 @@ class Method(ABC):
         return iter(())
 
 
-def stages(task: Task, method: Method) -> Iterator[Stage]:
-    """The stages of a task, each made when the one before has been run."""
-    yield from method.prepare(task)
-    yield learning_stage(task, method)
-    yield from method.refine(task)
-
-
 def learning_stage(task: Task, method: Method) -> Stage:
     """SGD on the student under the recipe's schedule; on all of it, unless the recipe freezes its first layers."""
     recipe, per_epoch = task.recipe, len(task.batches)
     epochs = recipe.schedule.epochs if task.teacher is not None else recipe.schedule.first_epochs or recipe.schedule.epochs
-    steps = max(epochs * per_epoch, recipe.schedule.min_steps)
+    steps = task.share_of(max(epochs * per_epoch, recipe.schedule.min_steps))
     frozen = _first_layers(task.student.backbone, recipe.schedule.freeze) if task.teacher is not None else []
     for layer in frozen:
         layer.requires_grad_(False)
     trained = [p for p in task.student.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(
-        trained, recipe.schedule.learning_rate, recipe.schedule.momentum, weight_decay=recipe.schedule.weight_decay
-    )
-    scheduler: LRScheduler
-    if recipe.schedule.shape == "step":
-        scheduler = MultiStepLR(optimizer, [round(share * epochs) * per_epoch for share in recipe.schedule.milestones])
-    else:
-        scheduler = OneCycleLR(optimizer, recipe.schedule.learning_rate, total_steps=max(2, steps), cycle_momentum=False)
+
+    def optimizer() -> Optimizer:
+        return torch.optim.SGD(
+            trained, recipe.schedule.learning_rate, recipe.schedule.momentum, weight_decay=recipe.schedule.weight_decay
+        )
+
+    def scheduler(optimizer: Optimizer) -> LRScheduler:
+        if recipe.schedule.shape == "step":
+            return MultiStepLR(
+                optimizer, [task.share_of(round(share * epochs) * per_epoch) for share in recipe.schedule.milestones]
+            )
+        return OneCycleLR(optimizer, recipe.schedule.learning_rate, total_steps=max(2, steps), cycle_momentum=False)
+
     set_batchnorm_momentum(task.student, recipe)
     term = method.loss if task.remembers else method.first_loss
 
     def loss(batch: Batch) -> Terms:
         return term(task, batch)
 
-    return Stage(
-        "learn", task.batches, steps, loss, optimizer, scheduler,
-        trains=[task.student], frozen=frozen, clip_gradient=recipe.schedule.clip_gradient,
-    )  # fmt: skip
+    return StageSpec(
+        "learn",
+        task.batches,
+        steps,
+        loss,
+        optimizer,
+        scheduler,
+        trains=[task.student],
+        frozen=frozen,
+        clip_gradient=recipe.schedule.clip_gradient,
+        resumable=True,
+    )
 
 
 def _first_layers(backbone: nn.Module, share: float) -> list[nn.Module]:

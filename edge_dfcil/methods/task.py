@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from edge_dfcil.dreaming.inversion import Dreams
 from edge_dfcil.model.network import Network
+from edge_dfcil.model.statistics import Statistic
 from edge_dfcil.recipe import Recipe
 from edge_dfcil.training.data import RealBatches
 
 
 @dataclass
 class Task:
-    """Everything a method may use while one task is learnt. It dies with the task, and with it all that was dreamt.
+    """Everything a method may use while one task is learnt. It dies with the task, and so do all generated images.
 
     Attributes
     ----------
@@ -33,6 +35,14 @@ class Task:
         The real images: augmented, normalised, on the device; one pass is an epoch. `plain()` gives them as they are.
     dreams
         What `prepare` left for `loss`.
+    statistics
+        The class statistics of the model before this task.
+    kept
+        The class statistics of the model after it, as the method declares them in `state`; committed with the network.
+    share
+        Of the recipe's steps that are made: below 1 when a time budget asks for a shorter schedule.
+    micro_batches
+        Images that went through together at the end of each stage so far, by its name; None: whole batches.
     """
 
     student: Network
@@ -44,6 +54,14 @@ class Task:
     recipe: Recipe
     device: torch.device
     dreams: Dreams | None = None
+    statistics: Mapping[str, Statistic] = field(default_factory=dict)
+    kept: dict[str, Statistic] = field(default_factory=dict)
+    share: float = 1.0
+    micro_batches: dict[str, int | None] = field(default_factory=dict)
+
+    def share_of(self, steps: int) -> int:
+        """So many steps of the recipe come to this many of this task."""
+        return steps if self.share == 1.0 else max(1, round(self.share * steps))
 
     @property
     def remembers(self) -> bool:

@@ -91,6 +91,14 @@ class Network(nn.Module):
         network.head = head
         return network.requires_grad_(True)
 
+    def head_of(self, outputs: Sequence[int]) -> nn.Linear:
+        """A copy of the head with the rows of these outputs, in this order."""
+        old, head = self.head, _linear(self.head.in_features, len(outputs)).to(self.head.weight.device)
+        with torch.no_grad():
+            head.weight.copy_(old.weight[list(outputs)])
+            head.bias.copy_(old.bias[list(outputs)])
+        return head.requires_grad_(old.weight.requires_grad)
+
     def frozen(self) -> Network:
         """A teacher: the same weights in eval mode without gradients. The tensors are shared, the modules are not, so that
         hooks on it are its own."""

@@ -1,4 +1,4 @@
-"""What a model keeps, said tensor by tensor. Weights are derived from data: this is an account, not a guarantee."""
+"""What a model keeps, tensor by tensor. Weights are derived from data: this is an account, not a guarantee."""
 
 from __future__ import annotations
 
@@ -6,45 +6,68 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from edge_dfcil.errors import ModelFileError
-from edge_dfcil.model.backbones import batchnorm_layers
+from edge_dfcil.model.statistics import ROLES
 
 WEIGHT = "weight"
 STATISTIC = "batchnorm statistic"
 COUNTER = "batchnorm counter"
+_BATCHNORM = {"running_mean": STATISTIC, "running_var": STATISTIC, "num_batches_tracked": COUNTER}
 
 
 @dataclass(frozen=True)
 class Kept:
-    """One tensor that a model keeps, and why."""
+    """One tensor that a model keeps.
+
+    Attributes
+    ----------
+    kind
+        `weight`, `batchnorm statistic`, `batchnorm counter`, or the role of a class statistic, such as `class_mean`.
+    bytes
+        Its size.
+    images
+        The images behind a class statistic: of each class, or one number for all together; None for the other kinds.
+    """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     bytes: int
+    images: tuple[int, ...] | None = None
+
+    @property
+    def from_data(self) -> bool:
+        """Whether it is derived from images; all but counters are."""
+        return self.kind != COUNTER
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "from_data": self.from_data}
 
 
-def account(network: nn.Module, tensors: Mapping[str, Tensor]) -> list[Kept]:
-    """Every tensor of a model file, by kind. Raises `ModelFileError` for one that is no part of the network.
+def account(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> list[Kept]:
+    """Every tensor of a model file, in the order of their names.
+
+    Raises `ModelFileError` for a tensor that is neither part of the network nor a class statistic that the file describes.
 
     Parameters
     ----------
-    network
-        The classifier that the file belongs to.
-    tensors
-        What the file holds.
+    tensors, settings
+        What `model.file.read` gave, or `Model.tensors()` and `Model.settings()`.
     """
-    kinds = {name: WEIGHT for name, _ in network.named_parameters()}
-    modules = {id(module): name for name, module in network.named_modules()}
-    for layer in batchnorm_layers(network):
-        prefix = f"{modules[id(layer)]}."
-        kinds |= {prefix + "running_mean": STATISTIC, prefix + "running_var": STATISTIC, prefix + "num_batches_tracked": COUNTER}
-    strangers = sorted(set(tensors) - set(kinds))
-    if strangers:
-        raise ModelFileError(f"the model holds {', '.join(strangers)}, which is neither a weight nor a BatchNorm statistic")
-    return [Kept(name, kinds[name], tuple(t.shape), t.numel() * t.element_size()) for name, t in sorted(tensors.items())]
+    statistics, kept = settings.get("statistics", {}), []
+    for name, tensor in sorted(tensors.items()):
+        prefix, _, last = name.rpartition(".")
+        images = None
+        if prefix == "statistics":
+            described = statistics.get(last, {})
+            kind, images = described.get("role", ""), tuple(described.get("images", ()))
+            known = kind in ROLES
+        else:
+            kind = _BATCHNORM.get(last, WEIGHT)
+            known = name.startswith(("backbone.", "head."))
+        if not known:
+            raise ModelFileError(f"the model holds {name}, which is neither a weight nor a statistic that it declares")
+        kept.append(Kept(name, kind, tuple(tensor.shape), tensor.numel() * tensor.element_size(), images))
+    return kept

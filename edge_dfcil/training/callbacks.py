@@ -1,30 +1,34 @@
-"""Hooks that are called while a task is learnt."""
+"""Hooks that are called while a session runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from edge_dfcil.errors import SettingError
 from edge_dfcil.results import StageReport, TaskReport
 from edge_dfcil.training.stage import Stage
 
 
 class Callback:
-    """Empty hooks, called in this order. Override the ones you want; raise to stop, and nothing is committed."""
+    """Empty hooks, called in this order. Override those you want; raise to stop, and nothing is committed."""
 
     def on_plan_begin(self) -> None:
         """Before a memory budget is planned, which takes some seconds to a minute. Not called without a budget."""
 
-    def on_task_begin(self, task: Any) -> None:
-        """Before the first stage."""
+    def on_task_begin(self, learner: Any) -> None:
+        """Before the first stage. `learner` answers with the model from before the task until it is committed."""
 
     def on_stage_begin(self, stage: Stage) -> None:
-        """Before a stage's first step."""
+        """Before a stage's first step, also of one that goes on where a checkpoint left it."""
 
     def on_step_end(self, stage: Stage, step: int, losses: Mapping[str, Tensor], images: int) -> None:
-        """After each optimiser step, numbered from 1. `losses` are detached scalars; `images` went through this step."""
+        """After each step, numbered from 1. `losses` are detached scalars; `images` went through this step."""
+
+    def on_epoch_end(self, stage: Stage, epoch: int, losses: Mapping[str, float]) -> None:
+        """After each pass over a training stage's batches, numbered from 1, with the means of its losses."""
 
     def on_stage_end(self, stage: Stage, report: StageReport) -> None:
         """After a stage's last step."""
@@ -33,4 +37,18 @@ class Callback:
         """After the commit: the new model answers now."""
 
     def on_exit(self) -> None:
-        """However the task ended, errors included: the place to close what was opened."""
+        """However the session ended, errors included: the place to close what was opened."""
+
+
+def check_callbacks(callbacks: Iterable[Callback] | None) -> Sequence[Callback]:
+    """The callbacks as a list. Raises `SettingError` for anything that is none."""
+    found = [] if callbacks is None else list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
+    for callback in found:
+        missing = [
+            name for name in vars(Callback) if name.startswith("on_") and not callable(getattr(type(callback), name, None))
+        ]
+        if missing:
+            raise SettingError(
+                f"callbacks holds a {type(callback).__name__} without {missing[0]}; pass a list of edge_dfcil.Callback objects"
+            )
+    return found

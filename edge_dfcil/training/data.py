@@ -148,6 +148,7 @@ class RealBatches:
         self._largest = max(scanned.batch_sizes)
         self._smallest = self._largest if recipe.schedule.drop_incomplete else 2
         self._sizes = sorted((size for size in scanned.batch_sizes if size >= self._smallest), reverse=True)
+        self._augments, self._batches = True, sum(scanned.batch_sizes.values())
         self._length = sum(n for size, n in scanned.batch_sizes.items() if size >= self._smallest)
 
         self.left_out = sum(size * n for size, n in scanned.batch_sizes.items() if size < self._smallest)
@@ -170,20 +171,22 @@ class RealBatches:
         batches = ((images, targets) for images, targets in read(self._loader) if len(images) >= self._smallest)
         images, targets = max(itertools.islice(batches, 2), key=lambda batch: len(batch[0]))
         few._loader = [(images[:size], targets[:size]) for size in self._sizes if size <= len(images)]
-        few._length = len(few._loader)
+        few._length = few._batches = len(few._loader)
         return few
 
     def __iter__(self) -> Iterator[Batch]:
         yield from self._read(self.see, self._smallest)
 
-    def plain(self) -> Iterator[Batch]:
-        """One pass over every image, normalised but not augmented."""
-        network = self._network
-        return self._read(lambda images: network.normalize(network.pixels(images)), smallest=1)
+    def plain(self) -> RealBatches:
+        """The same, but of every image, normalised and not augmented."""
+        every = copy.copy(self)
+        every._augments, every._smallest, every._length = False, 1, self._batches
+        return every
 
     def see(self, images: Tensor) -> Tensor:
         """Images of any size as the student sees them in training."""
-        return self._network.normalize(augment(self._network.pixels(images), self._recipe))
+        pixels = self._network.pixels(images)
+        return self._network.normalize(augment(pixels, self._recipe) if self._augments else pixels)
 
     def _check_seen(self, scanned: Scan, names: Mapping[Any, str]) -> None:
         """Raises `DataError` for a class of which no image is learnt from, in this pass or in another one."""

@@ -1,4 +1,4 @@
-"""Progress on stderr, through rich, as one callback among others. Quiet when stderr is not a terminal."""
+"""Progress through rich: bars on a terminal's stderr, or in a notebook; quiet where neither is."""
 
 from __future__ import annotations
 
@@ -24,27 +24,30 @@ class Progress(Callback):
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
+        notebook = in_notebook()
         self._bars = Bars(
             TextColumn("{task.description:>7}"),
             BarColumn(24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[detail]}"),
             TimeRemainingColumn(compact=True),
-            console=Console(stderr=True),
+            console=Console(stderr=True, force_jupyter=True) if notebook else Console(stderr=True),
+            # A notebook redraws the whole output each time.
+            refresh_per_second=2 if notebook else 10,
         )
         self._shown = 0.0
 
     def on_plan_begin(self) -> None:
         self._bars.start()
-        self._bar = self._bars.add_task("plan", total=None, detail="measuring what fits into the memory budget")
+        self._bar = self._bars.add_task("plan", total=None, detail="measuring memory and speed")
 
-    def on_task_begin(self, task: Any) -> None:
+    def on_task_begin(self, learner: Any) -> None:
         if self._bars.tasks:
             self._bars.update(self._bar, total=1, completed=1)
 
     def on_stage_begin(self, stage: Stage) -> None:
         self._bars.start()
-        self._bar = self._bars.add_task(stage.name, total=stage.steps, detail="")
+        self._bar = self._bars.add_task(stage.name, total=stage.steps or None, detail="")
         self._begin, self._images = time.perf_counter(), 0
 
     def on_step_end(self, stage: Stage, step: int, losses: Mapping[str, Tensor], images: int) -> None:
@@ -53,19 +56,34 @@ class Progress(Callback):
         if now - self._shown < 0.25 and step < stage.steps:  # reading losses waits for the device
             return
         self._shown = now
-        epoch = -(-step * stage.epochs // stage.steps)
+        epoch = -(-step * stage.epochs // stage.steps) if stage.steps else 1
         values = " ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
         rate = self._images / max(now - self._begin, 1e-9)
         detail = f"epoch {epoch}/{stage.epochs}  {values}  {rate:.0f} images/s"
         self._bars.update(self._bar, completed=step, detail=detail)
 
     def on_stage_end(self, stage: Stage, report: StageReport) -> None:
-        self._bars.update(self._bar, completed=stage.steps)
+        self._bars.update(self._bar, completed=stage.steps or report.steps)
 
     def on_exit(self) -> None:
         self._bars.stop()
 
 
+def in_notebook() -> bool:
+    """Whether this runs in the kernel of a notebook (Jupyter, Colab), where rich draws although stderr is no terminal."""
+    shell = getattr(sys.modules.get("builtins"), "get_ipython", None)
+    return callable(shell) and type(shell()).__name__ in ("ZMQInteractiveShell", "Shell")
+
+
+def is_watched() -> bool:
+    """Whether progress would be seen. Without a console (pythonw, a daemon) there is no stderr at all."""
+    isatty = getattr(sys.stderr, "isatty", None)
+    try:
+        return in_notebook() or (callable(isatty) and bool(isatty()))
+    except ValueError:  # a stream that has been closed
+        return False
+
+
 def with_progress(callbacks: Sequence[Callback], progress: bool) -> Sequence[Callback]:
-    """The callbacks, and a progress display where somebody watches."""
-    return [*callbacks, Progress()] if progress and sys.stderr.isatty() else list(callbacks)
+    """The callbacks, and a progress display where it is seen."""
+    return [*callbacks, Progress()] if progress and is_watched() else list(callbacks)

@@ -1,12 +1,12 @@
-"""What is trained for a number of steps, and the named terms of its loss."""
+"""Stages: what is done in a row of steps (`StageSpec`, `ClosedFormSpec`), and where it stands (`StageState`)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ from edge_dfcil.recipe import Recipe
 Terms = dict[str, Tensor]  # the named terms of a loss; their sum is minimised
 
 
-@dataclass
-class Stage:
-    """A loss to minimise for a number of steps.
+@dataclass(frozen=True)
+class StageSpec:
+    """A training stage: a loss to minimise for a number of steps. It holds no progress; that is in `StageState`.
 
     Attributes
     ----------
@@ -28,35 +28,133 @@ class Stage:
         Re-iterable; repeated until `steps` are done.
     loss
         One batch to the named terms of the loss.
+    optimizer, scheduler
+        Called once, when the stage begins.
     trains
         The modules in train mode meanwhile; all others are in eval mode.
     frozen
         Layers inside `trains` that stay in eval mode, as they are.
-    at_once
-        Images that go through the networks at once; a larger batch is split, and its gradients accumulate. None: all.
+    micro_batch
+        Images that go through the networks together; a larger batch is split, and its gradients accumulate. None: all.
     recompute
         Whether the activations inside the blocks of `trains` are computed again for the backward pass instead of kept.
     look
         Called with the parts of a split batch before the first loss, for losses that need to know the whole batch.
+    over_budget
+        Asked after the gradients of a step, before the optimizer takes it: whether the step took too much memory. It is
+        then made again with half the micro-batch, as it is after a real lack of memory.
+    resumable
+        Whether a checkpoint can continue inside the stage: its parameters are those of the network that is learning.
+        Other stages make generated images, which no checkpoint may hold; they are run again from the same random state.
     """
 
     name: str
     batches: Iterable[Any]
     steps: int
     loss: Callable[[Any], Terms]
-    optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler | None = None
+    optimizer: Callable[[], torch.optim.Optimizer]
+    scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None
     trains: Sequence[nn.Module] = ()
     frozen: Sequence[nn.Module] = ()
     clip_gradient: float | None = None
-    at_once: int | None = None
+    micro_batch: int | None = None
     recompute: bool = False
     look: Callable[[Sequence[Any]], None] | None = None
+    over_budget: Callable[[StageState], bool] | None = None
+    resumable: bool = False
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps of one pass over the batches; `steps` when they have no length."""
+        return len(self.batches) if isinstance(self.batches, Sized) and len(self.batches) else self.steps
 
     @property
     def epochs(self) -> int:
-        """Passes over the batches that `steps` come to; 1 when they have no length."""
-        return math.ceil(self.steps / len(self.batches)) if isinstance(self.batches, Sized) and len(self.batches) else 1
+        """Passes over the batches that `steps` come to."""
+        return math.ceil(self.steps / self.per_epoch) if self.steps else 0
+
+
+class Sums(Protocol):
+    """What a closed-form stage adds up."""
+
+    def add(self, batch: Any) -> None:
+        """Adds a batch; called without gradients, all modules in eval mode."""
+
+    def solve(self) -> None:
+        """Called after the last batch: what follows from the sums."""
+
+
+@dataclass(frozen=True)
+class ClosedFormSpec:
+    """A closed-form stage: one pass that sums over batches, and a solution that follows from the sums.
+
+    Attributes
+    ----------
+    batches
+        Read once; again from the start when the stage was interrupted.
+    sums
+        Gives sums that are still empty.
+    micro_batch
+        As for `StageSpec`: a larger batch is added in parts.
+    """
+
+    name: str
+    batches: Iterable[Any]
+    sums: Callable[[], Sums]
+    micro_batch: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """Batches of the pass; 0 when their number is not known."""
+        return len(self.batches) if isinstance(self.batches, Sized) else 0
+
+    @property
+    def epochs(self) -> int:
+        return 1
+
+
+Stage = StageSpec | ClosedFormSpec
+
+
+@dataclass
+class StageState:
+    """Where a training stage stands.
+
+    Attributes
+    ----------
+    step
+        Steps of the optimizer that are done.
+    consumed
+        Batches that have been read in the current pass.
+    pass_random
+        The random state before the current pass began: the order of a shuffled loader follows from it.
+    micro_batch, halvings
+        As it is now, and how often it was halved.
+    history
+        The mean of each term of the loss, a pass at a time.
+    """
+
+    step: int = 0
+    consumed: int = 0
+    pass_random: dict[str, Tensor] = field(default_factory=dict)
+    micro_batch: int | None = None
+    halvings: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    losses: Terms = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    optimizer: torch.optim.Optimizer | None = None
+    scheduler: LRScheduler | None = None
+    # Of a stage that goes on in the same process: what has been read of the current pass is not read again.
+    iterator: Iterator[Any] | None = None
+
+    @classmethod
+    def at_start(cls, stage: StageSpec) -> StageState:
+        """Before the first step."""
+        optimizer = stage.optimizer()
+        scheduler = stage.scheduler(optimizer) if stage.scheduler is not None else None
+        return cls(optimizer=optimizer, scheduler=scheduler, micro_batch=stage.micro_batch)
 
 
 def set_batchnorm_momentum(network: nn.Module, recipe: Recipe) -> None:

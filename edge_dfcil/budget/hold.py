@@ -1,0 +1,43 @@
+"""Holds a plan: stages with the micro-batch that was planned, and fewer images when a step comes near the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from edge_dfcil.budget.meter import Meter
+from edge_dfcil.results import MemoryPlan
+from edge_dfcil.training.stage import Stage, StageSpec, StageState
+
+NEAR = 0.97  # of the budget: from here on fewer images go through together, before it is too late
+
+
+def hold(stages: Iterator[Stage], plan: MemoryPlan | None, meter: Meter, peaks: list[int]) -> Iterator[Stage]:
+    """The stages under a plan. The peak of each is added to `peaks`, what it is made from included: a pool of generated
+    images is made before the learning."""
+    planned = {stage.name: stage for stage in plan.stages} if plan is not None else {}
+
+    def over_budget(state: StageState) -> bool:
+        """Whether the step must be made again. One that came near goes through, and those after it take half the images."""
+        assert plan is not None and plan.budget is not None
+        if meter.peak <= NEAR * plan.budget:
+            return False
+        over = meter.peak > plan.budget
+        meter.reset()
+        if not over and state.micro_batch is not None:
+            state.micro_batch = max(2, state.micro_batch // 2)
+        return over
+
+    while True:
+        meter.reset()
+        stage = next(stages, None)
+        if stage is None:
+            return
+        if stage.name in planned:
+            found = planned[stage.name]
+            stage = replace(stage, micro_batch=found.at_once)
+            if isinstance(stage, StageSpec):
+                limited = plan is not None and plan.budget is not None
+                stage = replace(stage, recompute=found.recompute, over_budget=over_budget if limited else None)
+        yield stage
+        peaks.append(meter.peak)

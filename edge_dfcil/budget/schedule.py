@@ -1,0 +1,147 @@
+"""The time budget: a schedule that ends in time, fitted to the speed of a step on this device."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edge_dfcil import devices
+from edge_dfcil.budget.planner import rehearsed_recipe
+from edge_dfcil.errors import SettingError
+from edge_dfcil.methods.base import Method
+from edge_dfcil.methods.task import Task
+from edge_dfcil.recipe import Recipe
+from edge_dfcil.training import loop
+from edge_dfcil.training.callbacks import Callback
+from edge_dfcil.training.stage import Stage, StageSpec
+
+STEPS = 4  # of each stage that are timed, after one that warms up
+POOL = 64  # generated images that are timed
+MARGIN = 0.1  # of the time that is left free: a device slows down as it warms up
+LEAST = 0.005  # share of the schedule; with less, a task is not learnt
+UNITS = {"": 1.0, "s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
+
+
+def parse(budget: float | str | None) -> float | None:
+    """A time budget in seconds: a number of them, or text such as "90s", "10min" or "2h". Raises `SettingError`."""
+    if budget is None:
+        return None
+    text = "" if isinstance(budget, bool) else str(budget).strip().lower()
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    unit = text[len(number) :].strip()
+    try:
+        seconds = float(number) * UNITS[unit]
+    except (KeyError, ValueError):
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise SettingError(f"time_budget={budget!r} is no time; pass seconds, or text such as '90s', '10min' or '2h'")
+    return seconds
+
+
+class _Clock(Callback):
+    """Seconds of each step of a stage, the first left out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.seconds = device, list[float]()
+
+    def on_stage_begin(self, stage: Stage) -> None:
+        self._last = 0.0
+
+    def on_step_end(self, stage: Stage, step: int, losses: Mapping[str, Tensor], images: int) -> None:
+        devices.synchronize(self._device)
+        now = time.perf_counter()
+        if self._last:
+            self.seconds.append(now - self._last)
+        self._last = now
+
+
+def fit(
+    begin: Callable[[], Task], method: Method, seconds: float, changes: Mapping[str, Any], check: Callable[[], object]
+) -> dict[str, Any]:
+    """How a task is shortened to end within `seconds`: `share` of the steps of its stages, and `changes` of its recipe.
+
+    The result also says what it was fitted to: the seconds of a step of each stage (`step_seconds`), of one generated image,
+    and the seconds that the whole recipe would take. Nothing is changed when the whole recipe fits.
+    """
+    task = begin()
+    recipe = task.recipe.changed(changes)
+    speeds, image_seconds = _speeds(begin(), copy.deepcopy(method), recipe, check)
+
+    def expected(share: float) -> float:
+        steps = _steps(task, recipe, share)
+        pool = _shortened(recipe, share)["remember.pool"] if task.remembers else 0
+        return sum(speed * steps.get(name, len(task.batches)) for name, speed in speeds.items()) + image_seconds * pool
+
+    whole, allowed = expected(1.0), max(0.0, seconds) * (1 - MARGIN)
+    low, high = LEAST, 1.0
+    if whole <= allowed:
+        low = 1.0
+    else:
+        for _ in range(20):
+            middle = (low + high) / 2
+            low, high = (middle, high) if expected(middle) <= allowed else (low, middle)
+    return {
+        "share": low,
+        "changes": _shortened(recipe, low) if low < 1.0 and task.remembers else {},
+        "seconds": seconds,
+        "whole_recipe_seconds": whole,
+        "expected_seconds": expected(low),
+        "step_seconds": speeds,
+        "generated_image_seconds": image_seconds,
+    }
+
+
+def _shortened(recipe: Recipe, share: float) -> dict[str, int]:
+    """What of a recipe is made smaller beside the steps that train the student."""
+    pool = recipe.remember.pool
+    return {
+        "generator.steps": max(1, round(share * recipe.generator.steps)),
+        "pixels.steps": max(1, round(share * recipe.pixels.steps)),
+        "remember.pool": max(min(pool, 64), round(share * pool)),
+    }
+
+
+def _steps(task: Task, recipe: Recipe, share: float) -> dict[str, int]:
+    """Steps of each kind of stage under a share of the schedule."""
+    schedule, refine, per_epoch = recipe.schedule, recipe.refine, len(task.batches)
+    epochs = schedule.epochs if task.teacher is not None else schedule.first_epochs or schedule.epochs
+    steps = {"learn": max(epochs * per_epoch, schedule.min_steps)}
+    if task.remembers and refine.epochs:
+        steps["refine"] = max(refine.epochs * per_epoch, refine.min_steps)
+    found = {name: max(1, round(share * count)) for name, count in steps.items()}
+    if task.remembers:
+        batches = -(-recipe.remember.pool // recipe.pixels.batch) if recipe.remember.dreams == "pixels" else 1
+        key = "pixels.steps" if recipe.remember.dreams == "pixels" else "generator.steps"
+        found["dream"] = batches * _shortened(recipe, share)[key]
+    return found
+
+
+def _speeds(task: Task, method: Method, recipe: Recipe, check: Callable[[], object]) -> tuple[dict[str, float], float]:
+    """Seconds of a step of each stage, and of one generated image, measured on a task that is thrown away."""
+    task.batches = task.batches.first()
+    task.recipe = rehearsed_recipe(recipe, STEPS + 1, POOL)
+    if task.teacher is not None and task.remembers:
+        task.old = torch.arange(task.teacher.n_classes, device=task.device)  # an untrained generator may miss the others
+    speeds: dict[str, float] = {}
+    image_seconds, ended = 0.0, 0.0
+    for stage in method.stages(task):
+        devices.synchronize(task.device)
+        if ended and stage.name == "learn" and task.dreams is not None and task.recipe.remember.pool:
+            image_seconds = (time.perf_counter() - ended) / task.recipe.remember.pool
+        clock = _Clock(task.device)
+        short = loop.run(_short(stage), task.device, [clock], check)
+        seconds = median(clock.seconds) if clock.seconds else short.seconds
+        speeds[stage.name] = max(speeds.get(stage.name, 0.0), seconds)
+        ended = time.perf_counter()
+    return speeds, image_seconds
+
+
+def _short(stage: Stage) -> Stage:
+    return replace(stage, steps=min(stage.steps, STEPS + 1)) if isinstance(stage, StageSpec) else stage

@@ -1,0 +1,1 @@
+"""Closed-form heads: pure functions of class statistics."""

@@ -1,0 +1,239 @@
+"""One task, from a loader to the model that is committed: the work of `Learner.session`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from edge_dfcil import devices
+from edge_dfcil.budget import schedule
+from edge_dfcil.budget.allocator import capped, returned_at_once
+from edge_dfcil.budget.hold import hold
+from edge_dfcil.budget.meter import Meter
+from edge_dfcil.budget.planner import Planner
+from edge_dfcil.errors import ClassError
+from edge_dfcil.methods.base import Method
+from edge_dfcil.methods.task import Task
+from edge_dfcil.model import labels, statistics
+from edge_dfcil.model.labels import Classes
+from edge_dfcil.model.model import Model
+from edge_dfcil.recipe import Recipe
+from edge_dfcil.results import MemoryPlan, StagePlan, StageReport, TaskReport
+from edge_dfcil.training.data import RealBatches, Scan, scan
+from edge_dfcil.training.loop import check_finite
+from edge_dfcil.training.session import Session
+from edge_dfcil.training.stage import Stage
+
+
+class Assignment:
+    """What is to be learnt: a model, a method, and the images and names that a loader gives.
+
+    Attributes
+    ----------
+    new, known
+        Names that are learnt for the first time, and those that are refreshed.
+    """
+
+    def __init__(
+        self, model: Model, method: Method, recipe: Recipe, loader: Any, scanned: Scan, classes: Classes | None, relearn: bool
+    ) -> None:
+        self.model, self.method, self.recipe, self.loader, self.scanned = model, method, recipe, loader, scanned
+        names = labels.name_targets(scanned.counts, loader, classes)
+        self._names = names
+        self.known = tuple(name for name in names.values() if name in model.classes)
+        if self.known and not relearn:
+            shown = ", ".join(map(repr, self.known))
+            raise ClassError(f"{shown} is known already; leave it out, or pass relearn=True to refresh it")
+        self.new = tuple(name for name in names.values() if name not in model.classes)
+        self.tasks = (*model.tasks, self.new) if self.new else model.tasks
+        outputs = [*model.outputs, *self.new]
+        self.outputs = {target: outputs.index(name) for target, name in names.items()}  # a merged class is taught its first
+
+    def on(self, model: Model) -> Assignment:
+        """The same for another model of the same classes."""
+        other = copy.copy(self)
+        other.model = model
+        return other
+
+    def task(self) -> Task:
+        """The task on networks of its own, which may be thrown away."""
+        before, scanned = self.model.network, self.scanned
+        student, device = before.grown(len(self.new)), self.model.device
+        if not self.model.normalizes:
+            student.set_statistics(scanned.mean, scanned.std)
+        counts = torch.zeros(student.n_classes, device=device)
+        for target, output in self.outputs.items():
+            counts[output] = scanned.counts[target]
+        return Task(
+            student=student,
+            teacher=before.frozen() if self.model.tasks else None,
+            current=torch.nonzero(counts).flatten(),
+            old=torch.nonzero(counts[: before.n_classes] == 0).flatten(),
+            counts=counts,
+            batches=RealBatches(self.loader, scanned, self.outputs, student, self.recipe, self._names),
+            recipe=self.recipe,
+            device=device,
+            statistics=self.model.statistics,
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this task from another: all but the images themselves, of which only the numbers are known."""
+        return {
+            "method": self.method.name,
+            "recipe": self.recipe.to_dict(),
+            "new classes": list(self.new),
+            "refreshed classes": list(self.known),
+            "images": sorted([self.outputs[target], count] for target, count in self.scanned.counts.items()),
+            "batches": sorted([size, count] for size, count in self.scanned.batch_sizes.items()),
+        }
+
+
+def task_id(fingerprint: Mapping[str, Any]) -> str:
+    """A short name of a task, by which a model file says which task it ended with."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Learning:
+    """The work of a session that learns one task."""
+
+    def __init__(
+        self,
+        model: Model,
+        method: Method,
+        recipe: Recipe,
+        loader: Any,
+        classes: Classes | None,
+        *,
+        relearn: bool = False,
+        memory_budget: int | None = None,
+        seconds: float | None = None,
+        smaller: Callable[[], Iterator[tuple[str, Model]]] = lambda: iter(()),
+        begun: Callable[[], object] = lambda: None,
+        commit: Callable[[Model], None] = lambda model: None,
+        plan_only: bool = False,
+    ) -> None:
+        self.model, self.method, self.recipe, self.loader = model, method, recipe, loader
+        self._classes, self._relearn, self._smaller, self._begun, self._commit = classes, relearn, smaller, begun, commit
+        self._budget, self._seconds, self._plan_only = memory_budget, seconds, plan_only
+        self._meter, self._peaks = Meter(model.device), list[int]()
+        self._digest = model.digest()
+        self.network: nn.Module | None = None
+        self.task: Task | None = None
+        self.plan: MemoryPlan | None = None
+        self.fitted: dict[str, Any] | None = None
+
+    # The contract of `Work`
+
+    @contextlib.contextmanager
+    def context(self, session: Session[Any]) -> Iterator[None]:
+        with returned_at_once(self._budget), self._meter, capped(self._meter, session.device, self._budget):
+            yield
+
+    def prepare(self, session: Session[Any]) -> None:
+        scanned = scan(self.loader, lambda: session.cancelled)
+        self._meter.exclude()  # what the loader keeps
+        self.assignment = Assignment(self.model, self.method, self.recipe, self.loader, scanned, self._classes, self._relearn)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"model": self._digest, "budget": self._budget, "time budget": self._seconds, **self.assignment.fingerprint()}
+
+    def decided(self) -> dict[str, Any]:
+        return {"plan": asdict(self.plan) if self.plan is not None else None, "fitted": self.fitted}
+
+    def restore(self, decided: Mapping[str, Any]) -> None:
+        plan = decided["plan"]
+        if plan is not None:
+            self.plan = MemoryPlan(plan["budget"], tuple(StagePlan(**stage) for stage in plan["stages"]), plan["changes"])
+        self.fitted = decided["fitted"]
+
+    def stages(self, session: Session[Any]) -> Iterator[Stage]:
+        if not session.resumed:
+            self._decide(session)
+        if self._plan_only:
+            return
+        task = self.task = self.assignment.task()
+        self.network = task.student
+        changes = dict(self.plan.changes) if self.plan is not None else {}
+        if self.fitted is not None:
+            task.share = self.fitted["share"]
+            changes |= self.fitted["changes"]
+        task.recipe = task.recipe.changed(changes)
+        self._begun()
+        yield from hold(self.method.stages(task), self.plan, self._meter, self._peaks)
+
+    def finish(self, session: Session[Any], reports: Sequence[StageReport]) -> TaskReport | None:
+        if self._plan_only:
+            return None
+        task, assignment = self.task, self.assignment
+        assert task is not None
+        network = task.student.eval().requires_grad_(False)
+        check_finite(network)
+        statistics.check(task.kept, self.method.state, network.n_classes, task.recipe.remember.min_images)
+        model = replace(
+            self.model,
+            network=network,
+            tasks=assignment.tasks,
+            normalizes=True,
+            statistics=task.kept,
+            learning=dict(self.model.learning) | {"last_task": task_id(self.fingerprint())},
+        )
+        peaks = [*self._peaks, self._meter.peak][: len(reports)]
+        report = TaskReport(
+            task=len(model.tasks),
+            method=self.method.name,
+            new_classes=assignment.new,
+            relearned_classes=assignment.known,
+            classes=model.classes,
+            images=assignment.scanned.images,
+            seconds=session.seconds,
+            stages=tuple(replace(stage, peak_bytes=peak) for stage, peak in zip(reports, peaks, strict=False)),
+            plan=self.plan,
+            peak_bytes=self._meter.highest,
+            left_out=task.batches.left_out,
+            resumed=session.resumed,
+            fitted=self.fitted,
+        )
+        self._commit(model)
+        for callback in session.callbacks:
+            callback.on_task_end(report)
+        return report
+
+    # Decisions
+
+    def _decide(self, session: Session[Any]) -> None:
+        """Plans the memory and fits the schedule, on copies, with random numbers of their own."""
+        if self._budget is None and self._seconds is None and not self._plan_only:
+            return
+        for callback in session.callbacks:
+            callback.on_plan_begin()
+        with devices.seeded(None, session.device):
+            if self._budget is not None or self._plan_only:
+                self.plan = plan_memory(self.assignment, self._budget, self._meter, session.check, self._smaller())
+            if self._seconds is not None:
+                changes = self.plan.changes if self.plan is not None else {}
+                left = self._seconds - session.seconds
+                self.fitted = schedule.fit(self.assignment.task, self.method, left, changes, session.check)
+
+
+def plan_memory(
+    assignment: Assignment,
+    budget: int | None,
+    meter: Meter,
+    check: Callable[[], object],
+    smaller: Iterator[tuple[str, Model]],
+) -> MemoryPlan:
+    """A plan within the budget. Raises `BudgetError` when there is none, with what smaller models would need."""
+
+    def planner(assignment: Assignment) -> Planner:
+        return Planner(assignment.task, assignment.method, meter, check)
+
+    others = ((text, planner(assignment.on(model)).least) for text, model in smaller)
+    return planner(assignment).plan_or_refuse(budget, others)

@@ -1,0 +1,402 @@
+"""Model: a classifier that serves. It is immutable; learning and class surgery give a new one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edge_dfcil import devices, metrics
+from edge_dfcil._version import __version__
+from edge_dfcil.errors import BackboneError, ClassError, DataError, ModelFileError, NotLearnedError, SettingError
+from edge_dfcil.model import backbones, file, labels, statistics
+from edge_dfcil.model.inputs import check_images, read
+from edge_dfcil.model.labels import Classes
+from edge_dfcil.model.network import Network
+from edge_dfcil.model.statistics import Statistic
+from edge_dfcil.results import Evaluation, Prediction
+
+CHUNK = 256  # images that are answered together
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A classifier: network, preprocessing, class names and class statistics.
+
+    `Model.load(path)` needs no method, recipe or data. Models can be copied, pickled and used by several threads.
+
+    Attributes
+    ----------
+    network
+        Images (N, 3, H, W), uint8 or float in [0, 1], to logits. Not to be changed.
+    tasks
+        The name of each output, task by task. A merged class has several outputs of one name.
+    backbone
+        The registered name of the architecture; None for a module of the caller's own.
+    normalizes
+        Whether the network's mean and standard deviation are settled.
+    statistics
+        What the method keeps beside the weights.
+    learning
+        How it was learnt, as JSON: the method's name, the recipe, the seed. A `Learner` goes on with these.
+    """
+
+    network: Network
+    tasks: tuple[tuple[str, ...], ...] = ()
+    backbone: str | None = None
+    normalizes: bool = False
+    statistics: Mapping[str, Statistic] = field(default_factory=dict)
+    learning: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def new(
+        cls,
+        backbone: str | nn.Module,
+        *,
+        image_size: int = 32,
+        device: str | torch.device = "auto",
+        seed: int = 0,
+        weights: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> Model:
+        """A model that knows no class yet; the parameters are those of `Learner`."""
+        found = devices.find_device(device)
+        if weights is not None and not isinstance(backbone, str):
+            raise SettingError(f"weights={weights!r} is for a backbone by name; load a module's weights before it is passed")
+        if not isinstance(image_size, int) or image_size < 8:
+            raise SettingError(f"image_size={image_size!r}; it is the side in pixels, 8 or more")
+        if weights is not None and mean is None and std is None:
+            mean, std = backbones.IMAGENET_STATISTICS
+        with devices.own_context(found), devices.seeded(seed, found):
+            module = backbones.build(backbone, weights) if isinstance(backbone, str) else copy.deepcopy(backbone)
+            network = Network(module, backbones.check_backbone(module, image_size), image_size)
+        normalizes = _set_statistics(network, mean, std)
+        model = cls(network.requires_grad_(False).eval(), (), backbone if isinstance(backbone, str) else None, normalizes)
+        network.to(found, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+    @classmethod
+    def from_classifier(
+        cls,
+        module: nn.Module,
+        classes: Sequence[str],
+        *,
+        image_size: int = 224,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        head: str | None = None,
+        backbone: str | None = None,
+        device: str | torch.device = "auto",
+    ) -> Model:
+        """A model of a trained classifier. The module is copied, not changed.
+
+        Parameters
+        ----------
+        module
+            Normalised images (N, 3, S, S) to logits (N, len(classes)), with BatchNorm layers and a final `nn.Linear`.
+        classes
+            The names of its outputs, in order.
+        mean, std
+            What its images were normalised with, for images in [0, 1]; None takes ImageNet's.
+        head
+            The dotted name of the final linear layer; None takes the last one there is.
+        backbone
+            The registered name of the module's architecture, if it has one: its file then loads by itself, while that of
+            a nameless module needs `load(path, backbone=module)`.
+
+        Raises
+        ------
+        BackboneError
+            When the module does not end in that linear layer, has too few BatchNorm layers, or is not what it is named.
+        ClassError
+            When the names repeat, or are not as many as the outputs.
+        """
+        parts = backbones.split(module, head)
+        backbones.check_split(module, parts, image_size)
+        if backbone is not None:
+            backbones.check_name(parts.backbone, backbone)
+        names = tuple(labels.name_targets(range(len(classes)), None, list(classes)).values())
+        if len(names) != parts.head.out_features:
+            raise ClassError(f"{len(names)} names were given for a classifier with {parts.head.out_features} outputs")
+        if mean is None and std is None:
+            mean, std = backbones.IMAGENET_STATISTICS
+        empty = cls.new(parts.backbone, image_size=image_size, device=device, mean=mean, std=std)
+        network = empty.network.grown(len(names)).requires_grad_(False)
+        with torch.no_grad():
+            network.head.weight.copy_(parts.head.weight)
+            network.head.bias.copy_(parts.head.bias if parts.head.bias is not None else torch.zeros(len(names)))
+        return replace(empty, network=network, tasks=(names,), backbone=backbone, normalizes=True)
+
+    def untrained(self, backbone: str | nn.Module, *, image_size: int | None = None, seed: int = 0) -> Model:
+        """A model with another backbone, untrained, and all else alike, the classes included."""
+        size = image_size or self.image_size
+        empty = Model.new(backbone, image_size=size, device=self.device, seed=seed)
+        with devices.seeded(seed, self.device):
+            network = empty.network.grown(len(self.outputs)).requires_grad_(False)
+        network.set_statistics(self.network.mean.flatten().tolist(), self.network.std.flatten().tolist())
+        network.mirrored = self.network.mirrored
+        return replace(self, network=network, backbone=empty.backbone, statistics={})
+
+    def with_learning(self, learning: Mapping[str, Any], mirrored: bool) -> Model:
+        """The same with other settings of learning. Weights are shared."""
+        network = copy.copy(self.network)
+        network.mirrored = mirrored
+        return replace(self, network=network, learning=learning)
+
+    def __repr__(self) -> str:
+        count = f"{len(self.classes)} classes in {len(self.tasks)} tasks" if self.classes else "nothing learnt"
+        return f"Model({self.architecture}, {self.image_size} px, {count}, {self.device})"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The class name of each output of the network."""
+        return tuple(name for task in self.tasks for name in task)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Every class name, in the order in which they were learnt."""
+        return tuple(dict.fromkeys(self.outputs))
+
+    @property
+    def image_size(self) -> int:
+        """The side in pixels that the network sees."""
+        return self.network.image_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.mean.device
+
+    @property
+    def architecture(self) -> str:
+        """The backbone's registered name, or else the name of its type."""
+        return self.backbone or type(self.network.backbone).__qualname__
+
+    def to(self, device: str | torch.device) -> Model:
+        """This model on a device; itself if it is there already."""
+        found = devices.find_device(device)
+        if found == self.device:
+            return self
+        network = copy.deepcopy(self.network).to(found, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return replace(self, network=network)
+
+    # Answering
+
+    def check_answering(self) -> None:
+        """Raises `NotLearnedError` before the first task."""
+        if not self.tasks:
+            raise NotLearnedError("nothing has been learnt yet; call learn_task(loader) first")
+
+    def probabilities(self, images: Any) -> Tensor:
+        """Probabilities (N, C) of `classes` for images; on the CPU.
+
+        `images` is a tensor or an array (N, 3, H, W), uint8 or float in [0, 1]. Raises `DataError` for anything else, and
+        `NotLearnedError` before the first task.
+        """
+        self.check_answering()
+        chunks = [self._probabilities(chunk).cpu() for chunk in check_images(images).split(CHUNK)]
+        return torch.cat(chunks) if chunks else torch.zeros(0, len(self.classes))
+
+    def predict(self, images: Any, top_k: int = 1) -> list[Prediction]:
+        """The `top_k` most probable classes of each image, best first; `images` as for `probabilities`."""
+        if not isinstance(top_k, int) or top_k < 1:
+            raise SettingError(f"top_k={top_k}; it must be a whole number, 1 or more")
+        classes, predictions = self.classes, []
+        scores, found = self.probabilities(images).topk(min(top_k, len(classes)))
+        for row_scores, row in zip(scores.tolist(), found.tolist(), strict=True):
+            top = tuple((classes[index], score) for score, index in zip(row_scores, row, strict=True))
+            predictions.append(Prediction(top[0][0], top[0][1], top))
+        return predictions
+
+    @torch.inference_mode()
+    def embed(self, images: Any) -> Tensor:
+        """Features (N, F), float32, on the CPU: what the head sees. They are not stored; `images` as for `probabilities`."""
+        network = self.network
+        with devices.plain_precision(self.device):
+            chunks = [
+                network.backbone(network.normalize(network.pixels(c))).float().cpu() for c in check_images(images).split(CHUNK)
+            ]
+        return torch.cat(chunks).clone() if chunks else torch.zeros(0, network.head.in_features)
+
+    def evaluate(self, loader: Any, classes: Classes | None = None) -> Evaluation:
+        """Accuracy over a loader, every known class competing.
+
+        Raises `DataError` for a loader without images, `ClassError` for a class that is not known.
+        """
+        self.check_answering()
+        names = self.classes
+        confusion = torch.zeros(len(names), len(names), dtype=torch.long)
+        for images, targets in read(loader):
+            named = labels.name_targets(set(targets), loader, classes)
+            found = labels.outputs_of(named, names)
+            true = torch.tensor([found[target] for target in targets], dtype=torch.long)
+            predicted = self._probabilities(images).argmax(1).cpu()
+            confusion.index_put_((true, predicted), torch.ones(len(true), dtype=torch.long), accumulate=True)
+        if not confusion.sum():
+            raise DataError("the loader gave no image to evaluate on")
+        tasks = [tuple(dict.fromkeys(task)) for task in self.tasks]
+        return metrics.evaluation(confusion.tolist(), names, tasks)
+
+    @torch.inference_mode()
+    def _probabilities(self, images: Tensor) -> Tensor:
+        """Probabilities of `classes`; those of a merged class are the sum of its outputs'."""
+        with devices.plain_precision(self.device):
+            found: Tensor = self.network(images).float().softmax(1)
+        return found if self.groups is None else found @ self.groups.to(found.device)
+
+    @property
+    def groups(self) -> Tensor | None:
+        """1 where an output (row) is of a class (column), else 0, (outputs, C); None where each class has one output."""
+        outputs, classes = self.outputs, self.classes
+        if len(outputs) == len(classes):
+            return None
+        groups = torch.zeros(len(outputs), len(classes))
+        groups[torch.arange(len(outputs)), torch.tensor([classes.index(name) for name in outputs])] = 1
+        return groups
+
+    # Class surgery
+
+    def forget(self, names: str | Iterable[str]) -> Model:
+        """A model without these classes: their rows of the head and their statistics are gone.
+
+        The shared weights still carry traces of what was learnt: a generator trained to invert them may bring back images
+        like those of a forgotten class. To be rid of that, train without the class from the start.
+
+        Raises `ClassError` for a name that is not known, or when no class would be left.
+        """
+        gone = self._known(names)
+        keep = [output for output, name in enumerate(self.outputs) if name not in gone]
+        if not keep:
+            raise ClassError("every class would be forgotten; delete the model file instead")
+        network = copy.deepcopy(self.network)
+        network.head = network.head_of(keep)
+        tasks = tuple(tuple(name for name in task if name not in gone) for task in self.tasks)
+        kept = {name: statistic.only(keep) for name, statistic in self.statistics.items()}
+        return replace(self, network=network, tasks=tuple(task for task in tasks if task), statistics=kept)
+
+    def rename(self, names: Mapping[str, str]) -> Model:
+        """A model that calls classes by other names, given as `{old: new}`.
+
+        Raises `ClassError` for an old name that is not known, and for a new one that is in use or unusable.
+        """
+        self._known(list(names))
+        renamed = [names.get(name, name) for name in self.classes]
+        labels.name_targets(range(len(renamed)), None, renamed)  # unusable and repeated names
+        return self._named(names)
+
+    def merge(self, names: Sequence[str], into: str) -> Model:
+        """A model that takes these classes for one, called `into`. Its probability is the sum of theirs.
+
+        Raises `ClassError` for a name that is not known, and when `into` is a class that is not among them.
+        """
+        gone = self._known(names)
+        if into in self.classes and into not in gone:
+            raise ClassError(f"{into!r} is a class already; name it among those that are merged")
+        labels.name_targets([0], None, [into])
+        return self._named(dict.fromkeys(gone, into))
+
+    def _named(self, names: Mapping[str, str]) -> Model:
+        return replace(self, tasks=tuple(tuple(names.get(name, name) for name in task) for task in self.tasks))
+
+    def _known(self, names: str | Iterable[str]) -> set[str]:
+        found = {names} if isinstance(names, str) else set(names)
+        labels.outputs_of({name: name for name in found}, self.classes)
+        return found
+
+    # Files
+
+    def settings(self) -> dict[str, Any]:
+        """What the model file holds beside its tensors, as JSON takes it."""
+        network = self.network
+        return {
+            "version": __version__,
+            "backbone": self.backbone,
+            "architecture": type(network.backbone).__qualname__,
+            "image_size": network.image_size,
+            "mean": network.mean.flatten().tolist() if self.normalizes else None,
+            "std": network.std.flatten().tolist() if self.normalizes else None,
+            "mirrored": network.mirrored,
+            "tasks": [list(task) for task in self.tasks],
+            "statistics": statistics.packed(self.statistics)[1],
+            **self.learning,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that is kept, by its name in the file."""
+        return self.network.state_dict() | statistics.packed(self.statistics)[0]
+
+    def digest(self) -> str:
+        """SHA-256 over all that is kept; that of the file that `save` writes."""
+        return file.digest(self.tensors(), self.settings())
+
+    def save(self, path: str | Path, **options: Any) -> Path:
+        """Writes one file, all or nothing; `options` are those of `file.write`. Raises `ModelFileError` when that fails."""
+        return file.write(path, self.tensors(), self.settings(), **options)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "auto", *, backbone: nn.Module | None = None) -> Model:
+        """Reads a model file of any schema; it predicts the same to the bit on the same device.
+
+        Parameters
+        ----------
+        backbone
+            For a file whose backbone was the caller's own module (adopted ones included): that module, built again. Its
+            weights are replaced by the file's.
+
+        Raises `ModelFileError` for a file that is missing, damaged, foreign, or does not fit the backbone.
+        """
+        tensors, settings = file.read(path)
+        try:
+            module = _module(path, settings, backbone)
+            weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("statistics.")}
+            inside = {name.removeprefix("backbone."): t for name, t in weights.items() if name.startswith("backbone.")}
+            backbones.narrow(module, inside)
+            tasks = tuple(tuple(task) for task in settings["tasks"])
+            network = Network(module, weights["head.weight"].shape[1], settings["image_size"]).grown(sum(map(len, tasks)))
+            network.load_state_dict(weights)
+            if settings["mean"] is not None:
+                network.set_statistics(settings["mean"], settings["std"])
+            learning: dict[str, Any] = {
+                name: settings[name] for name in ("method", "recipe", "seed", "last_task") if name in settings
+            }
+            # Files of schema 1 have it in the recipe.
+            network.mirrored = bool(settings.get("mirrored", learning.get("recipe", {}).get("mirrored_answers", False)))
+            kept = statistics.unpacked(tensors, settings.get("statistics", {}))
+        except (KeyError, TypeError, RuntimeError, IndexError, ValueError) as error:
+            if isinstance(error, (ModelFileError, BackboneError)):
+                raise
+            first_lines = " ".join(str(error).split())[:200]
+            raise ModelFileError(f"{path} does not fit this version or backbone: {first_lines}") from error
+        model = cls(
+            network.requires_grad_(False).eval(), tasks, settings["backbone"], settings["mean"] is not None, kept, learning
+        )
+        found = devices.find_device(device)
+        network.to(found, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+
+def _module(path: str | Path, settings: Mapping[str, Any], backbone: nn.Module | None) -> nn.Module:
+    """The backbone of a file, of its architecture: the caller's module, copied, or one built by its name."""
+    if backbone is not None:
+        return copy.deepcopy(backbone)
+    if settings["backbone"] is None:
+        raise ModelFileError(
+            f"{path} was made with a backbone of its own ({settings['architecture']}); build that module and pass it with "
+            "load(path, backbone=module)"
+        )
+    return backbones.build(settings["backbone"])
+
+
+def _set_statistics(network: Network, mean: Sequence[float] | None, std: Sequence[float] | None) -> bool:
+    """Sets what was given, and whether anything was."""
+    if mean is None and std is None:
+        return False
+    if mean is None or std is None or len(mean) != 3 or len(std) != 3 or not min(std) > 0:
+        raise SettingError(f"mean={mean}, std={std}; give both, three numbers each, one a channel, and std above 0")
+    network.set_statistics(mean, std)
+    return True

@@ -1,0 +1,114 @@
+"""Class statistics: what a method keeps beside the weights, by name, with a role and the number of images behind it.
+
+A statistic is a sum over images (a mean, a count, a covariance), never a single image's feature. One of a class needs at
+least `min_images` images of that class, one of all classes as many in all; what has fewer is not stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edge_dfcil.errors import SettingError
+
+MIN_IMAGES = 10
+
+# The roles there are, and the axis of the tensor that runs over classes; None where it is of all classes together.
+ROLES: dict[str, int | None] = {
+    "class_mean": 0,  # (C, F)
+    "class_variance": 0,  # (C, F)
+    "class_count": 0,  # (C,)
+    "class_covariance": 0,  # (C, F, F)
+    "shared_covariance": None,  # (F, F)
+    "gram": None,  # (D, D), sum of h h'
+    "class_correlation": 1,  # (D, C), sum of h y'
+}
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One tensor of class statistics.
+
+    Attributes
+    ----------
+    role
+        A key of `ROLES`.
+    values
+        The tensor, on the CPU.
+    images
+        The images behind it: of each class, in the order of the outputs, or one number for all classes together.
+    """
+
+    role: str
+    values: Tensor
+    images: tuple[int, ...]
+
+    @property
+    def axis(self) -> int | None:
+        """The axis that runs over classes."""
+        return ROLES[self.role]
+
+    def only(self, outputs: Sequence[int]) -> Statistic:
+        """Without the classes that are not among `outputs`. One of all classes together stays as it is."""
+        if self.axis is None:
+            return self
+        values = self.values.index_select(self.axis, torch.tensor(outputs, dtype=torch.long))
+        return Statistic(self.role, values, tuple(self.images[output] for output in outputs))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What describes it in a file, beside the tensor."""
+        return {"role": self.role, "images": list(self.images)}
+
+
+Statistics = Mapping[str, Statistic]
+
+
+def check(statistics: Statistics, declared: Mapping[str, str], classes: int, min_images: int = MIN_IMAGES) -> None:
+    """Raises `SettingError` unless each statistic is as its method declared it, and is of enough images.
+
+    Parameters
+    ----------
+    declared
+        Names and roles that the method declares.
+    classes
+        Outputs of the network.
+    """
+    for name, statistic in statistics.items():
+        if declared.get(name) != statistic.role or statistic.role not in ROLES:
+            raise SettingError(
+                f"the statistic {name!r} of role {statistic.role!r} is not declared; a method lists what it keeps in `state`, "
+                f"with a role of {', '.join(ROLES)}"
+            )
+        axis = statistic.axis
+        if len(statistic.images) != (classes if axis is not None else 1):
+            raise SettingError(
+                f"the statistic {name!r} counts the images of {len(statistic.images)} classes; there are {classes}"
+            )
+        if axis is not None and statistic.values.shape[axis] != classes:
+            raise SettingError(
+                f"the statistic {name!r} has the shape {tuple(statistic.values.shape)}; it needs {classes} classes on axis {axis}"
+            )
+        for output, images in enumerate(statistic.images):
+            row = statistic.values if axis is None else statistic.values.select(axis, output)
+            if images < min_images and bool((row != 0).any()):
+                raise SettingError(
+                    f"the statistic {name!r} is of {images} images{'' if axis is None else f' of output {output}'}; fewer than "
+                    f"{min_images} are not stored: leave such a row zero"
+                )
+
+
+def packed(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by their names in a file, and the JSON that describes them."""
+    tensors = {f"statistics.{name}": statistic.values for name, statistic in statistics.items()}
+    return tensors, {name: statistic.to_dict() for name, statistic in statistics.items()}
+
+
+def unpacked(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[str, Statistic]:
+    """The inverse of `packed`."""
+    return {
+        name: Statistic(found["role"], tensors[f"statistics.{name}"], tuple(found["images"])) for name, found in described.items()
+    }
