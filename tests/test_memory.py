@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from edge_dfcil import BudgetError, Cancelled, Learner, SettingError
-from edge_dfcil.budget.meter import Meter, capped, parse
+from edge_dfcil.budget.allocator import capped
+from edge_dfcil.budget.meter import Meter, parse
 from edge_dfcil.dreaming.inversion import Dream, Pool
 from edge_dfcil.methods.abd import ABD
 from edge_dfcil.model.backbones import build
