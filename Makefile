@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint types figures paper-gpu clean
+.PHONY: demo test lint types figures structure paper-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/edge-dfcil demo
@@ -23,6 +23,10 @@ types: $(STAMP)
 # The pictures of the README.
 figures: $(STAMP)
 	$(BIN)/python -m demos.figures
+
+# The picture of what imports what; fails where there is a cycle.
+structure: $(STAMP)
+	$(BIN)/python -m docs.structure
 
 # The published protocol, in pieces of under nine minutes: run it again until it says that all has been run. What is done
 # lies in $(OUT) as small files, which may be moved to another machine in between.

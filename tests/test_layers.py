@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grimp
 import pytest
 
 import edge_dfcil
@@ -81,6 +82,11 @@ def test_imports_inside_the_package_point_down():
             parts = name.split(".")
             if parts[0] == "edge_dfcil" and len(parts) > 1 and parts[1] in layer:
                 assert layer[parts[1]] >= layer[module], f"{path} imports {name}, which is above it"
+
+
+def test_no_cycle_between_the_parts_of_the_package():
+    graph = grimp.build_graph("edge_dfcil", cache_dir=None)
+    assert graph.nominate_cycle_breakers("edge_dfcil") == set()
 
 
 def test_exporters_share_only_light_types():
