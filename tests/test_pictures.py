@@ -316,8 +316,18 @@ class TestFolder:
         (folder / "fox").symlink_to(tmp_path / "elsewhere")
         assert count(folder) == 3
         (folder / "kitten").symlink_to(folder / "cat")
-        with pytest.raises(DataError, match=r"cat and .*kitten are one folder"):
+        with pytest.raises(DataError, match=r"cat and .*kitten share pictures by a link"):
             open_folder(folder, 16)
+        (folder / "kitten").unlink()
+        saved(folder / "cat" / "young" / "a.png", Image.new("RGB", (8, 8)))
+        (folder / "kitten").symlink_to(folder / "cat" / "young")
+        with pytest.raises(DataError, match=r"cat and .*kitten share pictures by a link"):
+            open_folder(folder, 16)
+
+    def test_links_up_are_no_classes(self, folder, tmp_path):
+        (folder / "all").symlink_to(folder)
+        (folder / "above").symlink_to(tmp_path)
+        assert open_folder(folder, 16).loader.dataset.classes == ["cat", "dog"]
 
     def test_a_class_without_pictures_is_named(self, folder):
         (folder / "fox").mkdir()

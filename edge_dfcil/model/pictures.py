@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
@@ -179,7 +179,7 @@ def _is_hidden(name: str) -> bool:
 def _class_folders(path: Path) -> tuple[list[Path], list[Path]]:
     """The folders of the classes, sorted, and the pictures beside them. Raises `DataError` when there are none."""
     entries = [path / name for name in sorted(os.listdir(path)) if not _is_hidden(name)]
-    folders = [entry for entry in entries if os.path.isdir(entry)]
+    folders = [entry for entry in entries if os.path.isdir(entry) and not _leads_up(entry, path)]
     loose = [entry for entry in entries if not os.path.isdir(entry) and is_picture_name(entry.name)]
     if not folders:
         hint = f"; it holds {len(loose)} pictures itself: sort them into folders, one for each class" if loose else ""
@@ -193,19 +193,33 @@ def _class_folders(path: Path) -> tuple[list[Path], list[Path]]:
     return folders, loose
 
 
+def _leads_up(folder: Path, root: Path) -> bool:
+    """Whether it is a link to the picture folder, or to one above: its pictures are those of the classes."""
+    place, home = Path(os.path.realpath(folder)), Path(os.path.realpath(root))
+    return place == home or place in home.parents
+
+
 def _holds_folders(folder: Path) -> bool:
     return any(os.path.isdir(folder / name) and not _is_hidden(name) for name in os.listdir(folder))
 
 
-def _check_distinct(folders: Sequence[Path], real: Sequence[Path]) -> None:
-    first: dict[Path, Path] = {}
-    for folder, place in zip(folders, real, strict=True):
-        if place in first:
-            raise DataError(
-                f"{shown(first[place])} and {shown(folder)} are one folder by a link, so that its pictures would have two "
-                "names; remove the link"
-            )
-        first[place] = folder
+def _check_distinct(folders: Sequence[Path], places: Sequence[Path]) -> None:
+    """Raises `DataError` when a link makes a class's folder, or a part of it, another class's as well."""
+    owners: dict[Path, Path] = {}
+    for folder, place in zip(folders, places, strict=True):
+        other = owners.setdefault(place, folder)
+        if other is not folder:
+            _refuse_shared(other, folder)
+    for folder, place in zip(folders, places, strict=True):
+        for above in place.parents:
+            if above in owners:
+                _refuse_shared(owners[above], folder)
+
+
+def _refuse_shared(first: Path, second: Path) -> NoReturn:
+    raise DataError(
+        f"{shown(first)} and {shown(second)} share pictures by a link, so that these would have two names; remove the link"
+    )
 
 
 def _picture_files(folder: Path, homes: Sequence[Path]) -> list[str]:
