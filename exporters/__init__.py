@@ -1,10 +1,28 @@
 """From a classifier to files that ship, and a runtime for them without torch.
 
-Knows nothing of learning. `OnnxClassifier` needs numpy and onnxruntime alone; `export_onnx` imports torch when called.
+Knows nothing of learning. `OnnxClassifier` needs numpy and onnxruntime alone; `export` imports torch when called. Importing
+this package switches off the telemetry of ONNX Runtime for the process, see `exporters.telemetry`.
 """
 
-from exporters.int8 import Int8
-from exporters.onnx import ExportReport, export_onnx
-from exporters.runtime import OnnxClassifier
+from exporters import telemetry
 
-__all__ = ["ExportReport", "Int8", "OnnxClassifier", "export_onnx"]
+telemetry.switch_off()
+
+from exporters.checks import max_difference  # noqa: E402  telemetry first
+from exporters.int8 import Int8  # noqa: E402
+from exporters.onnx import export_onnx  # noqa: E402
+from exporters.registry import About, Artifact, ExportReport, export, list_exporters, register_exporter  # noqa: E402
+from exporters.runtime import OnnxClassifier  # noqa: E402
+
+__all__ = [
+    "About",
+    "Artifact",
+    "ExportReport",
+    "Int8",
+    "OnnxClassifier",
+    "export",
+    "export_onnx",
+    "list_exporters",
+    "max_difference",
+    "register_exporter",
+]

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_dfcil.errors import DataError, ExportError, SettingError
+from edge_dfcil.errors import ExportError, SettingError
 from edge_dfcil.results import Prediction
+from exporters.images import batches
+from exporters.telemetry import runtime_library
 from exporters.timing import session
+
+AT_ONCE = 64  # images that are answered together
+
+# "Unsupported model IR version: 99, max supported IR version: 13"; "... Opset 99 is under development ... is till opset 25."
+_TOO_NEW = re.compile(r"(IR version)\D*(\d+)\D+IR version\D*(\d+)|([Oo]pset) (\d+) is under development.*till opset (\d+)", re.S)
 
 
 class OnnxClassifier:
@@ -30,33 +38,49 @@ class OnnxClassifier:
     classes
         The class names, in the order of the outputs.
     image_size
-        The side in pixels of the images it takes.
+        S, the side in pixels of the square that the network sees. Images of other sizes are scaled and cropped to it.
 
-    Raises `ExportError` for a file that is missing, damaged or from elsewhere.
+    Raises `ExportError` for a file that is missing, damaged, from elsewhere, or too new for the runtime.
     """
 
     def __init__(self, path: str | Path, *, threads: int = 0) -> None:
         if not os.path.isfile(path):
             raise ExportError(f"{path} is not a file; `edge-dfcil export MODEL {path}` writes one")
         try:
-            self._session = session(os.fspath(path), threads)
-            metadata = self._session.get_modelmeta().custom_metadata_map
+            self._session = session(_readable(path), threads)
+        except ExportError:
+            raise
+        except Exception as error:  # onnxruntime's errors share no public base
+            raise _refusal(path, str(error)) from error
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        try:
             self.classes: tuple[str, ...] = tuple(json.loads(metadata["classes"]))
             self.image_size = int(metadata["image_size"])
         except KeyError as error:
             raise ExportError(f"{path} is an ONNX file, but edge-dfcil did not write it: its metadata has no {error}") from error
-        except Exception as error:  # onnxruntime's errors share no public base
-            raise ExportError(f"{path} cannot be read as ONNX ({str(error).splitlines()[0]}); export it again") from error
+        except (TypeError, ValueError) as error:
+            raise ExportError(f"{path} is damaged: its metadata cannot be read ({error}); export it again") from error
 
-    def probabilities(self, images: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Probabilities (N, C) of images (N, 3, S, S), uint8 or float in [0, 1]."""
-        answer: npt.NDArray[np.float32] = self._session.run(["probabilities"], {"images": self._check(images)})[0]
-        return answer
+    def probabilities(self, images: Any) -> npt.NDArray[np.float32]:
+        """Probabilities (N, C) of N images; `images` as for `predict`."""
+        found = [
+            self._session.run(["probabilities"], {"images": batch})[0] for batch in batches(images, self.image_size, AT_ONCE)
+        ]
+        return np.concatenate(found) if found else np.zeros((0, len(self.classes)), np.float32)
 
-    def predict(self, images: npt.ArrayLike, top_k: int = 1) -> list[Prediction]:
-        """Names images (N, 3, S, S), uint8 or float in [0, 1]; answers as `Learner.predict` does.
+    def predict(self, images: Any, top_k: int = 1) -> list[Prediction]:
+        """Names images; answers as `Learner.predict` does.
 
-        Raises `DataError` for images of another shape, size, dtype or range.
+        Parameters
+        ----------
+        images
+            Arrays or tensors (N, 3, H, W), (N, H, W, 3), or one image (3, H, W), (H, W, 3), grey ones with one channel: uint8,
+            or float in [0, 1]; a PIL image or a path, with Pillow installed; a list of images, which may differ in size; or a
+            loader. Whatever the size, the short side is scaled to S and the centre is cut out, as the learner does.
+        top_k
+            How many names for each image.
+
+        Raises `DataError` for images of another shape, dtype or range, or that cannot be read.
         """
         if top_k < 1:
             raise SettingError(f"top_k={top_k}; it must be 1 or more")
@@ -67,19 +91,24 @@ class OnnxClassifier:
             predictions.append(Prediction(top[0][0], top[0][1], top))
         return predictions
 
-    def _check(self, images: Any) -> npt.NDArray[np.uint8]:
-        array, side = np.asarray(images), self.image_size
-        if array.ndim != 4 or array.shape[1:] != (3, side, side):
-            raise DataError(
-                f"the images have shape {array.shape}; this classifier takes (N, 3, {side}, {side}): resize them first"
-            )
-        if array.dtype == np.uint8:
-            return array
-        if not np.issubdtype(array.dtype, np.floating):
-            raise DataError(f"the images have dtype {array.dtype}; pass uint8, or float in [0, 1]")
-        if array.size and not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):
-            raise DataError(
-                f"pixels reach from {array.min():.3g} to {array.max():.3g}; floats must lie in [0, 1], not normalised, "
-                "because the file normalises by itself"
-            )
-        return (array.clip(0, 1) * 255).round().astype(np.uint8)
+
+def _readable(path: str | Path) -> str | bytes:
+    """The path, or the content where ONNX Runtime cannot take the name, which it wants in UTF-8."""
+    name = os.fspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return Path(path).read_bytes()
+    return name
+
+
+def _refusal(path: str | Path, message: str) -> ExportError:
+    version = runtime_library().__version__
+    if found := _TOO_NEW.search(message):
+        what, has, highest = (group for group in found.groups() if group)
+        return ExportError(
+            f"{path} has ONNX {what} {has}, and onnxruntime {version}, which is installed here, reads up to {highest}. "
+            "Upgrade onnxruntime, or export the model again with this version of edge-dfcil"
+        )
+    reason = (message.splitlines() or [""])[0]
+    return ExportError(f"{path} cannot be read as ONNX ({reason}); export it again")

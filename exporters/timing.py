@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from exporters.telemetry import runtime_library
+
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, float]:
     """Median seconds of each call, all of them made once a round; the first `warm_up` rounds are not counted."""
@@ -24,8 +26,7 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int =
 
 def session(graph: bytes | str, threads: int = 0) -> Any:
     """An ONNX Runtime session on the CPU, of a graph or of its path; with 0 threads ONNX Runtime chooses."""
-    import onnxruntime
-
+    onnxruntime = runtime_library()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from edge_dfcil import DataError, ExportError, SettingError
+from edge_dfcil import ExportError
 from exporters import OnnxClassifier, export_onnx
 
 
@@ -123,23 +123,3 @@ def test_files_that_are_none(tmp_path):
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y]), ir_version=10), tmp_path / "other.onnx")
     with pytest.raises(ExportError, match="did not write it"):
         OnnxClassifier(tmp_path / "other.onnx")
-
-
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        (np.zeros((1, 3, 32, 32), np.uint8), "resize"),
-        (np.zeros((3, 16, 16), np.uint8), r"\(N, 3, 16, 16\)"),
-        (np.zeros((1, 3, 16, 16), np.int64), "int64"),
-        (np.full((1, 3, 16, 16), -1.5), "normalise"),
-        (np.full((1, 3, 16, 16), np.nan), "nan"),
-    ],
-)
-def test_images_it_does_not_take(exported, images, message):
-    with pytest.raises(DataError, match=message):
-        OnnxClassifier(exported[2]).predict(images)
-
-
-def test_top_k_of_nothing(exported):
-    with pytest.raises(SettingError, match="top_k"):
-        OnnxClassifier(exported[2]).predict(np.zeros((1, 3, 16, 16), np.uint8), top_k=0)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import threading
+import weakref
 
 import numpy as np
 import onnx
@@ -10,7 +13,7 @@ import pytest
 import torch
 
 from edge_dfcil import DataError, ExportError
-from exporters import Int8, OnnxClassifier, export_onnx
+from exporters import Int8, OnnxClassifier, export, export_onnx
 from tests.conftest import NAMES, QUICK, quick_learner
 
 
@@ -112,3 +115,85 @@ def test_exporting_leaves_the_callers_random_state_alone(able, tmp_path):
     state = torch.get_rng_state()
     able.export(tmp_path / "x.onnx", "int8", progress=False)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_set_can_come_in_batches_which_are_not_kept(able, test, tmp_path):
+    images = test.of(("0", "1", "2", "3")).images.numpy()
+    alive, most = 0, 0
+
+    class Batches:
+        """Counts the batches that are in memory."""
+
+        def __iter__(self):
+            nonlocal most
+            for batch in np.array_split(images, 12):
+                copy = batch.copy()
+                weakref.finalize(copy, gone)
+                nonlocal alive
+                alive += 1
+                most = max(most, alive)
+                yield copy
+                del copy
+
+    def gone():
+        nonlocal alive
+        alive -= 1
+
+    seen = []
+    sets = {"classes": able.classes, "image_size": 16}
+    one = export(able.network, tmp_path / "a.onnx", int8=Int8(images, {"pictures": images}), **sets)
+    setting = Int8(Batches(), {"pictures": Batches()})
+    two = export(able.network, tmp_path / "b.onnx", int8=setting, on_batch=lambda *state: seen.append(state), **sets)
+    assert one.agreement == two.agreement
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    assert most <= 3
+    assert seen[-1] == (2 * len(images), None)
+
+
+def test_progress_counts_images_and_can_end_the_export(able, test, tmp_path):
+    images, seen = test.of(("0", "1", "2", "3")).images.numpy(), []
+
+    def stop(done, total):
+        seen.append((done, total))
+        if done >= 64:
+            raise KeyError("stopped")
+
+    setting = Int8([images[:50], images[50:100]], {"pictures": images[:20]})
+    with pytest.raises(KeyError, match="stopped"):
+        export(able.network, tmp_path / "a.onnx", classes=able.classes, image_size=16, int8=setting, on_batch=stop)
+    assert seen == [(32, 120), (50, 120), (82, 120)]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (Int8(np.zeros((2, 3, 16, 16), np.float32), {}), "dtype float32"),
+        (Int8(np.zeros((2, 3, 9, 9), np.uint8), {}), "could not quantize"),
+        (Int8([], {}), "no image to calibrate on"),
+        (Int8(np.zeros((2, 3, 16, 16), np.uint8), {"pictures": []}), "no image in 'pictures'"),
+    ],
+)
+def test_sets_that_cannot_be_used(able, tmp_path, setting, message):
+    with pytest.raises(ExportError, match=message):
+        export(able.network, tmp_path / "x.onnx", classes=able.classes, image_size=16, int8=setting)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_quantizer_logs_is_dropped_and_what_others_log_is_not(able, test, tmp_path, caplog, monkeypatch):
+    from onnxruntime import quantization
+
+    original = quantization.quantize_static
+
+    def logs(*args, **settings):
+        elsewhere = threading.Thread(target=lambda: logging.getLogger().warning("from another thread"))
+        elsewhere.start()
+        elsewhere.join()
+        code = compile("import logging; logging.warning('advice')", "/lib/onnxruntime/quantize.py", "exec")
+        exec(code)
+        return original(*args, **settings)
+
+    monkeypatch.setattr(quantization, "quantize_static", logs)
+    setting = Int8(test.images.numpy()[:32], {})
+    export(able.network, tmp_path / "x.onnx", classes=able.classes, image_size=16, int8=setting)
+    assert [record.getMessage() for record in caplog.records if record.name == "root"] == ["from another thread"]

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each may import from those below it in this list, and from itself.
 HOUSE = ["demos", "benchmarks", "edge_dfcil", "exporters"]
 STANDS_ALONE = "demos.abd_in_one_file"  # imports nothing of ours, so that benchmarks may measure against it
-LIGHT = ("edge_dfcil.errors", "edge_dfcil.results")  # all that exporters may share with the package above them
+# All that exporters may share with the package above them.
+LIGHT = ("edge_dfcil.errors", "edge_dfcil.results", "edge_dfcil.model.decoding")
 INSIDE = [
     "__main__ cli",
     "demo compression",

@@ -51,15 +51,17 @@ def test_everything_in_the_file_is_accounted_for(learnt, train, tmp_path):
     assert set(metadata) == {"edge_dfcil", "settings"}
     assert set(json.loads(metadata["edge_dfcil"])) == {"schema", "sha256", "kind"}
     assert set(json.loads(metadata["settings"])) == {
-        *("version", "backbone", "architecture", "image_size", "mean", "std", "method", "recipe", "seed", "tasks")
+        *("version", "backbone", "architecture", "image_size", "mean", "std", "method", "recipe", "seed", "tasks"),
+        *("mirrored", "last_task", "statistics"),
     }
-    kept = privacy.account(learnt.network, tensors)
+    settings = json.loads(metadata["settings"])
+    kept = privacy.account(tensors, settings)
     assert {k.name for k in kept} == set(tensors) == set(learnt.network.state_dict())
     assert {k.kind for k in kept} == {privacy.WEIGHT, privacy.STATISTIC, privacy.COUNTER}
     header = int.from_bytes(path.read_bytes()[:8], "little")
     assert path.stat().st_size == 8 + header + sum(k.bytes for k in kept), "bytes that belong to no tensor"
     with pytest.raises(ModelFileError, match="keepsake"):
-        privacy.account(learnt.network, {**tensors, "keepsake": torch.zeros(1)})
+        privacy.account({**tensors, "keepsake": torch.zeros(1)}, settings)
 
 
 @pytest.fixture(scope="module")

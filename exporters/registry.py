@@ -1,0 +1,289 @@
+"""Export formats by name, and what they share: which file may be written, the report, writing all or nothing.
+
+A format is one function from a classifier to an `Artifact`, registered under a name and the ending of its files:
+
+    def to_mine(classifier, about):
+        content = ...
+        return Artifact(content, max_difference(lambda images: run(content, images), classifier, about.image_size))
+
+    register_exporter("mine", ".mine", to_mine)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_dfcil.errors import ExportError
+from exporters.files import check_writable, replace_file, resolve
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MAX_HEADER = 100_000_000  # bytes; no safetensors file has more
+
+
+@dataclass(frozen=True)
+class About:
+    """What an exported file says of itself.
+
+    Attributes
+    ----------
+    classes
+        The names of the C outputs, in order.
+    image_size
+        S, the side in pixels of the square that the network sees.
+    source_sha256, version
+        Of the model file that it was made from, and of the package.
+    """
+
+    classes: tuple[str, ...]
+    image_size: int
+    source_sha256: str = ""
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What an exporter makes.
+
+    Attributes
+    ----------
+    content
+        The bytes of the file.
+    max_difference
+        Largest difference of a probability from the classifier's: every exporter compares before it returns, most simply with
+        `exporters.checks.max_difference`.
+    format
+        What the report calls it; empty takes the format's name.
+    opset, float_bytes, agreement, accuracy, speedup
+        As in `ExportReport`, for formats that have them.
+    """
+
+    content: bytes
+    max_difference: float
+    format: str = ""
+    opset: int | None = None
+    float_bytes: int | None = None
+    agreement: dict[str, float] = field(default_factory=dict)
+    accuracy: dict[str, tuple[float, float]] = field(default_factory=dict)
+    speedup: float | None = None
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how far it was from the model on the images it was checked with.
+
+    Attributes
+    ----------
+    format
+        "onnx", "onnx-int8", or the name of another registered format.
+    opset
+        Of an ONNX file; None for other formats.
+    bytes
+        Size of the file.
+    max_difference
+        Largest difference of a probability between the file and the model, over all images it was checked with.
+    float_bytes
+        Size that the file would have without quantization.
+    agreement
+        Of an INT8 file: share of images for which it answers as the model does, by set of images ("dreams", "pictures").
+    accuracy
+        Of an INT8 file: share of right answers of the model and of the file, for sets whose answers are known.
+    speedup
+        Of an INT8 file: seconds of the float graph for one image over its own, on this machine with one thread.
+    """
+
+    path: str
+    format: str
+    opset: int | None
+    classes: int
+    image_size: int
+    bytes: int
+    max_difference: float
+    source_sha256: str
+    seconds: float
+    float_bytes: int
+    agreement: dict[str, float] = field(default_factory=dict)
+    accuracy: dict[str, tuple[float, float]] = field(default_factory=dict)
+    speedup: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A registered format."""
+
+    name: str
+    ending: str
+    export: Callable[..., Artifact]
+
+
+_EXPORTERS: dict[str, Exporter] = {}
+
+
+def register_exporter(name: str, ending: str, export: Callable[..., Artifact]) -> None:
+    """Adds a format, or replaces the one of that name.
+
+    Parameters
+    ----------
+    name
+        What `format=` takes.
+    ending
+        Of its files, such as ".onnx"; no other format may have it.
+    export
+        Called with the classifier, an `nn.Module` on the CPU in eval mode from uint8 images (N, 3, S, S) to logits (N, C), an
+        `About`, and the options that the caller passed by name. It raises `ExportError` when it cannot make the file, or
+        when what it made disagrees with the classifier.
+    """
+    if not ending.startswith(".") or ending.lower() == ".safetensors":
+        raise ExportError(f"ending={ending!r}; it begins with a dot, and .safetensors is the ending of model files")
+    for other in _EXPORTERS.values():
+        if other.ending == ending.lower() and other.name != name:
+            raise ExportError(f"{ending} is the ending of the format {other.name!r} already")
+    _EXPORTERS[name] = Exporter(name, ending.lower(), export)
+
+
+def list_exporters() -> dict[str, str]:
+    """The ending of every registered format, by its name."""
+    return {exporter.name: exporter.ending for exporter in _EXPORTERS.values()}
+
+
+def find_exporter(path: str | Path, format: str | None = None) -> Exporter:
+    """The format of that name; with None the one whose ending the path has, ONNX for a path without an ending.
+
+    Raises `ExportError` for a name or an ending that is not known, and for a path with the ending of something else.
+    """
+    known = ", ".join(f"{name} ({ending})" for name, ending in list_exporters().items())
+    ending = Path(path).suffix.lower()
+    if format is None:
+        found = [exporter for exporter in _EXPORTERS.values() if exporter.ending == (ending or ".onnx")]
+        if not found:
+            raise ExportError(f"{path}: no format has the ending {ending!r}; there are {known}. Nothing was written")
+        return found[0]
+    if format not in _EXPORTERS:
+        raise ExportError(f"format={format!r} is not known; there are {known}. Nothing was written")
+    exporter = _EXPORTERS[format]
+    if ending not in ("", exporter.ending):
+        raise ExportError(f"{path} has the ending {ending!r}, a file of the format {format!r} has {exporter.ending!r}: rename it")
+    return exporter
+
+
+def check_target(path: str | Path, source: str | Path | None = None) -> None:
+    """Raises `ExportError` when an export must not, or cannot, be written to a path.
+
+    It must not replace `source`, the file of the model that is exported, nor any other file of edge-dfcil.
+    """
+    try:
+        check_writable(path)
+        target = resolve(path)
+        if source is not None and target == Path(os.path.realpath(source)):
+            raise ExportError(f"{path} is the model itself, which stays as it is; name another file")
+        if is_model_file(target):
+            raise ExportError(f"{path} is an edge-dfcil model file, which an export must not replace; name another file")
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether edge-dfcil wrote this file as a model or a checkpoint, damaged ones included as far as the header is whole."""
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length < MAX_HEADER else b""
+    try:
+        return "edge_dfcil" in json.loads(header)["__metadata__"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def export(
+    classifier: nn.Module,
+    path: str | Path,
+    *,
+    format: str | None = None,
+    classes: Sequence[str],
+    image_size: int,
+    source: str | Path | None = None,
+    source_sha256: str = "",
+    version: str = "",
+    **options: Any,
+) -> ExportReport:
+    """Writes a classifier in a registered format, all or nothing, after the format has checked it against the classifier.
+
+    Parameters
+    ----------
+    classifier
+        uint8 images (N, 3, S, S) to logits (N, C), preprocessing included; on the CPU.
+    format
+        "onnx" or the name of another registered format; None goes by the path's ending, and takes ONNX without one.
+    classes
+        C names.
+    image_size
+        S, in pixels.
+    source
+        The file of the model, which must not be overwritten.
+    source_sha256, version
+        Of the model that it was made from; kept in the file's metadata.
+    **options
+        The format's own: for ONNX `int8` and `on_batch`, see `exporters.onnx.to_onnx`.
+
+    Raises
+    ------
+    ExportError
+        When the path has the ending of no format, or is a model file, a folder or a device; when the file cannot be made,
+        disagrees with the classifier, or cannot be written. What was at the path is untouched then.
+    """
+    begin = time.perf_counter()
+    exporter = find_exporter(path, format)
+    check_target(path, source)
+    about = About(tuple(classes), image_size, source_sha256, version)
+    try:
+        inspect.signature(exporter.export).bind(classifier, about, **options)
+    except TypeError as error:
+        raise ExportError(f"the format {exporter.name!r} does not take these options ({error})") from error
+    with _in_eval_mode(classifier):
+        made = exporter.export(classifier, about, **options)
+    check_target(path, source)  # again: making it may have taken minutes
+    try:
+        replace_file(path, made.content)
+    except OSError as error:
+        raise ExportError(
+            f"{path} could not be written: {error.strerror or error}; what was there before is untouched"
+        ) from error
+    return ExportReport(
+        path=str(path),
+        format=made.format or exporter.name,
+        opset=made.opset,
+        classes=len(about.classes),
+        image_size=image_size,
+        bytes=len(made.content),
+        max_difference=made.max_difference,
+        source_sha256=source_sha256,
+        seconds=time.perf_counter() - begin,
+        float_bytes=made.float_bytes if made.float_bytes is not None else len(made.content),
+        agreement=made.agreement,
+        accuracy=made.accuracy,
+        speedup=made.speedup,
+    )
+
+
+@contextlib.contextmanager
+def _in_eval_mode(classifier: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in classifier.modules()}
+    classifier.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
