@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ def _npz(path: Path) -> Data:
 def _torchvision(path: Path) -> Data:
     from torchvision.datasets import CIFAR100
 
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for part in PARTS:
         found = CIFAR100(str(path), train=part == "train")
         arrays |= {f"{part}_x": found.data, f"{part}_y": np.array(found.targets), "class_names": np.array(found.classes)}
@@ -111,7 +112,7 @@ def _folders(path: Path, image_size: int) -> Data:
     names: list[str] | None = None
     for part in PARTS:
         loader = open_folder(path / part, image_size, batch_size=256, shuffle=False).loader
-        found: list[str] = loader.dataset.classes
+        found: list[str] = cast(Any, loader.dataset).classes
         if names is not None and found != names:
             raise DataError(f"{path / part} holds other classes than {path / PARTS[0]}")
         names = found
@@ -146,7 +147,8 @@ def pack(data: Data, path: Path, limit: int) -> str:
         train = _sheet(data.arrays["train_x"], "JPEG", quality=quality, subsampling=0)
         if train.nbytes + sum(array.nbytes for array in rest.values()) + 4096 <= limit:
             packed = f"training images as JPEG of quality {quality} (4:4:4), test images without loss"
-            np.savez(path, train_sheet=train, packed=np.array(packed), **rest)
+            rest |= {"train_sheet": train, "packed": np.array(packed)}
+            np.savez(path, allow_pickle=False, **rest)
             return packed
     raise DataError(f"the data does not fit into {limit} bytes at any JPEG quality worth learning from")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.datasets import Part
 from edge_dfcil import Callback, Learner
+from edge_dfcil.learning import Learning
 from edge_dfcil.methods.task import Task
 from edge_dfcil.model.network import Network
 from edge_dfcil.results import StageReport
@@ -44,12 +45,15 @@ class Probe(Callback):
     """
 
     def __init__(self, old: Part, new: Part) -> None:
-        self._old, self._new, self._task = old, new, None
+        self._old, self._new = old, new
+        self._task: Task | None = None
+        self.features: dict[str, Tensor] = {}
         self.mid: dict[str, float] = {}
         self.seconds = 0.0
 
     def on_task_begin(self, learner: Learner) -> None:
-        self._task: Task | None = learner.running.work.task
+        assert learner.running is not None and isinstance(learner.running.work, Learning)
+        self._task = learner.running.work.task
 
     def on_stage_end(self, stage: Stage, report: StageReport) -> None:
         task = self._task
@@ -76,9 +80,8 @@ class Probe(Callback):
 
     def save(self, path: Path) -> None:
         """Some features of each set, in half precision, for the picture."""
-        np.savez_compressed(
-            path, **{name: found[:: -(-len(found) // SHOWN)].half().numpy() for name, found in self.features.items()}
-        )
+        some = {name: found[:: -(-len(found) // SHOWN)].half().numpy() for name, found in self.features.items()}
+        np.savez_compressed(path, allow_pickle=False, **some)
 
 
 def _features(network: Network, part: Part) -> Tensor:

@@ -143,7 +143,7 @@ def measure(cell: Cell, data: Path, numbers: list[int], model: Path) -> dict[str
             device="cpu",
             seed=cell.seed,
         )
-    tasks = []
+    tasks: list[dict[str, Any]] = []
     for task in numbers:
         new = order[task * cell.classes : (task + 1) * cell.classes]
         part = loaded.part("train", new, cell.batch_size)

@@ -122,7 +122,9 @@ class Bench:
     def classifier(self, student: Network | None = None, dreams: Dreams | None = None) -> StageSpec:
         """Our learning stage, one step long; of this student and these dreams, if they are given."""
         task = self._task(self.student if student is None else student, Dreams.of(self.dreamer) if dreams is None else dreams)
-        return replace(base.learning_stage(task, ABD()), steps=1)
+        stage = base.learning_stage(task, ABD())
+        assert isinstance(stage, StageSpec)
+        return replace(stage, steps=1)
 
     def generator(self) -> StageSpec:
         return replace(self.dreamer.stage(), steps=1)

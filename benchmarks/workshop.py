@@ -239,7 +239,8 @@ class Workshop:
             sets[title] = images, [prediction.label for prediction in teacher.predict(images)]
             share[quality] = len(set(sets[title][1])) / len(teacher.classes)
         figure = Figure(figsize=(11, 0.75 * rows + 0.5), layout="constrained")
-        for side, (title, (images, labels)) in zip(figure.subfigures(1, 3, wspace=0.05), sets.items(), strict=True):
+        sides: Any = figure.subfigures(1, 3, wspace=0.05)
+        for side, (title, (images, labels)) in zip(sides, sets.items(), strict=True):
             side.suptitle(title)
             grid = side.subplots(rows, columns, squeeze=False)
             for name, row in zip(names, grid, strict=True):
@@ -269,8 +270,8 @@ class Workshop:
         def step() -> dict[str, Any]:
             s, teacher = self._setting, self._teacher
             teacher.seed = seed
-            target = {"ratio": s.prune_ratio} if latency is None else {"latency": latency}
-            settings = Pruning(group=s.group, eta=eta, repair=s.repair, **target)
+            settings = Pruning(group=s.group, eta=eta, repair=s.repair)
+            settings = replace(settings, ratio=s.prune_ratio) if latency is None else replace(settings, latency=latency)
             try:
                 found, report = prune(teacher, settings, table=self._table, evaluation=self._test, classes=self._data.names)
             except BackboneError as error:
@@ -339,7 +340,7 @@ class Workshop:
 
     def _module(self, classes: int) -> nn.Module:
         backbone = build(self._setting.elsewhere)
-        return nn.Sequential(backbone, nn.Linear(64, classes)).to(self._device, memory_format=torch.channels_last)
+        return nn.Sequential(backbone, nn.Linear(64, classes)).to(memory_format=torch.channels_last).to(self._device)
 
     def _adopt(self, method: str, changes: dict[str, Any]) -> Step:
         def step() -> dict[str, Any]:

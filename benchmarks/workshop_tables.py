@@ -72,7 +72,7 @@ def _cell(values: Sequence[Figure]) -> str:
     """One figure of all seeds: their mean, with the standard deviation where there are several."""
     first = values[0]
     if isinstance(first, tuple):
-        return " / ".join(map(_cell, zip(*values, strict=True)))  # type: ignore[arg-type]
+        return " / ".join(map(_cell, zip(*values, strict=True)))
     if not isinstance(first, float):
         return "" if first is None else str(first)
     return over_seeds(values)  # type: ignore[arg-type]

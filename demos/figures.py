@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -28,7 +29,8 @@ def draw(learner: Learner, path: Path) -> None:
     labels = [prediction.label for prediction in learner.predict(images)]
     dreams = {name: images[[label == name for label in labels]] for name in NAMES}
     figure = Figure(figsize=(7, 5.4), layout="constrained")
-    real_side, dream_side = figure.subfigures(1, 2, wspace=0.06)
+    sides: Any = figure.subfigures(1, 2, wspace=0.06)
+    real_side, dream_side = sides
     real = {name: train.of((name,)).images for name in NAMES}
     for side, title, pictures in ((real_side, "real, not kept", real), (dream_side, "dreamt from the weights", dreams)):
         side.suptitle(title)
@@ -41,7 +43,7 @@ def draw(learner: Learner, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def table(result: dict) -> str:
+def table(result: dict[str, Any]) -> str:
     """The demo's figures as the README shows them."""
     seen = [f"{2 * (task + 1)} digits" for task in range(len(result["accuracy_after_task"]["abd"]))]
     lines = ["| accuracy on all digits so far, % | " + " | ".join(seen) + " |", "|---|" + "---|" * len(seen)]
@@ -52,7 +54,7 @@ def table(result: dict) -> str:
     return "\n".join([*lines, "", f"{where}; all learning took {result['seconds']:.0f} s ([docs/demo.json](docs/demo.json))."])
 
 
-def write_table(readme: Path, result: dict) -> None:
+def write_table(readme: Path, result: dict[str, Any]) -> None:
     """Replaces what stands between the README's demo marks."""
     text = readme.read_text()
     begin, end = text.index("-->", text.index("<!-- demo:")) + 3, text.index("<!-- /demo -->")

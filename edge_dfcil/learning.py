@@ -160,7 +160,7 @@ class Learning:
         if self._plan_only:
             return
         task = self.task = self.assignment.task()
-        self.network = task.student
+        self.network, self._left_out = task.student, task.batches.left_out
         changes = dict(self.plan.changes) if self.plan is not None else {}
         if self.fitted is not None:
             task.share = self.fitted["share"]
@@ -197,7 +197,7 @@ class Learning:
             stages=tuple(replace(stage, peak_bytes=peak) for stage, peak in zip(reports, peaks, strict=False)),
             plan=self.plan,
             peak_bytes=self._meter.highest,
-            left_out=task.batches.left_out,
+            left_out=self._left_out,
             resumed=session.resumed,
             fitted=self.fitted,
         )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from edge_dfcil import Learner
+from edge_dfcil.demo import Batches
 from edge_dfcil.methods import Method
 from exporters import OnnxClassifier
 from tests.conftest import NAMES, QUICK, weights
@@ -14,11 +18,13 @@ from tests.conftest import NAMES, QUICK, weights
 TASKS = (("0", "1", "2"), ("3",), ("4", "5"))  # unequal sizes, one class among them
 
 
-def check_method(make, train, test, folder, keeps_no_sample: bool = True) -> None:
+def check_method(
+    make: Callable[[], str | Method], train: Batches, test: Batches, folder: Path, keeps_no_sample: bool = True
+) -> None:
     """`make()` gives the method, by name or as an instance.
 
-    It learns a second task, grows with unequal task sizes, is equal to the bit under one seed on the CPU, keeps no
-    sample, saves, loads and exports.
+    It learns a second task, grows with unequal task sizes, is equal to the bit under one seed on the CPU, leaves the model
+    that answers meanwhile alone, keeps no sample, saves, loads and exports.
     """
     before = images_alive()
     learner = learn(make(), train)
@@ -31,7 +37,8 @@ def check_method(make, train, test, folder, keeps_no_sample: bool = True) -> Non
         check_keeps_no_sample(learner, before)
 
     path = learner.save(folder / "model.safetensors")
-    loaded = Learner.load(path, "cpu", method=make() if isinstance(make(), Method) else None)
+    method = make()
+    loaded = Learner.load(path, "cpu", method=method if isinstance(method, Method) else None)
     images = test.images[:16]
     assert loaded.predict(images, top_k=6) == learner.predict(images, top_k=6)
     learner.export(folder / "model.onnx")
@@ -39,11 +46,14 @@ def check_method(make, train, test, folder, keeps_no_sample: bool = True) -> Non
     assert [answer.label for answer in exported] == [answer.label for answer in learner.predict(images)]
 
 
-def learn(method, train) -> Learner:
+def learn(method: str | Method, train: Batches) -> Learner:
     learner = Learner("resnet8", image_size=16, recipe=QUICK, method=method, device="cpu", seed=3)
     for names in TASKS:
+        answering, before = learner.network, weights(learner)
         report = learner.learn_task(train.of(names), NAMES, progress=False)
         assert report.new_classes == names
+        after = answering.state_dict()
+        assert all(torch.equal(value, after[name]) for name, value in before.items()), "the model that answered was changed"
     return learner
 
 
@@ -59,7 +69,8 @@ def check_keeps_no_sample(learner: Learner, before: set[int]) -> None:
     own = {id(tensor) for tensor in learner.network.state_dict(keep_vars=True).values()}
     own |= {id(learner.network.mean), id(learner.network.std)}
     own |= {id(statistic.values) for statistic in learner.model.statistics.values()}
-    seen, queue = set(), [learner, learner.method]
+    seen: set[int] = set()
+    queue: list[Any] = [learner, learner.method]
     while queue:
         thing = queue.pop()
         if id(thing) in seen or isinstance(thing, type) or not hasattr(thing, "__dict__"):

@@ -67,7 +67,7 @@ def test_names_are_found_or_told():
     assert find("abd") == "abd"
     assert find("bic-80").size == "80"
     assert find("bic").size == 2000
-    for unknown in ("magic", "dgr-400", "abd-400"):
+    for unknown in ("magic", "dgr-400", "abd-400", "upper_bound-400"):
         with pytest.raises(SettingError, match=unknown):
             find(unknown)
 

@@ -31,9 +31,12 @@ def find(name: str) -> str | Yardstick:
     if name in product_names():
         return name
     kind, _, size = name.partition("-")
-    if kind not in YARDSTICKS or (size and not issubclass(YARDSTICKS[kind], (CoresetMethod, RehearsalJpeg))):
-        raise SettingError(f"no method is called {name!r}; choose one of {', '.join([*product_names(), *YARDSTICKS])}")
-    return YARDSTICKS[kind](size) if size else YARDSTICKS[kind]()
+    made = YARDSTICKS.get(kind)
+    if made is not None and not size:
+        return made()
+    if made is not None and issubclass(made, (CoresetMethod, RehearsalJpeg)) and made is not UpperBound:
+        return made(size)
+    raise SettingError(f"no method is called {name!r}; choose one of {', '.join([*product_names(), *YARDSTICKS])}")
 
 
 __all__ = ["YARDSTICKS", "Yardstick", "find"]

@@ -25,9 +25,9 @@ class BiC(CoresetMethod):
         """Holds out a tenth of each old class's stored images, and as many images of each new class."""
         yield from super().prepare(task)
         self._held: Images | None = None
+        self._all = images = Images.of(task)
         if not task.remembers:
             return
-        images: Images = task.batches
         stored = self.kept["outputs"]
         n = max(1, round(HELD_OUT * len(stored) / len(stored.unique())))
         held = torch.zeros(len(images.images), dtype=torch.bool)
@@ -35,7 +35,7 @@ class BiC(CoresetMethod):
             index = torch.nonzero(images.outputs == output).flatten()
             held[index[torch.randperm(len(index))[:n]]] = len(index) > n  # a class of too few is all learnt from
         self._held = images.take(torch.nonzero(held).flatten())
-        self._all, task.batches = images, images.take(torch.nonzero(~held).flatten())
+        task.batches = images.take(torch.nonzero(~held).flatten())
 
     def loss(self, task: Task, batch: Batch) -> Terms:
         assert task.teacher is not None
@@ -51,13 +51,13 @@ class BiC(CoresetMethod):
     def refine(self, task: Task) -> Iterator[Stage]:
         if self._held is not None and len(self._held.images):
             yield from self._correct(task, self._held)
-            task.batches = self._all
-        self.keep(task.batches)
-        self._held = self._all = None
+        self.keep(self._all)
+        del self._held, self._all
 
     def _correct(self, task: Task, held: Images) -> Iterator[Stage]:
         """Fits alpha and beta of alpha o + beta for the new outputs o, and writes them into the head's rows, where they
         correct every later answer."""
+        assert task.teacher is not None
         head, n_old = task.student.head, task.teacher.n_classes
         with torch.no_grad():
             logits = head(held.features().to(head.weight.device))

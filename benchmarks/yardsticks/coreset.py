@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 
@@ -14,13 +15,13 @@ from edge_dfcil.methods.task import Task
 from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe
 from edge_dfcil.training.augment import augment
-from edge_dfcil.training.data import Batch
+from edge_dfcil.training.data import Batch, RealBatches
 from edge_dfcil.training.stage import Stage, Terms
 
 Order = Callable[[Tensor], Tensor]  # features (N, F) of a class to the order (N,) in which its images are worth keeping
 
 
-class Images:
+class Images(RealBatches):
     """Stored images as a task's batches: shuffled, augmented, normalised, on the device.
 
     Parameters
@@ -31,22 +32,37 @@ class Images:
 
     def __init__(self, images: Tensor, outputs: Tensor, network: Network, recipe: Recipe, batch_size: int) -> None:
         self.images, self.outputs, self.network, self.recipe, self.batch_size = images, outputs, network, recipe, batch_size
+        self.left_out, self._in_order = 0, False
+
+    @classmethod
+    def of(cls, task: Task) -> Images:
+        """Those that `prepare` has put in the place of a task's batches."""
+        assert isinstance(task.batches, cls)
+        return task.batches
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.images), self.batch_size)
-        return max(1, whole + (rest >= self._smallest))
+        return max(1, whole + (rest >= (1 if self._in_order else self._fewest)))
 
     def __iter__(self) -> Iterator[Batch]:
+        if self._in_order:
+            for index in torch.arange(len(self.images)).split(self.batch_size):
+                yield self._batch(self.network.pixels(self.images[index]), index)
+            return
         chunks = torch.randperm(len(self.images)).split(self.batch_size)
         for index in chunks:
-            if len(index) >= self._smallest or len(chunks) == 1:
-                pixels = augment(self.network.pixels(self.images[index]), self.recipe)
-                yield self._batch(pixels, index)
+            if len(index) >= self._fewest or len(chunks) == 1:
+                yield self._batch(augment(self.network.pixels(self.images[index]), self.recipe), index)
 
-    def plain(self) -> Iterator[Batch]:
-        """One pass in order, not augmented."""
-        for index in torch.arange(len(self.images)).split(self.batch_size):
-            yield self._batch(self.network.pixels(self.images[index]), index)
+    @property
+    def largest(self) -> int:
+        return self.batch_size
+
+    def plain(self) -> Images:
+        """All of them in order, not augmented."""
+        every = copy.copy(self)
+        every._in_order = True
+        return every
 
     def take(self, index: Tensor) -> Images:
         """Some of them, by number."""
@@ -58,7 +74,7 @@ class Images:
             return torch.cat([self.network.backbone(batch.images).float().cpu() for batch in self.plain()])
 
     @property
-    def _smallest(self) -> int:
+    def _fewest(self) -> int:
         return self.batch_size if self.recipe.schedule.drop_incomplete else 2
 
     def _batch(self, pixels: Tensor, index: Tensor) -> Batch:
@@ -81,21 +97,18 @@ class CoresetMethod(Yardstick):
 
     def prepare(self, task: Task) -> Iterator[Stage]:
         new = read(task)
-        old = self.stored(task, new)
-        task.batches = joined(old, new) if old is not None else new
+        task.batches = joined(self.stored(task, new), new) if "images" in self.kept else new
         return iter(())
 
     def loss(self, task: Task, batch: Batch) -> Terms:
         return self.first_loss(task, batch)
 
     def refine(self, task: Task) -> Iterator[Stage]:
-        self.keep(task.batches)
+        self.keep(Images.of(task))
         return iter(())
 
-    def stored(self, task: Task, like: Images) -> Images | None:
+    def stored(self, task: Task, like: Images) -> Images:
         """What was kept, ready for this task."""
-        if "images" not in self.kept:
-            return None
         return Images(self.kept["images"], self.kept["outputs"], task.student, task.recipe, like.batch_size)
 
     def keep(self, images: Images) -> None:

@@ -81,11 +81,12 @@ class DGR(Yardstick):
 
     def prepare(self, task: Task) -> Iterator[Stage]:
         if task.remembers:
-            task.dreams = Replay(self._vae(task), task.teacher)
+            assert task.teacher is not None
+            task.dreams = Replay(self._vae(task), task.teacher)  # type: ignore[assignment]  # it gives samples alike
         return iter(())
 
     def loss(self, task: Task, batch: Batch) -> Terms:
-        n, replay = len(batch), task.dreams.sample(len(batch))
+        n, replay = len(batch), task.memory[1].sample(len(batch))
         logits = task.student.classify(torch.cat([batch.images, replay.images]))  # (2B, C)
         return {
             "real": (1 - task.rho) * F.cross_entropy(logits[:n], batch.targets),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.yardsticks.coreset import CoresetMethod, nearest_to_mean
+from benchmarks.yardsticks.coreset import CoresetMethod, Images, nearest_to_mean
 from edge_dfcil.methods._distillation import distil
 from edge_dfcil.methods.task import Task
 from edge_dfcil.training.data import Batch
@@ -30,7 +30,7 @@ class E2E(CoresetMethod):
 
     def refine(self, task: Task) -> Iterator[Stage]:
         """Selects first: the fine-tune of the head sees as many images of each new class as of each old one."""
-        self.keep(task.batches)
+        self.keep(Images.of(task))
         if task.remembers:
             yield self._balanced(task)
         known = self.kept.get("sizes", torch.zeros(0, dtype=torch.long))
@@ -39,8 +39,7 @@ class E2E(CoresetMethod):
 
     def _balanced(self, task: Task) -> Stage:
         student, recipe = task.student, task.recipe
-        batches = self.stored(task, task.batches)
-        assert batches is not None
+        batches = self.stored(task, Images.of(task))
 
         def loss(batch: Batch) -> Terms:
             with torch.no_grad():

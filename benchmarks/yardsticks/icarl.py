@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.yardsticks.coreset import CoresetMethod, herding
+from benchmarks.yardsticks.coreset import CoresetMethod, Images, herding
 from edge_dfcil.methods.lwf_mc import LwFMC
 from edge_dfcil.methods.task import Task
 from edge_dfcil.model.network import Network
@@ -24,6 +25,7 @@ class ICaRL(CoresetMethod):
 
     def prepare(self, task: Task) -> Iterator[Stage]:
         if task.teacher is not None:
+            task.teacher.head = copy.deepcopy(task.teacher.head)  # its tensors are those of the model that answers
             for network in (task.student, task.teacher):
                 self._put_back(network)
         return super().prepare(task)
@@ -38,7 +40,7 @@ class ICaRL(CoresetMethod):
         head = task.student.head
         self.kept["head.weight"], self.kept["head.bias"] = head.weight.detach().clone(), head.bias.detach().clone()
         yield from super().refine(task)
-        exemplars = self.stored(task, task.batches)
+        exemplars = self.stored(task, Images.of(task))
         features = F.normalize(exemplars.features())
         with torch.no_grad():
             head.bias.zero_()

@@ -45,19 +45,20 @@ class RehearsalJpeg(Yardstick):
         if self.kept:
             files += list(self.kept["bytes"].split(self.kept["sizes"].tolist()))
             outputs = torch.cat([outputs, self.kept["outputs"]])
-        stored: Tensor = Files(files)  # type: ignore[assignment]
-        task.batches = Images(stored, outputs, task.student, task.recipe, new.batch_size)  # type: ignore[assignment]
+        stored: Tensor = Files(files)  # type: ignore[assignment]  # as far as batches are concerned
+        task.batches = Images(stored, outputs, task.student, task.recipe, new.batch_size)
         return iter(())
 
     def loss(self, task: Task, batch: Batch) -> Terms:
         return self.first_loss(task, batch)
 
     def refine(self, task: Task) -> Iterator[Stage]:
-        images, quota = task.batches, self.size // task.student.n_classes
+        images, quota = Images.of(task), self.size // task.student.n_classes
         chosen = []
         for output in images.outputs.unique().tolist():
             index = torch.nonzero(images.outputs == output).flatten()
             chosen += index[torch.randperm(len(index))[:quota]].tolist()
+        assert isinstance(images.images, Files)
         files = [images.images.files[i] for i in chosen]
         sizes = torch.tensor([len(file) for file in files])
         self.kept = {"bytes": torch.cat(files), "sizes": sizes, "outputs": images.outputs[torch.tensor(chosen)]}
