@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edge_dfcil import RECIPES, Learner, SettingError
+from edge_dfcil import RECIPES, Learner, Recipe, SettingError
 
 SIZE = 16  # the digits are 8x8; twice that gives the generator a map to start from
 TASKS = tuple((f"{2 * t}", f"{2 * t + 1}") for t in range(5))
@@ -54,7 +54,7 @@ class Batches:
 def digits() -> tuple[Batches, Batches]:
     """1,347 digits to learn from and 450 to measure with, as uint8 images (N, 3, 16, 16)."""
     try:
-        import matplotlib  # noqa: F401  told missing before anything is trained, not when it is time to draw
+        import matplotlib  # noqa: F401  a missing library is reported before anything is trained
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
@@ -68,7 +68,9 @@ def digits() -> tuple[Batches, Batches]:
     return Batches(images[train], targets[train]), Batches(images[test], targets[test])
 
 
-def run(out: Path, *, device: str = "auto", seed: int = 0, say: Callable[[str], None] = print) -> dict[str, Any]:
+def run(
+    out: Path, *, device: str = "auto", seed: int = 0, recipe: Recipe = RECIPE, say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Runs the demo and leaves its plot, model file, ONNX file and figures in `out`."""
     train, test = digits()
     out.mkdir(parents=True, exist_ok=True)
@@ -77,7 +79,7 @@ def run(out: Path, *, device: str = "auto", seed: int = 0, say: Callable[[str], 
     learners: dict[str, Learner] = {}
     for method in ("abd", "finetune"):
         say(f"{method}: two digits a task, no image kept")
-        learner = learners[method] = new_learner(method, device, seed)
+        learner = learners[method] = new_learner(method, device, seed, recipe)
         curves[method] = []
         for number in range(len(TASKS)):
             learner.learn_task(train.of(TASKS[number]), NAMES)
@@ -85,7 +87,7 @@ def run(out: Path, *, device: str = "auto", seed: int = 0, say: Callable[[str], 
             curves[method].append(accuracy)
             say(f"  after {' and '.join(TASKS[number])}: {accuracy:.1%} of all digits seen so far")
     say("upper bound: all ten digits at once")
-    upper = new_learner("finetune", device, seed)
+    upper = new_learner("finetune", device, seed, recipe)
     upper.learn_task(train, NAMES)
     final = {method: curve[-1] for method, curve in curves.items()}
     final["upper_bound"] = upper.evaluate([*test], NAMES).accuracy
@@ -113,8 +115,8 @@ def run(out: Path, *, device: str = "auto", seed: int = 0, say: Callable[[str], 
     return answer
 
 
-def new_learner(method: str, device: str, seed: int) -> Learner:
-    return Learner("resnet8", image_size=SIZE, method=method, recipe=RECIPE, device=device, seed=seed)
+def new_learner(method: str, device: str, seed: int, recipe: Recipe = RECIPE) -> Learner:
+    return Learner("resnet8", image_size=SIZE, method=method, recipe=recipe, device=device, seed=seed)
 
 
 def draw(path: Path, curves: dict[str, list[float]], upper_bound: float) -> Path:

@@ -1,4 +1,4 @@
-"""The command line, in real processes: what it answers, what it refuses, and what a kill leaves behind."""
+"""The command line: what it answers, what it refuses, and, in real processes, what a kill leaves behind."""
 
 from __future__ import annotations
 
@@ -6,25 +6,40 @@ import contextlib
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
-from edge_dfcil import Learner
-from tests.conftest import NAMES, quick_learner
+from edge_dfcil import Callback, Learner, Session, SettingError, compression, exporting
+from edge_dfcil.cli import main, predict
+from edge_dfcil.cli.options import build_module, chosen_recipe
+from edge_dfcil.model import file
+from edge_dfcil.recipe import RECIPES
+from tests.conftest import NAMES, QUICK, quick_learner
+from tests.golden.make import own_classifier
 
-ENTRY = [sys.executable, "-m", "edge_dfcil.cli"]
+ROOT = Path(__file__).resolve().parent.parent
+ENTRY = [sys.executable, "-m", "edge_dfcil"]
+# Numbers that make a new model's first task a matter of a second.
+SHORT = [text for name, value in QUICK.differences().items() for text in ("--set", f"{name}={value}")]
+SETTINGS = ["--backbone", "resnet8", "--image-size", "16", *SHORT]
 
 
-def cli(*arguments, expect=0):
-    done = subprocess.run([*ENTRY, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == expect, done.stderr
-    assert "Traceback" not in done.stderr
+def cli(*arguments: object, expect: int = 0) -> Result:
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    assert done.exit_code == expect, done.output
     return done
 
 
@@ -68,7 +83,10 @@ def test_the_whole_story(pictures, model, tmp_path):
     answer = json.loads(cli("inspect", model, "--json").stdout)
     assert answer["tasks"] == [["0", "1"], ["2", "3"]]
     assert set(answer["kept"]) == {"weight", "batchnorm statistic", "batchnorm counter"}
-    assert "keeps no picture" in cli("inspect", model).stdout
+    assert {tensor["kind"] for tensor in answer["tensors"]} == set(answer["kept"])
+    shown = cli("inspect", model, "--tensors").stdout
+    assert "head.weight\tweight\t4x64\t" in shown
+    assert "keeps no picture" in shown and "recipe edge (version 1), schedule.epochs 1" in shown
 
     answer = json.loads(cli("dream", model, tmp_path / "dreams.png", "--per-class", 3, "--json").stdout)
     assert sum(answer["dreams"].values()) == 12
@@ -80,26 +98,140 @@ def test_the_whole_story(pictures, model, tmp_path):
 
 
 def test_a_new_model_has_the_settings_given(pictures, tmp_path):
-    # One step is enough to see the settings; the recipe's numbers are not on the command line.
     path = tmp_path / "new.safetensors"
-    cli("learn", pictures[0], "--model", path, "--backbone", "resnet8", "--image-size", 16, "--method", "finetune", "--no-flip")
+    cli("learn", pictures[0], "--model", path, *SETTINGS, "--method", "finetune", "--no-flip")
     learner = Learner.load(path)
-    assert (learner.backbone, learner.image_size, learner.method.name, learner.recipe.augmentation.flip) == (
-        "resnet8",
-        16,
-        "finetune",
-        False,
-    )
+    assert (learner.backbone, learner.image_size, learner.method.name, learner.recipe) == ("resnet8", 16, "finetune", QUICK)
     done = cli("learn", pictures[1], "--model", path, "--backbone", "resnet20", expect=1)
     assert "leave out --backbone" in done.stderr
+
+
+class TestRecipe:
+    def test_a_file_and_single_settings(self, pictures, tmp_path):
+        path, new = tmp_path / "quick.json", tmp_path / "new"
+        path.write_text(json.dumps(QUICK.to_dict()))
+        settings = ["--recipe", path, "--set", "schedule.momentum=0.8", "--no-flip"]
+        cli("learn", pictures[0], "--model", new, "--backbone", "resnet8", "--image-size", 16, "--method", "finetune", *settings)
+        assert Learner.load(new).recipe == QUICK.changed({"schedule.momentum": 0.8})
+
+    def test_a_model_that_is_there_learns_on_with_what_is_set(self, pictures, model):
+        before = Learner.load(model).recipe
+        cli("learn", pictures[1], "--model", model, "--set", "generator.steps=3", "--set", "remember.mu=0.5")
+        assert Learner.load(model).recipe == before.changed({"generator.steps": 3, "remember.mu": 0.5})
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ["dream", "{model}", "{tmp}/d.png"],
+            ["export", "{model}", "{tmp}/m.onnx"],
+            ["prune", "{model}", "--ratio", "0.1"],
+            ["distill", "{model}", "--to", "resnet8"],
+            ["learn", "{pictures}", "--model", "{model}"],
+            ["demo"],
+        ],
+        ids=lambda command: command[0],
+    )
+    def test_a_setting_that_cannot_be_is_refused_by_every_command(self, command, model, pictures, tmp_path):
+        places = {"tmp": tmp_path, "model": model, "pictures": pictures[1]}
+        arguments = [part.format(**places) for part in command]
+        assert "recipe.generator.width is 0" in cli(*arguments, "--set", "generator.width=0", expect=1).stderr
+        assert "'generator.width'" in cli(*arguments, "--set", "generator.wide=3", expect=1).stderr
+        assert "edge, strict" in cli(*arguments, "--recipe", "slow", expect=1).stderr
+        assert "GROUP.NAME=VALUE" in cli(*arguments, "--set", "width", expect=2).stderr
+        assert {p.name for p in tmp_path.iterdir()} == {model.name}
+
+    def test_a_name_wins_over_a_file_and_a_file_need_not_end_in_json(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "edge").write_text('{"generator": {"width": 8}}')
+        (tmp_path / "mine").write_text('{"generator": {"width": 8}}')
+        assert chosen_recipe(QUICK, None, {}) is QUICK
+        assert chosen_recipe(QUICK, "edge", {}) == RECIPES["edge"]
+        assert chosen_recipe(QUICK, "mine", {"schedule.epochs": "2"}).differences() == {
+            "generator.width": 8,
+            "schedule.epochs": 2,
+        }
+        with pytest.raises(SettingError, match=r"none\.json holds no recipe"):
+            chosen_recipe(QUICK, "none.json", {})
+
+
+class TestOwnModules:
+    """A model whose backbone is a module of the user's: every command takes what builds it."""
+
+    @pytest.fixture
+    def adopted(self, tmp_path, monkeypatch):
+        torch.manual_seed(0)
+        module = own_classifier().train()
+        for _ in range(10):
+            module(torch.rand(32, 3, 16, 16))
+        statistics = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+        learner = Learner.from_classifier(module, ["a", "b", "c"], image_size=16, recipe=QUICK, device="cpu", **statistics)
+        (tmp_path / "mine.py").write_text(
+            "from torch import nn\nfrom tests.golden.make import own_classifier\n"
+            "class Factory:\n    def build(): return nn.Sequential(*own_classifier()[:-1], nn.Identity())\n"
+            "def number(): return 3\ndef fails(): raise RuntimeError('no weights here')\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delitem(sys.modules, "mine", raising=False)
+        return learner.save(tmp_path / "adopted.safetensors")
+
+    def test_each_command(self, adopted, pictures, tmp_path):
+        module = ["--module", "mine:Factory.build"]
+        cli("learn", pictures[0], "--model", adopted, *module)
+        assert len(json.loads(cli("predict", adopted, pictures[0] / "0" / "1.png", "--json", *module).stdout)) == 1
+        assert "accuracy" in cli("evaluate", adopted, pictures[0], *module).stdout
+        assert "dreams" in cli("dream", adopted, tmp_path / "d.png", "--per-class", 1, *module).stdout
+        assert "5 classes" in cli("export", adopted, tmp_path / "m.onnx", *module).stdout
+        shown = cli("inspect", adopted).stdout
+        assert shown.startswith("Sequential at 16 px, abd") and "keeps no picture" in shown
+        assert cli("inspect", adopted, *module).stdout == shown
+
+    def test_a_new_model_of_it(self, adopted, pictures, tmp_path):
+        path = tmp_path / "new"
+        settings = ["--image-size", 16, "--method", "finetune", *SHORT, "--module", "mine:Factory.build"]
+        cli("learn", pictures[0], "--model", path, *settings)
+        assert Learner.load(path, backbone=nn.Sequential(*own_classifier()[:-1], nn.Identity())).classes == ("0", "1")
+        refused = cli("learn", pictures[0], "--model", tmp_path / "other", "--backbone", "resnet8", *settings, expect=1)
+        assert "--backbone and --module" in refused.stderr
+
+    def test_without_it_the_option_is_named(self, adopted, pictures):
+        assert "--module" in cli("predict", adopted, pictures[0] / "0" / "1.png", expect=1).stderr
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("mine", "PACKAGE.MODULE:CALLABLE"),
+            (":build", "PACKAGE.MODULE:CALLABLE"),
+            ("nowhere:build", "No module named 'nowhere'"),
+            ("mine:nothing", "nothing"),
+            ("mine:fails", "no weights here"),
+            ("mine:number", "gave a int"),
+        ],
+    )
+    def test_what_builds_no_module_is_refused(self, adopted, name, message):
+        path = list(sys.path)
+        with pytest.raises(ValueError, match=message):
+            build_module(name)
+        assert sys.path == path
+
+
+def test_predict_answers_the_good_pictures_and_names_the_bad(pictures, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "AT_ONCE", 2)
+    good = [pictures[0] / "0" / f"{number}.png" for number in range(3)]
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"x")
+    done = cli("predict", model, good[0], bad, good[1], tmp_path / "none.png", good[2], "--json", expect=1)
+    assert [one["image"] for one in json.loads(done.stdout)] == [str(path) for path in good]
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2 and all(line.startswith("error: ") for line in lines)
+    assert "bad.png" in lines[0] and "none.png" in lines[1]
+    alone = [json.loads(cli("predict", model, path, "--json").stdout)[0] for path in good]
+    assert [one["label"] for one in json.loads(done.stdout)] == [one["label"] for one in alone]
 
 
 def test_a_budget_is_planned_shown_and_kept_or_refused(pictures, model):
     before = model.read_bytes()
     shown = cli("learn", pictures[1], "--model", model, "--memory-budget", "300MB", "--dry-run").stdout
     assert "activations" in shown and "budget 300.0 MB" in shown
-    plan = json.loads(cli("learn", pictures[1], "--model", model, "--dry-run", "--json").stdout)
-    assert plan["budget"] is None and plan["peak_bytes"] > 0
 
     refused = cli("learn", pictures[1], "--model", model, "--memory-budget", "100KB", expect=1).stderr
     assert "What would help" in refused
@@ -130,24 +262,114 @@ def test_damaged_pictures_are_named_skipped_and_counted_or_refused(learnt, train
     assert len(answer["skipped"]) == 2
 
 
-def test_a_model_becomes_smaller(pictures, model, tmp_path):
-    """Distilled, pruned and in INT8: each a file of its own, the model as it was."""
+class TestSmaller:
+    """Distilled, pruned and in INT8: each a file of its own, the model as it was. The settings are made quick."""
+
+    @pytest.fixture(autouse=True)
+    def _model_stays(self, model):
+        before = model.read_bytes()
+        yield
+        assert model.read_bytes() == before
+
+    def test_distilled(self, pictures, model, tmp_path, monkeypatch):
+        def quick(learner, to, settings, **more):
+            few = replace(settings, dreams=32, generator_steps=2, steps=2, batch=16)
+            return compression.distillation.distill(learner, to, settings=few, **more)
+
+        monkeypatch.setattr(compression, "distill", quick)
+        shown = cli(
+            "distill", model, "--to", "resnet14", "--rounds", 1, "--eval", pictures[0], "--set", "generator.steps=2", "--json"
+        )
+        answer = json.loads(shown.stdout)
+        assert answer["student"] == "resnet14" and len(answer["accuracy"]) == 2
+        assert Learner.load(answer["model"]).backbone == "resnet14"
+        assert Path(answer["model"]) == tmp_path / "model-resnet14.safetensors"
+
+    def test_pruned(self, pictures, model, tmp_path, monkeypatch):
+        def quick(learner, settings, **more):
+            return compression.pruning.prune(learner, replace(settings, dreams=32, rounds=2), **more)
+
+        monkeypatch.setattr(compression, "prune", quick)
+        out = tmp_path / "small.safetensors"
+        answer = json.loads(cli("prune", model, "--ratio", "0.1", "--no-repair", "--out", out, "--json").stdout)
+        assert answer["filters"][1] <= 0.9 * answer["filters"][0]
+        assert json.loads(cli("predict", out, pictures[0] / "0" / "1.png", "--json").stdout)[0]["label"] in ("0", "1")
+
+    def test_in_int8(self, pictures, model, tmp_path, monkeypatch):
+        monkeypatch.setattr(exporting, "MIN_CALIBRATION", 64)
+        pictured = ["--calibration", pictures[0], "--eval", pictures[0]]
+        shown = cli("export", model, tmp_path / "int8.onnx", "--quantize", "int8", *pictured).stdout
+        assert "of the float file's size" in shown and "of the dreams" in shown
+
+
+class TestCheckpoint:
+    """A task that was stopped goes on with the same command, and nothing is left when the model is saved."""
+
+    @pytest.fixture
+    def stopped(self, monkeypatch):
+        """Stops a task in the middle of a stage that has a checkpoint."""
+
+        class Stop(Callback):
+            def on_step_end(self, stage, step, losses, images):
+                if stage.name == "learn" and step == 5:
+                    raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr("edge_dfcil.learner.with_progress", lambda *_: [Stop()])
+            yield patched
+
+    def test_the_same_command_goes_on(self, pictures, model, tmp_path, stopped):
+        whole = shutil.copy(model, tmp_path / "whole.safetensors")
+        done = cli("learn", pictures[1], "--model", model, expect=1)
+        assert "the same command goes on" in done.stderr and "the model is the one from before" in done.stderr
+        (checkpoint,) = tmp_path.glob(".*")
+        assert Learner.load(model).classes == ("0", "1")
+        stopped.undo()
+        assert json.loads(cli("learn", pictures[1], "--model", model, "--json").stdout)["resumed"]
+        assert not checkpoint.exists()
+        assert not json.loads(cli("learn", pictures[1], "--model", whole, "--json").stdout)["resumed"]
+        one, other = (file.read(path)[0] for path in (model, whole))
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+    def test_another_task_begins_from_its_start(self, pictures, model, tmp_path, train, stopped):
+        cli("learn", pictures[1], "--model", model, expect=1)
+        stopped.undo()
+        other = folder_of(tmp_path / "other", train, ("5", "6"))
+        assert not json.loads(cli("learn", other, "--model", model, "--json").stdout)["resumed"]
+        assert not [*tmp_path.glob(".*")]
+
+    def test_stopped_after_the_model_was_saved_there_is_nothing_left_to_do(self, pictures, model, tmp_path, monkeypatch):
+        with monkeypatch.context() as patched:
+            patched.setattr(Session, "clear_checkpoint", lambda session: (_ for _ in ()).throw(KeyboardInterrupt))
+            cli("learn", pictures[1], "--model", model, expect=1)
+        assert [*tmp_path.glob(".*")]
+        saved = model.read_bytes()
+        assert "had learnt this" in cli("learn", pictures[1], "--model", model).stdout
+        assert model.read_bytes() == saved and not [*tmp_path.glob(".*")]
+        assert "known already" in cli("learn", pictures[1], "--model", model, expect=1).stderr
+
+    def test_one_can_be_named_or_none(self, pictures, model, tmp_path, stopped):
+        before = {*tmp_path.iterdir()}
+        done = cli("learn", pictures[1], "--model", model, "--checkpoint", "none", expect=1)
+        assert {*tmp_path.iterdir()} == before and "goes on" not in done.stderr
+        cli("learn", pictures[1], "--model", model, "--checkpoint", tmp_path / "here", expect=1)
+        assert {*tmp_path.iterdir()} == before | {tmp_path / "here"}
+
+    def test_a_time_budget_is_kept_in_the_report(self, pictures, model):
+        report = json.loads(cli("learn", pictures[1], "--model", model, "--time-budget", "10min", "--json").stdout)
+        assert report["fitted"]["share"] == 1
+        assert "is no time" in cli("learn", pictures[0], "--model", model, "--time-budget", "soon", expect=1).stderr
+
+
+def test_classes_are_renamed_and_forgotten(pictures, model):
+    assert "cat" in cli("rename", model, "0", "cat", "1", "dog").stdout
+    assert Learner.load(model).classes == ("cat", "dog")
+    assert json.loads(cli("forget", model, "cat", "--json").stdout)["classes"] == ["dog"]
+    assert Learner.load(model).classes == ("dog",)
     before = model.read_bytes()
-    done = cli("distill", model, "--to", "resnet14", "--rounds", 1, "--eval", pictures[0], "--json")
-    answer = json.loads(done.stdout)
-    assert answer["student"] == "resnet14" and len(answer["accuracy"]) == 2
-    assert Learner.load(answer["model"]).backbone == "resnet14"
-    assert Path(answer["model"]) == tmp_path / "model-resnet14.safetensors"
-
-    out = tmp_path / "small.safetensors"
-    answer = json.loads(cli("prune", model, "--ratio", "0.1", "--no-repair", "--out", out, "--json").stdout)
-    assert answer["filters"][1] <= 0.9 * answer["filters"][0]
-    assert json.loads(cli("predict", out, pictures[0] / "0" / "1.png", "--json").stdout)[0]["label"] in ("0", "1")
-
-    shown = cli(
-        "export", model, tmp_path / "int8.onnx", "--quantize", "int8", "--calibration", pictures[0], "--eval", pictures[0]
-    )
-    assert "of the float file's size" in shown.stdout and "of the dreams" in shown.stdout
+    assert "pairs" in cli("rename", model, "dog", expect=2).stderr
+    assert "fox" in cli("forget", model, "fox", expect=1).stderr
+    assert "every class" in cli("forget", model, "dog", expect=1).stderr
     assert model.read_bytes() == before
 
 
@@ -173,9 +395,17 @@ def test_a_model_becomes_smaller(pictures, model, tmp_path):
         (["dream", "{model}", "{tmp}/no/dreams.png"], "make it first"),
         (["dream", "{model}", "{tmp}/dreams"], "does not end like a picture"),
         (["export", "{model}", "{tmp}/no/m.onnx"], "make it first"),
+        (["export", "{model}", "{model}"], "is the model itself"),
+        (["export", "{model}", "{model}", "--format", "onnx"], "is the model itself"),
+        (["export", "{model}", "{tmp}/m.tflite"], "--format"),
+        (["export", "{model}", "{tmp}/m"], "--format"),
+        (["dream", "{model}", "{tmp}"], "does not end like a picture"),
+        (["prune", "{model}", "--ratio", "0.1", "--out", "{model}"], "is the model itself"),
+        (["learn", "{pictures2}", "--model", "{tmp}"], "folder"),
+        (["learn", "{pictures2}", "--model", "{tmp}/new", "--recipe", "{pictures}/0/0.png"], "holds no recipe"),
     ],
 )
-def test_told_errors_exit_with_one_and_change_nothing(arguments, message, pictures, model, tmp_path):
+def test_reported_errors_exit_with_one_and_change_nothing(arguments, message, pictures, model, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     places = {"tmp": empty, "model": model, "pictures": pictures[0], "pictures2": pictures[1]}
@@ -246,23 +476,30 @@ def test_ctrl_c_is_told_and_the_old_model_is_intact(pictures, slow_model):
 
 
 def test_killed_at_any_moment_of_writing_the_file_is_the_old_or_the_new(tmp_path):
-    """Processes that save in a loop are killed at different moments; what is on disk always loads."""
+    """Children that save in a loop are killed at different moments; what is on disk always loads."""
     path = quick_learner().save(tmp_path / "m")
     code = (
-        "import sys; from edge_dfcil import Learner\n"
-        "learner = Learner.load(sys.argv[1], 'cpu'); print('ready', flush=True)\n"
-        "while True: learner.save(sys.argv[1])"
+        "import os, sys, torch; from edge_dfcil import Learner\n"
+        "learner = Learner.load(sys.argv[1], 'cpu')\n"
+        "for _ in sys.stdin:\n"
+        "    child = os.fork()\n"
+        "    while child == 0: learner.save(sys.argv[1])\n"
+        "    print(child, flush=True); os.waitpid(child, 0); print('ended', flush=True)\n"
     )
-    for delay in (0.0, 0.013, 0.027, 0.041):
-        process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
-        process.stdout.readline()
-        time.sleep(delay)
-        process.kill()
-        process.wait()
-        assert Learner.load(path, "cpu").classes == ()
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
+        assert parent.stdin is not None and parent.stdout is not None
+        for delay in (0.0, 0.005, 0.013, 0.02, 0.027, 0.035, 0.041, 0.05):
+            parent.stdin.write("\n")
+            parent.stdin.flush()
+            child = int(parent.stdout.readline())
+            time.sleep(delay)
+            os.kill(child, signal.SIGKILL)
+            assert parent.stdout.readline() == "ended\n"
+            assert Learner.load(path, "cpu").classes == ()
 
 
-def test_progress_is_quiet_when_nobody_watches(pictures, model):
+def test_progress_is_quiet_without_a_terminal(pictures, model):
     assert cli("learn", pictures[1], "--model", model).stderr == ""
 
 
@@ -285,6 +522,107 @@ def test_progress_is_shown_to_a_terminal(pictures, model):
     assert process.returncode == 0
     for word in ("dream", "learn", "refine", "epoch 1/", "statistics", "images/s"):
         assert word in shown.decode()
+
+
+def test_a_link_to_the_model_is_the_model_itself(model, tmp_path):
+    (tmp_path / "link.onnx").symlink_to(model)
+    before = model.read_bytes()
+    assert "is the model itself" in cli("export", model, tmp_path / "link.onnx", expect=1).stderr
+    assert model.read_bytes() == before
+
+
+def test_export_takes_any_ending_with_a_format(model, tmp_path):
+    assert "2 classes" in cli("export", model, tmp_path / "model.bin", "--format", "onnx").stdout
+
+
+class TestBeforeLearning:
+    """What would fail after minutes of learning is refused before."""
+
+    @pytest.fixture(autouse=True)
+    def _learning_fails(self, monkeypatch):
+        monkeypatch.setattr(Learner, "session", lambda *_, **__: pytest.fail("it learns"))
+
+    @pytest.mark.parametrize("name", ["no/model", "x" * 300, "folder"])
+    def test_a_file_that_cannot_be_written(self, name, pictures, tmp_path):
+        (tmp_path / "folder").mkdir()
+        done = cli("learn", pictures[0], "--model", tmp_path / name, *SETTINGS, expect=1)
+        assert done.stderr.startswith("error: ") and [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+    def test_a_class_folder_whose_name_is_not_utf8(self, pictures, model, tmp_path):
+        images = tmp_path / "images"
+        shutil.copytree(pictures[0] / "0", images / "tea")
+        shutil.copytree(pictures[0] / "1", images / os.fsdecode(b"caf\xe9"))
+        assert "caf" in cli("learn", images, "--model", model, expect=1).stderr
+
+    def test_a_model_that_another_process_teaches(self, pictures, model):
+        with file.claim(model):
+            assert "in use" in cli("learn", pictures[1], "--model", model, expect=1).stderr
+
+
+class TestStreams:
+    def test_python_dash_m_is_the_command(self, model):
+        for name in ("edge_dfcil", "edge_dfcil.cli"):
+            done = subprocess.run([sys.executable, "-m", name, "--version"], capture_output=True, text=True)
+            assert (done.returncode, done.stdout.split()[0]) == (0, "edge-dfcil,")
+            assert (
+                "Usage: edge-dfcil "
+                in subprocess.run([sys.executable, "-m", name, "--help"], capture_output=True, text=True).stdout
+            )
+
+    @pytest.mark.parametrize("closed", ["| head -1", "| true", ">&-", "2>&- >&-", "> /dev/full"])
+    def test_a_stdout_that_is_closed_or_full_ends_in_no_traceback(self, closed):
+        """A command of the same group that needs no torch, so that processes are cheap."""
+        code = (
+            "import click\nfrom edge_dfcil.cli.console import Commands, answer, note\n"
+            "@click.group(cls=Commands)\ndef main(): pass\n"
+            "@main.command()\ndef talk():\n    answer(None, False, ['line'] * 100_000)\n    note('done')\nmain(['talk'])\n"
+        )
+        line = ["sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-c", code]
+        done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+        assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+        assert ("No space left" in done.stderr) == ("full" in closed)
+        if closed in (">&-", "> /dev/full"):
+            assert ("done" in done.stderr) == (closed == ">&-")
+
+    @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+    def test_names_that_a_terminal_cannot_show_are_written_as_codes(self, learnt, pictures, tmp_path, encoding):
+        learnt.rename({"0": "кошка", "1": "café"})
+        model, runner = learnt.save(tmp_path / "м.safetensors"), CliRunner(charset=encoding)
+        done = runner.invoke(main, ["inspect", str(model)])
+        assert done.exit_code == 0 and r"\u043a\u043e" in done.stdout and done.stderr == ""
+        found = runner.invoke(main, ["predict", str(model), str(pictures[0] / "0" / "0.png"), "--json"])
+        assert json.loads(found.stdout)[0]["label"] in ("кошка", "café") and found.stdout.isascii()
+        missing = runner.invoke(main, ["predict", str(model), str(tmp_path / "ж.png")])
+        assert missing.exit_code == 1 and r"\u0436.png" in missing.stderr
+
+    def test_json_is_one_line_and_has_no_nan(self, model, monkeypatch):
+        read = file.read
+        monkeypatch.setattr(file, "read", lambda path: (read(path)[0], {**read(path)[1], "seed": float("nan")}))
+        shown = cli("inspect", model, "--json").stdout
+        assert shown.count("\n") == 1 and json.loads(shown)["seed"] is None
+
+    def test_a_warning_is_one_line_without_a_place_in_the_code(self, model, monkeypatch):
+        read = file.read
+        monkeypatch.setattr(file, "read", lambda path: (warnings.warn("look\n  out", stacklevel=1), read(path))[1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            done = cli("inspect", model)
+        assert done.stderr == "warning: look out\n" and "keeps no picture" in done.stdout
+
+    @pytest.mark.parametrize("error", [MemoryError(), OSError(28, "No space left on device"), KeyboardInterrupt()])
+    def test_what_the_machine_raises_is_one_line(self, model, monkeypatch, error):
+        def fails(path):
+            raise error
+
+        monkeypatch.setattr(file, "read", fails)
+        done = cli("inspect", model, expect=1)
+        assert done.stdout == "" and done.stderr.count("\n") == 1
+
+    def test_streams_are_left_as_they_were(self, model, capfd):
+        before = sys.stdout.errors, warnings.showwarning
+        with pytest.raises(SystemExit):
+            main(["inspect", str(model)])
+        assert (sys.stdout.errors, warnings.showwarning) == before
 
 
 def test_names_are_those_of_the_folders(pictures, model):

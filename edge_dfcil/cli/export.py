@@ -1,0 +1,86 @@
+"""`edge-dfcil export`: writes a model for a runtime without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edge_dfcil.cli.console import answer
+from edge_dfcil.cli.options import (
+    DEVICE,
+    EVALUATION,
+    JSON,
+    MODEL,
+    MODULE,
+    PATH,
+    STRICT,
+    check_out,
+    load_learner,
+    loader_of,
+    recipe_options,
+)
+from edge_dfcil.errors import SettingError
+
+if TYPE_CHECKING:
+    from exporters import ExportReport
+
+ENDINGS = {".onnx": "onnx"}  # ending: format
+
+
+@click.command("export")
+@MODEL
+@click.argument("out", type=PATH, metavar="OUT.onnx")
+@click.option("--format", "form", type=click.Choice(sorted(set(ENDINGS.values()))), help="By the ending of OUT by default.")
+@click.option("--quantize", type=click.Choice(["int8"]), help="A quarter of the size, calibrated on dreams.")
+@click.option("--calibration", type=PATH, metavar="IMAGES", help="For int8: calibrate on these pictures.")
+@EVALUATION
+@recipe_options
+@MODULE
+@STRICT
+@DEVICE
+@JSON
+def command(
+    model: Path,
+    out: Path,
+    form: str | None,
+    quantize: str | None,
+    calibration: Path | None,
+    evaluation: Path | None,
+    recipe: str | None,
+    changes: dict[str, str],
+    module: str | None,
+    strict: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Write MODEL as ONNX, pixels in and probabilities out, checked against the model."""
+    check_out(out, model)
+    _check_format(out, form)
+    learner = load_learner(model, device, module, recipe, changes)
+    report = learner.export(
+        out,
+        quantize,
+        calibration=loader_of(calibration, learner, strict),
+        evaluation=loader_of(evaluation, learner, strict),
+    )
+    answer(report.to_dict(), as_json, _lines(report, out))
+
+
+def _check_format(out: Path, form: str | None) -> None:
+    """Raises `SettingError` for a name that says nothing of a format, or of another one, so that no file is misnamed."""
+    if form is None and out.suffix.lower() not in ENDINGS:
+        known = ", ".join(ENDINGS)
+        raise SettingError(f"{out} does not end like a format that can be written ({known}); name it so, or give --format")
+
+
+def _lines(report: ExportReport, out: Path) -> list[str]:
+    lines = [
+        f"{out}: {report.classes} classes, {report.bytes} bytes, probabilities within {report.max_difference:.1g} of the model's"
+    ]
+    if report.speedup is not None:
+        lines.append(f"{report.bytes / report.float_bytes:.0%} of the float file's size, {report.speedup:.1f} times as fast")
+        lines += [f"answers as the model does for {share:.1%} of the {name}" for name, share in report.agreement.items()]
+        lines += [f"accuracy on the {n}: {before:.1%} as float, {after:.1%}" for n, (before, after) in report.accuracy.items()]
+    return lines
