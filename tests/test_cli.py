@@ -395,10 +395,10 @@ def test_classes_are_renamed_and_forgotten(pictures, model):
         (["dream", "{model}", "{tmp}/no/dreams.png"], "make it first"),
         (["dream", "{model}", "{tmp}/dreams"], "does not end like a picture"),
         (["export", "{model}", "{tmp}/no/m.onnx"], "make it first"),
-        (["export", "{model}", "{model}"], "is the model itself"),
-        (["export", "{model}", "{model}", "--format", "onnx"], "is the model itself"),
-        (["export", "{model}", "{tmp}/m.tflite"], "--format"),
-        (["export", "{model}", "{tmp}/m"], "--format"),
+        (["export", "{model}", "{model}"], "onnx (.onnx)"),
+        (["export", "{model}", "{tmp}/m.tflite"], "onnx (.onnx)"),
+        (["export", "{model}", "{tmp}/m.onnx", "--format", "tflite"], "onnx (.onnx)"),
+        (["export", "{model}", "{tmp}/m.bin", "--format", "onnx"], "rename it"),
         (["dream", "{model}", "{tmp}"], "does not end like a picture"),
         (["prune", "{model}", "--ratio", "0.1", "--out", "{model}"], "is the model itself"),
         (["learn", "{pictures2}", "--model", "{tmp}"], "folder"),
@@ -529,10 +529,6 @@ def test_a_link_to_the_model_is_the_model_itself(model, tmp_path):
     before = model.read_bytes()
     assert "is the model itself" in cli("export", model, tmp_path / "link.onnx", expect=1).stderr
     assert model.read_bytes() == before
-
-
-def test_export_takes_any_ending_with_a_format(model, tmp_path):
-    assert "2 classes" in cli("export", model, tmp_path / "model.bin", "--format", "onnx").stdout
 
 
 class TestBeforeLearning:

@@ -16,23 +16,19 @@ from edge_dfcil.cli.options import (
     MODULE,
     PATH,
     STRICT,
-    check_out,
     load_learner,
     loader_of,
     recipe_options,
 )
-from edge_dfcil.errors import SettingError
 
 if TYPE_CHECKING:
     from exporters import ExportReport
-
-ENDINGS = {".onnx": "onnx"}  # ending: format
 
 
 @click.command("export")
 @MODEL
 @click.argument("out", type=PATH, metavar="OUT.onnx")
-@click.option("--format", "form", type=click.Choice(sorted(set(ENDINGS.values()))), help="By the ending of OUT by default.")
+@click.option("--format", "form", metavar="NAME", help="onnx, or one that was registered; by the ending of OUT by default.")
 @click.option("--quantize", type=click.Choice(["int8"]), help="A quarter of the size, calibrated on dreams.")
 @click.option("--calibration", type=PATH, metavar="IMAGES", help="For int8: calibrate on these pictures.")
 @EVALUATION
@@ -56,8 +52,10 @@ def command(
     as_json: bool,
 ) -> None:
     """Write MODEL as ONNX, pixels in and probabilities out, checked against the model."""
-    check_out(out, model)
-    _check_format(out, form)
+    from exporters.registry import check_target, find_exporter
+
+    find_exporter(out, form)
+    check_target(out, model)
     learner = load_learner(model, device, module, recipe, changes)
     report = learner.export(
         out,
@@ -66,13 +64,6 @@ def command(
         evaluation=loader_of(evaluation, learner, strict),
     )
     answer(report.to_dict(), as_json, _lines(report, out))
-
-
-def _check_format(out: Path, form: str | None) -> None:
-    """Raises `SettingError` for a name that says nothing of a format, or of another one, so that no file is misnamed."""
-    if form is None and out.suffix.lower() not in ENDINGS:
-        known = ", ".join(ENDINGS)
-        raise SettingError(f"{out} does not end like a format that can be written ({known}); name it so, or give --format")
 
 
 def _lines(report: ExportReport, out: Path) -> list[str]:
