@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from edge_dfcil.learner import Learner
     from edge_dfcil.methods.base import Method
+    from edge_dfcil.model.backbones import list_backbones, register_backbone
     from edge_dfcil.model.model import Model
     from edge_dfcil.model.statistics import Statistic
     from edge_dfcil.recipe import RECIPES, Recipe
@@ -41,6 +42,7 @@ _HOMES = {
     "edge_dfcil.model.model": ("Model",),
     "edge_dfcil.model.statistics": ("Statistic",),
     "edge_dfcil.training.session": ("Session",),
+    "edge_dfcil.model.backbones": ("list_backbones", "register_backbone"),
     "edge_dfcil.recipe": ("RECIPES", "Recipe"),
     "edge_dfcil.results": ("Evaluation", "MemoryPlan", "Prediction", "StageReport", "TaskReport"),
     "edge_dfcil.training.callbacks": ("Callback",),
@@ -86,6 +88,8 @@ __all__ = [
     "Statistic",
     "TaskReport",
     "__version__",
+    "list_backbones",
+    "register_backbone",
 ]
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +41,32 @@ def autocast(device: torch.device, enabled: bool = True) -> Iterator[None]:
     with torch.autocast("cuda", torch.bfloat16):
         yield
     torch.clear_autocast_cache()
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """The order of an image's values in memory: channels last, which kernels prefer, but not on MPS.
+
+    Versions of torch that this package allows compute BatchNorm's backward of channels-last tensors wrongly there, without
+    an error (pytorch issue 175189).
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+MAX_SEED = 2**53  # a task's seed is this times 1009 and more, which torch takes up to 2**64, and JSON keeps to the digit
+
+
+def check_seed(seed: Any) -> int:
+    """The seed as an int. Raises `SettingError` for anything but a whole number from 0 to 2**53."""
+    expected = f"it is a whole number from 0 to {MAX_SEED} (2**53)"
+    if isinstance(seed, bool):
+        raise SettingError(f"seed={seed}; {expected}")
+    try:
+        number = operator.index(seed)  # int and the integers of NumPy
+    except TypeError:
+        raise SettingError(f"seed={seed} is a {type(seed).__name__}; {expected}") from None
+    if not 0 <= number <= MAX_SEED:
+        raise SettingError(f"seed={seed}; {expected}")
+    return number
 
 
 @contextmanager
@@ -113,3 +143,25 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+_guarded = False
+
+
+def guard_forks() -> None:
+    """From here on, a child that this process forks computes with one thread. Call it before torch first computes.
+
+    On Linux, torch's OpenMP threads do not survive a fork, and a child that uses more than one waits for them for ever
+    (pytorch issue 49555): a server that loads a model and forks its workers would hang in the first answer. With one thread
+    it computes in the calling thread. Workers that start their own Python (`spawn`) keep all threads. Calling it again does
+    nothing. CUDA cannot be used in a forked child at all; torch says so.
+    """
+    global _guarded
+    if sys.platform.startswith("linux") and not _guarded:
+        os.register_at_fork(after_in_child=_compute_with_one_thread)
+        _guarded = True
+
+
+def _compute_with_one_thread() -> None:
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)

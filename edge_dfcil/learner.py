@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from edge_dfcil import devices
 from edge_dfcil.budget import meter as memory
 from edge_dfcil.budget import schedule
 from edge_dfcil.dreaming.work import Dreaming
@@ -36,11 +37,13 @@ class Learner:
     Parameters
     ----------
     backbone
-        A registered name (`resnet20`, `resnet32`, ...), the name of a torchvision classifier (`mobilenet_v3_small`,
-        `resnet18`, ...), or an `nn.Module` (it is copied) from normalised images (N, 3, S, S) to features (N, F). At
-        least three BatchNorm layers are needed, because generated images are made by matching their statistics.
+        A name (`resnet20`, `resnet32`, ...; torchvision's `mobilenet_v3_small`, `resnet18`, ...; timm's as
+        `timm:resnet18`; see `list_backbones`), or an `nn.Module` (it is copied) from normalised images (N, 3, S, S) to
+        features (N, F). At least three BatchNorm layers are needed, because generated images are made by matching their
+        statistics.
     image_size
-        S, the side in pixels that the network sees. Images of other sizes are scaled and cropped to it.
+        S, the side in pixels that the network sees. Images of other sizes are scaled and cropped to it. None takes the
+        size that a `timm:` backbone was made for, else 32.
     method
         `abd`, `lda`, a baseline (`finetune`, `lwf`, `lwf_mc`, `deep_inversion`, `lwf_synthetic`), or a `Method`.
     recipe
@@ -55,10 +58,10 @@ class Learner:
         All draws of a task follow it and the task's number; on the CPU two runs are equal to the bit, unless another
         thread draws from torch's global generator meanwhile.
     weights
-        Pretrained torchvision weights, such as "DEFAULT"; torchvision loads them. For a backbone by name.
+        Pretrained weights of a backbone by name, such as "DEFAULT"; torchvision or timm loads them.
     mean, std
-        What images in [0, 1] are normalised with, per channel. None takes ImageNet's with pretrained weights; else they
-        are measured over all pixels of the first task, because generated images have mean 0 and deviation 1.
+        What images in [0, 1] are normalised with, per channel. None takes what pretrained weights and timm's networks
+        expect; else they are measured over all pixels of the first task, because generated images have mean 0 and deviation 1.
 
     Raises
     ------
@@ -70,7 +73,7 @@ class Learner:
         self,
         backbone: str | nn.Module = "resnet32",
         *,
-        image_size: int = 32,
+        image_size: int | None = None,
         method: str | Method = "abd",
         recipe: str | Recipe = "edge",
         memory_budget: int | str | None = None,
@@ -84,7 +87,8 @@ class Learner:
         self._settle(model, find_method(method), find_recipe(recipe), memory_budget, seed)
 
     def _settle(self, model: Model, method: Method, recipe: Recipe, memory_budget: int | str | None, seed: int) -> None:
-        self.memory_budget, self.seed, self._method, self._recipe = memory.parse(memory_budget), seed, method, recipe
+        self.memory_budget, self.seed = memory.parse(memory_budget), devices.check_seed(seed)
+        self._method, self._recipe = method, recipe
         self._writing, self._session, self._digests = threading.Lock(), None, {}
         self._adopt(model)
 

@@ -2,4 +2,4 @@
 
 from edge_dfcil._moved import forward
 
-forward(__name__, "edge_dfcil.model.backbones")
+forward(__name__, "edge_dfcil.model.backbones", "edge_dfcil.model.adoption", "edge_dfcil.model.contract")

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edge_dfcil import devices
+
 SMALLEST_MAP = 8  # the generator starts from a feature map of at most this side and doubles it until the image's size
 
 
@@ -59,6 +61,6 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.linear(z).view(len(z), self.width, self.side, self.side)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=devices.memory_format(x.device))
         images: Tensor = self.blocks(self.stem(x))
         return images[:, :, : self.image_size, : self.image_size]

@@ -1,75 +1,235 @@
-"""Backbones: modules that turn normalised images (N, 3, S, S) into features (N, F).
+"""Backbones by name: a registry of families, each a function that builds a network by its name.
 
-Three kinds, one contract: the CIFAR residual networks below, torchvision's classifiers by name with their last linear
-layer taken off, and any `nn.Module` of the caller's own.
+    Learner("resnet32")                      the residual networks for small images, `cifar:resnet32` in full
+    Learner("mobilenet_v3_small")            a torchvision classifier, `torchvision:mobilenet_v3_small` in full
+    Learner("timm:resnet18.a1_in1k")         any network of timm with BatchNorm (pip install 'edge-dfcil[timm]')
+    register_backbone("mine", build)         Learner("mine:NAME") from here on
+
+What a backbone must be is in `contract.py`. The families of the package are at the end of this file.
 """
 
 from __future__ import annotations
 
-import copy
+import importlib
+import importlib.util
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from types import ModuleType
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from edge_dfcil.errors import BackboneError
+from edge_dfcil.errors import BackboneError, EdgeDfcilError, SettingError
+from edge_dfcil.model.cifar import BasicBlock, CifarResNet
+from edge_dfcil.model.contract import (
+    BATCHNORM,
+    MIN_BATCHNORM_LAYERS,
+    batchnorm_layers,
+    check_backbone,
+    check_image_size,
+    check_module,
+    copied,
+)
+from edge_dfcil.model.split import split
+
+__all__ = [
+    "BATCHNORM",
+    "CIFAR_RESNETS",
+    "IMAGENET_STATISTICS",
+    "MIN_BATCHNORM_LAYERS",
+    "TORCHVISION",
+    "Backbone",
+    "BasicBlock",
+    "CifarResNet",
+    "batchnorm_layers",
+    "build",
+    "check_backbone",
+    "check_image_size",
+    "create",
+    "create_or_copy",
+    "list_backbones",
+    "names",
+    "register_backbone",
+    "smaller",
+]
 
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what torchvision's weights are trained with
+DEFAULT_IMAGE_SIZE = 32
 
-# Inversion matches the statistics of BatchNorm inputs (ABD, eq. 4). With fewer layers than this, dreams are noise.
-MIN_BATCHNORM_LAYERS = 3
-BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a parameter-free shortcut: subsampled in space, zero-padded in channels."""
-
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.stride, self.extra = stride, channels - channels_in
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.extra or self.stride > 1:
-            x = x[:, :, :: self.stride, :: self.stride]
-            x = F.pad(x, (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
-        return F.relu(out + x)
+Channels = tuple[float, float, float]
 
 
-class CifarResNet(nn.Module):
-    """The residual network for small images (He et al., CVPR 2016, section 4.2): depth 6 n + 2, 16/32/64 channels.
+@dataclass(frozen=True)
+class Backbone:
+    """A network without its last linear layer, and what its images should be.
 
-    `depth` 32 is the classifier of the ABD paper: 31 BatchNorm layers, 470,004 parameters with 100 outputs.
+    Attributes
+    ----------
+    module
+        Normalised images (N, 3, S, S) to features (N, F), with BatchNorm layers.
+    mean, std
+        What images in [0, 1] are normalised with, per channel; None: they are measured on the first task.
+    image_size
+        S that the network was made for; None: any.
     """
 
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        blocks, channels_in, stages = (depth - 2) // 6, 16, []
-        for channels in (16, 32, 64):
-            first = BasicBlock(channels_in, channels, stride=1 if channels == 16 else 2)
-            stages.append(nn.Sequential(first, *(BasicBlock(channels, channels, stride=1) for _ in range(blocks - 1))))
-            channels_in = channels
-        self.stages = nn.Sequential(*stages)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
+    module: nn.Module
+    mean: Channels | None = None
+    std: Channels | None = None
+    image_size: int | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.stages(x)  # (N, 64, S/4, S/4)
-        return x.mean((2, 3))  # (N, 64)
+    @property
+    def default_image_size(self) -> int:
+        return self.image_size or DEFAULT_IMAGE_SIZE
 
+
+Build = Callable[[str, "str | None"], "nn.Module | Backbone"]
+
+
+@dataclass(frozen=True)
+class _Family:
+    build: Build
+    names: Callable[[], Iterable[str]]
+
+
+_FAMILIES: dict[str, _Family] = {}
+
+
+def register_backbone(
+    family: str, build: Build, *, names: Iterable[str] | Callable[[], Iterable[str]] = (), replace: bool = False
+) -> None:
+    """Makes every network that `build` knows a backbone by the name ``family:name``.
+
+    Parameters
+    ----------
+    family
+        Lower-case letters, digits and underscores.
+    build
+        Called with the name, without the family, and with the learner's `weights` (None: from scratch). It returns an
+        `nn.Module` from normalised images (N, 3, S, S) to features (N, F), or a `Backbone` that also says how its images are
+        normalised. For one name it must build the same layers each time: a model file holds the name and the tensors.
+    names
+        What `list_backbones` shows; `build` may know more. A function is called when they are asked for.
+    replace
+        Whether the family may be registered already.
+
+    Raises `SettingError` for a family that is registered already, or is no such name.
+
+    >>> register_backbone("mine", lambda name, weights: MyNetwork(int(name)), names=["18", "34"])
+    >>> Learner("mine:18")
+    """
+    if not isinstance(family, str) or not re.fullmatch("[a-z][a-z0-9_]*", family):
+        raise SettingError(f"family={family!r}; it is lower-case letters, digits and underscores, such as 'mine'")
+    if family in _FAMILIES and not replace:
+        raise SettingError(f"a family {family!r} is registered already; choose another name, or pass replace=True")
+    if not callable(build):
+        raise SettingError(f"build={build!r} of the family {family!r} must be a function of a name and weights")
+    listed: Callable[[], Iterable[str]]
+    if callable(names):
+        listed = names
+    else:
+        fixed = tuple(names)
+
+        def listed() -> Iterable[str]:
+            return fixed
+
+    _FAMILIES[family] = _Family(build, listed)
+
+
+def list_backbones(filter: str = "*") -> list[str]:
+    """The names of backbones, sorted, in full (``family:name``), that match `filter`, a shell pattern such as ``"*resnet*"``.
+
+    A pattern with a colon is for the full name, others for the part after the colon. timm's names are there when timm is
+    installed; those of its networks without BatchNorm are refused when they are built.
+    """
+    found = [f"{family}:{name}" for family, entry in _FAMILIES.items() for name in entry.names()]
+    return sorted(name for name in found if fnmatchcase(name if ":" in filter else name.partition(":")[2], filter))
+
+
+def names() -> list[str]:
+    """The short names that are best tried first."""
+    return [*CIFAR_RESNETS, *TORCHVISION]
+
+
+def create(name: str, weights: str | None = None) -> Backbone:
+    """A backbone by name, freshly initialised or with pretrained `weights` (for example ``"DEFAULT"``).
+
+    Raises `BackboneError` for an unknown name, weights that cannot be had, and networks that have no linear layer to leave out.
+    """
+    if not isinstance(name, str):
+        raise BackboneError(f"a backbone's name is a text such as 'resnet32', and not {name!r}")
+    if weights is not None and not isinstance(weights, str):
+        raise BackboneError(f"weights={weights!r}; pass a text such as 'DEFAULT', or None to begin from scratch")
+    family, short = _parsed(name)
+    try:
+        made = _FAMILIES[family].build(short, weights)
+    except EdgeDfcilError:
+        raise
+    except Exception as error:  # whatever a family's own code raises
+        raise BackboneError(f"{name} could not be built with weights={weights!r}: {error}") from error
+    backbone = made if isinstance(made, Backbone) else Backbone(made)
+    if not isinstance(backbone.module, nn.Module):
+        raise BackboneError(f"the family {family!r} built a {type(made).__name__} for {name}; it must build an nn.Module")
+    return backbone
+
+
+def build(name: str, weights: str | None = None) -> nn.Module:
+    """The module of `create`."""
+    return create(name, weights).module
+
+
+def create_or_copy(backbone: Any, weights: str | None = None) -> Backbone:
+    """The backbone of a name, or a copy of a module of the caller's. Raises `BackboneError` for anything else."""
+    if isinstance(backbone, str):
+        return create(backbone, weights)
+    module = check_module(backbone, "backbone")
+    if weights is not None:
+        raise SettingError(f"weights={weights!r} is for a backbone by name; load a module's weights before it is passed")
+    return Backbone(copied(module))
+
+
+def _parsed(name: str) -> tuple[str, str]:
+    """Family and name within it; a name without a family is one of the CIFAR networks, or torchvision's."""
+    family, colon, short = name.partition(":")
+    if not colon:
+        return ("cifar" if name in CIFAR_RESNETS else "torchvision"), name
+    if family not in _FAMILIES:
+        raise BackboneError(
+            f"{name!r}: no family of backbones is called {family!r}; choose one of {', '.join(_FAMILIES)}, or register it with "
+            "edge_dfcil.register_backbone first"
+        )
+    return family, short
+
+
+def smaller(name: str | None) -> list[str]:
+    """The next backbone that takes less memory, if there is one; for an own module, the smallest for photographs."""
+    sizes = [f"resnet{depth}" for depth in sorted(CIFAR_RESNETS.values())]
+    family, short = _parsed(name) if name is not None else ("", "")
+    if family == "cifar":
+        return sizes[: sizes.index(short)][-1:]
+    return [] if short == "mobilenet_v3_small" else ["mobilenet_v3_small"]
+
+
+# The residual networks for small images
 
 CIFAR_RESNETS = {f"resnet{depth}": depth for depth in (8, 14, 20, 32, 44, 56)}
+
+
+def _cifar(name: str, weights: str | None) -> nn.Module:
+    if name not in CIFAR_RESNETS:
+        raise BackboneError(f"no backbone is called 'cifar:{name}'; choose one of {', '.join(CIFAR_RESNETS)}")
+    if weights is not None:
+        raise BackboneError(f"{name} has no pretrained weights; leave weights=None or choose one of {', '.join(TORCHVISION)}")
+    return CifarResNet(CIFAR_RESNETS[name])
+
+
+register_backbone("cifar", _cifar, names=CIFAR_RESNETS)
+
+
+# torchvision's classifiers
 
 # Known to work at small sizes; any other torchvision classifier with BatchNorm is accepted by name as well.
 TORCHVISION = (
@@ -80,157 +240,91 @@ TORCHVISION = (
     "resnet18",
     "resnet50",
 )
+_WITHOUT_BATCHNORM = re.compile(r"alexnet|convnext|squeezenet|swin|vit_|vgg\d+$")
+# Heads beside the main one, for training alone. They would be outputs that nothing here reads.
+_WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
 
-def names() -> list[str]:
-    """The registered backbone names."""
-    return [*CIFAR_RESNETS, *TORCHVISION]
-
-
-def build(name: str, weights: str | None = None) -> nn.Module:
-    """A backbone by name, freshly initialised or with torchvision's `weights` (for example ``"DEFAULT"``).
-
-    Raises `BackboneError` for an unknown name, weights that cannot be had, and networks that cannot be inverted.
-    """
-    if name in CIFAR_RESNETS:
-        if weights is not None:
-            raise BackboneError(f"{name} has no pretrained weights; leave weights=None or choose one of {', '.join(TORCHVISION)}")
-        return CifarResNet(CIFAR_RESNETS[name])
+def _torchvision(name: str, weights: str | None) -> Backbone:
     from torchvision import models
 
     if name not in models.list_models(module=models):
         raise BackboneError(f"no backbone is called {name!r}; choose one of {', '.join(names())}, or pass an nn.Module")
+    settings: dict[str, Any] = {}
+    if name in _WITH_AUXILIARY_HEADS:
+        settings = {"aux_logits": False, "transform_input": False, **({"init_weights": True} if weights is None else {})}
     try:
-        classifier = models.get_model(name, weights=weights)
+        classifier = models.get_model(name, weights=weights, **settings)
+        mean, std = _torchvision_statistics(name, weights)
     except Exception as error:  # torchvision raises KeyError, ValueError or URLError here, by cause
         raise BackboneError(f"torchvision could not give {name} with weights={weights!r}: {error}") from error
-    return split(classifier).backbone
+    return Backbone(split(classifier).backbone, mean, std)
 
 
-def smaller(name: str | None) -> list[str]:
-    """The next registered backbone that takes less memory, if there is one; for an own module, the smallest for photographs."""
-    sizes = [f"resnet{depth}" for depth in sorted(CIFAR_RESNETS.values())]
-    if name in CIFAR_RESNETS:
-        return sizes[: sizes.index(name)][-1:]
-    return [] if name == "mobilenet_v3_small" else ["mobilenet_v3_small"]
+def _torchvision_statistics(name: str, weights: str | None) -> tuple[Channels | None, Channels | None]:
+    """Mean and deviation that pretrained weights expect."""
+    if weights is None:
+        return None, None
+    if name in _WITH_AUXILIARY_HEADS:
+        # They were trained with these; `transform_input`, which turns ImageNet's into them, is off: a file does not hold it.
+        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    from torchvision import models
+
+    enum = models.get_model_weights(name)
+    transforms = (enum.DEFAULT if weights == "DEFAULT" else enum[weights.rpartition(".")[2]]).transforms()
+    return tuple(transforms.mean), tuple(transforms.std)
 
 
-@dataclass(frozen=True)
-class Split:
-    """A classifier taken apart: ``classifier(x) == head(backbone(x))``."""
+def _torchvision_names() -> list[str]:
+    from torchvision import models
 
-    backbone: nn.Module
-    head: nn.Linear
+    return [name for name in models.list_models(module=models) if not _WITHOUT_BATCHNORM.match(name)]
 
 
-def split(classifier: nn.Module, head: str | None = None) -> Split:
-    """Takes the final linear layer off a copy of `classifier`.
-
-    Parameters
-    ----------
-    classifier
-        Any module that ends in one `nn.Linear`; it is not changed.
-    head
-        The layer's dotted name; None takes the last `nn.Linear`.
-
-    Raises `BackboneError` when there is no such layer.
-    """
-    backbone = copy.deepcopy(classifier)
-    linears = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear) and name]
-    if head is not None and head not in linears:
-        raise BackboneError(f"head={head!r} is not a linear layer of the classifier; it has {', '.join(linears) or 'none'}")
-    if not linears:
-        raise BackboneError("the classifier has no nn.Linear layer to take as its head; wrap it so that it ends in one")
-    name = head or linears[-1]
-    linear = backbone.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    parent, _, attribute = name.rpartition(".")
-    setattr(backbone.get_submodule(parent), attribute, nn.Identity())
-    return Split(backbone, linear)
+register_backbone("torchvision", _torchvision, names=_torchvision_names)
 
 
-def check_split(classifier: nn.Module, parts: Split, image_size: int) -> None:
-    """Raises `BackboneError` unless the parts give what the whole classifier gives."""
-    probe = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    probe = probe.to(next(classifier.parameters()).device)
-    was_training = classifier.training
+# timm's networks
+
+
+def _timm(name: str, weights: str | None) -> Backbone:
+    timm = _import_timm()
+    if weights not in (None, "DEFAULT"):
+        raise BackboneError(f"weights={weights!r}: timm has its weights in the name (resnet18.a1_in1k); pass 'DEFAULT' or None")
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name.partition('.')[0][:8]}*")[:5]
+        raise BackboneError(f"timm has no model {name!r}{'; ' + ', '.join(close) if close else ''}; see timm.list_models()")
     try:
-        with torch.no_grad():
-            whole, features = classifier.eval()(probe), parts.backbone.eval()(probe)
-            same = isinstance(whole, Tensor) and features.dim() == 2 and torch.allclose(whole, parts.head(features), atol=1e-4)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise BackboneError(f"the classifier does not run on images of (2, 3, {image_size}, {image_size}): {error}") from error
-    finally:
-        classifier.train(was_training)
-    if not same:
+        module = timm.create_model(name, pretrained=weights is not None, num_classes=0)
+    except Exception as error:  # without a network, timm raises what its download library does
         raise BackboneError(
-            "the classifier's answer is not its last linear layer applied to features; name the layer with head='...', "
-            "and leave softmax out of the module"
-        )
+            f"timm could not give {name} with weights={weights!r}: {error}; weights=None builds it without a download"
+        ) from error
+    config = timm.data.resolve_model_data_config(module)
+    channels, *side = config["input_size"]
+    if channels != 3:
+        raise BackboneError(f"timm:{name} takes images of {channels} channels; choose a network for 3")
+    return Backbone(module, tuple(config["mean"]), tuple(config["std"]), max(side))
 
 
-def check_name(backbone: nn.Module, name: str) -> None:
-    """Raises `BackboneError` unless the backbone has the tensors of the registered architecture of that name."""
-    shapes = {key: value.shape for key, value in backbone.state_dict().items()}
-    if shapes != {key: value.shape for key, value in build(name).state_dict().items()}:
-        raise BackboneError(
-            f"the classifier's tensors are not those of {name}; leave backbone=None, and pass the module to load()"
-        )
+def _timm_names() -> list[str]:
+    return list(_import_timm().list_models()) if importlib.util.find_spec("timm") else []
 
 
-def narrow(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Gives each layer the width of its tensors, where those are smaller: a pruned network has the layers of the whole one.
-
-    What the layers hold afterwards is not set. Tensors of other names or kinds are left to who loads them.
-    """
-    for name, layer in backbone.named_modules():
-        weight = tensors.get(f"{name}.weight")
-        own = getattr(layer, "weight", None)
-        if weight is None or own is None or weight.shape == own.shape or weight.dim() != own.dim():
-            continue
-        if any(new > old for new, old in zip(weight.shape, own.shape, strict=True)):
-            continue
-        layer.weight = nn.Parameter(own.new_empty(weight.shape))
-        if layer.bias is not None:
-            layer.bias = nn.Parameter(own.new_empty(len(weight)))
-        if isinstance(layer, nn.Conv2d):
-            depthwise = layer.groups > 1 and layer.groups == layer.in_channels
-            layer.groups = len(weight) if depthwise else layer.groups
-            layer.out_channels, layer.in_channels = len(weight), weight.shape[1] * layer.groups
-        elif isinstance(layer, nn.Linear):
-            layer.out_features, layer.in_features = weight.shape
-        elif isinstance(layer, BATCHNORM):
-            layer.num_features = len(weight)
-            layer.running_mean, layer.running_var = own.new_zeros(len(weight)), own.new_ones(len(weight))
-
-
-def batchnorm_layers(module: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm]:
-    """The layers whose running statistics inversion matches."""
-    return [m for m in module.modules() if isinstance(m, BATCHNORM) and m.running_mean is not None]
-
-
-def check_backbone(backbone: nn.Module, image_size: int) -> int:
-    """The number of features F of a backbone at this image size.
-
-    Raises `BackboneError` when it does not run, gives no (N, F) features, or has too few BatchNorm layers to invert.
-    """
-    layers = len(batchnorm_layers(backbone))
-    if layers < MIN_BATCHNORM_LAYERS:
-        raise BackboneError(
-            f"this network has {layers} BatchNorm layers with running statistics; at least {MIN_BATCHNORM_LAYERS} are "
-            "needed, because dreams are made by matching those statistics. Choose a network that normalises with BatchNorm"
-        )
-    was_training = backbone.training
-    reference = next(backbone.parameters())
+def _import_timm() -> ModuleType:
+    # Its download library reports what it is used for unless this is set when it is imported.
+    before = os.environ.get("HF_HUB_DISABLE_TELEMETRY")
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:
-        with torch.no_grad():
-            features = backbone.eval()(torch.zeros(2, 3, image_size, image_size, device=reference.device))
-    except (RuntimeError, ValueError, TypeError) as error:
-        first = re.split(r"[\n]", str(error))[0]
-        raise BackboneError(f"the backbone does not run on images of (2, 3, {image_size}, {image_size}): {first}") from error
+        importlib.import_module("timm.data")
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise BackboneError(f"'timm:...' needs timm ({error}): pip install 'edge-dfcil[timm]'") from error
     finally:
-        backbone.train(was_training)
-    if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != 2:
-        shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise BackboneError(f"the backbone gave {shape} for two images; it must give features of shape (2, F)")
-    return int(features.shape[1])
+        if before is None:
+            del os.environ["HF_HUB_DISABLE_TELEMETRY"]
+        else:
+            os.environ["HF_HUB_DISABLE_TELEMETRY"] = before
+
+
+register_backbone("timm", _timm, names=_timm_names)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from edge_dfcil import devices, metrics
 from edge_dfcil._version import __version__
 from edge_dfcil.errors import BackboneError, ClassError, DataError, ModelFileError, NotLearnedError, SettingError
-from edge_dfcil.model import backbones, file, labels, statistics
+from edge_dfcil.model import adoption, backbones, file, labels, statistics
+from edge_dfcil.model.contract import check_image_size
 from edge_dfcil.model.inputs import check_images, read
 from edge_dfcil.model.labels import Classes
-from edge_dfcil.model.network import Network
+from edge_dfcil.model.network import Network, check_statistics
 from edge_dfcil.model.statistics import Statistic
 from edge_dfcil.results import Evaluation, Prediction
 
@@ -58,7 +59,7 @@ class Model:
         cls,
         backbone: str | nn.Module,
         *,
-        image_size: int = 32,
+        image_size: int | None = None,
         device: str | torch.device = "auto",
         seed: int = 0,
         weights: str | None = None,
@@ -66,19 +67,18 @@ class Model:
         std: Sequence[float] | None = None,
     ) -> Model:
         """A model that knows no class yet; the parameters are those of `Learner`."""
-        found = devices.find_device(device)
-        if weights is not None and not isinstance(backbone, str):
-            raise SettingError(f"weights={weights!r} is for a backbone by name; load a module's weights before it is passed")
-        if not isinstance(image_size, int) or image_size < 8:
-            raise SettingError(f"image_size={image_size!r}; it is the side in pixels, 8 or more")
-        if weights is not None and mean is None and std is None:
-            mean, std = backbones.IMAGENET_STATISTICS
+        found, seed = devices.find_device(device), devices.check_seed(seed)
+        devices.guard_forks()
         with devices.own_context(found), devices.seeded(seed, found):
-            module = backbones.build(backbone, weights) if isinstance(backbone, str) else copy.deepcopy(backbone)
-            network = Network(module, backbones.check_backbone(module, image_size), image_size)
-        normalizes = _set_statistics(network, mean, std)
-        model = cls(network.requires_grad_(False).eval(), (), backbone if isinstance(backbone, str) else None, normalizes)
-        network.to(found, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            made = backbones.create_or_copy(backbone, weights)
+            size = check_image_size(made.default_image_size if image_size is None else image_size)
+            network = Network(made.module, backbones.check_backbone(made.module, size), size)
+        given = check_statistics(mean, std) or check_statistics(made.mean, made.std)
+        if given is not None:
+            network.set_statistics(*given)
+        name = backbone if isinstance(backbone, str) else None
+        model = cls(network.requires_grad_(False).eval(), (), name, given is not None)
+        network.to(found, memory_format=devices.memory_format(found))  # type: ignore[call-overload]
         return model
 
     @classmethod
@@ -113,25 +113,22 @@ class Model:
         Raises
         ------
         BackboneError
-            When the module does not end in that linear layer, has too few BatchNorm layers, or is not what it is named.
+            When the module does not end in that linear layer, has too few BatchNorm layers, cannot be inverted, saved or
+            loaded, or is not what it is named.
         ClassError
             When the names repeat, or are not as many as the outputs.
+
+        A `UserWarning` says when the module's BatchNorm statistics were never learnt.
         """
-        parts = backbones.split(module, head)
-        backbones.check_split(module, parts, image_size)
-        if backbone is not None:
-            backbones.check_name(parts.backbone, backbone)
-        names = tuple(labels.name_targets(range(len(classes)), None, list(classes)).values())
-        if len(names) != parts.head.out_features:
-            raise ClassError(f"{len(names)} names were given for a classifier with {parts.head.out_features} outputs")
-        if mean is None and std is None:
-            mean, std = backbones.IMAGENET_STATISTICS
-        empty = cls.new(parts.backbone, image_size=image_size, device=device, mean=mean, std=std)
-        network = empty.network.grown(len(names)).requires_grad_(False)
+        found = devices.find_device(device)
+        with devices.own_context(found):
+            parts = adoption.adopt(module, classes, image_size=image_size, mean=mean, std=std, head=head, backbone=backbone)
+            empty = cls.new(parts.backbone, image_size=parts.image_size, device=found, mean=parts.mean, std=parts.std)
+            network = empty.network.grown(len(parts.classes)).requires_grad_(False)
         with torch.no_grad():
             network.head.weight.copy_(parts.head.weight)
-            network.head.bias.copy_(parts.head.bias if parts.head.bias is not None else torch.zeros(len(names)))
-        return replace(empty, network=network, tasks=(names,), backbone=backbone, normalizes=True)
+            network.head.bias.copy_(parts.head.bias if parts.head.bias is not None else torch.zeros(len(parts.classes)))
+        return replace(empty, network=network, tasks=(parts.classes,), backbone=parts.name, normalizes=True)
 
     def untrained(self, backbone: str | nn.Module, *, image_size: int | None = None, seed: int = 0) -> Model:
         """A model with another backbone, untrained, and all else alike, the classes included."""
@@ -182,7 +179,7 @@ class Model:
         found = devices.find_device(device)
         if found == self.device:
             return self
-        network = copy.deepcopy(self.network).to(found, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = copy.deepcopy(self.network).to(found, memory_format=devices.memory_format(found))  # type: ignore[call-overload]
         return replace(self, network=network)
 
     # Answering
@@ -345,17 +342,17 @@ class Model:
         Parameters
         ----------
         backbone
-            For a file whose backbone was the caller's own module (adopted ones included): that module, built again. Its
-            weights are replaced by the file's.
+            For a file whose backbone was the caller's own module (adopted ones included): that module, built again. It is
+            copied, with the file's weights. A classifier may still have its head, for any number of classes.
 
         Raises `ModelFileError` for a file that is missing, damaged, foreign, or does not fit the backbone.
         """
         tensors, settings = file.read(path)
         try:
-            module = _module(path, settings, backbone)
+            devices.guard_forks()
             weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("statistics.")}
             inside = {name.removeprefix("backbone."): t for name, t in weights.items() if name.startswith("backbone.")}
-            backbones.narrow(module, inside)
+            module = _module(path, settings, backbone, inside)
             tasks = tuple(tuple(task) for task in settings["tasks"])
             network = Network(module, weights["head.weight"].shape[1], settings["image_size"]).grown(sum(map(len, tasks)))
             network.load_state_dict(weights)
@@ -376,27 +373,17 @@ class Model:
             network.requires_grad_(False).eval(), tasks, settings["backbone"], settings["mean"] is not None, kept, learning
         )
         found = devices.find_device(device)
-        network.to(found, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(found, memory_format=devices.memory_format(found))  # type: ignore[call-overload]
         return model
 
 
-def _module(path: str | Path, settings: Mapping[str, Any], backbone: nn.Module | None) -> nn.Module:
-    """The backbone of a file, of its architecture: the caller's module, copied, or one built by its name."""
-    if backbone is not None:
-        return copy.deepcopy(backbone)
-    if settings["backbone"] is None:
+def _module(
+    path: str | Path, settings: Mapping[str, Any], backbone: nn.Module | None, tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    """The backbone of a file with its tensors: the caller's module, copied, or one built by its name."""
+    if backbone is None and settings["backbone"] is None:
         raise ModelFileError(
             f"{path} was made with a backbone of its own ({settings['architecture']}); build that module and pass it with "
             "load(path, backbone=module)"
         )
-    return backbones.build(settings["backbone"])
-
-
-def _set_statistics(network: Network, mean: Sequence[float] | None, std: Sequence[float] | None) -> bool:
-    """Sets what was given, and whether anything was."""
-    if mean is None and std is None:
-        return False
-    if mean is None or std is None or len(mean) != 3 or len(std) != 3 or not min(std) > 0:
-        raise SettingError(f"mean={mean}, std={std}; give both, three numbers each, one a channel, and std above 0")
-    network.set_statistics(mean, std)
-    return True
+    return adoption.rebuild(settings["backbone"] if backbone is None else backbone, tensors)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edge_dfcil import devices
+from edge_dfcil.errors import SettingError
+from edge_dfcil.model.contract import with_versions
 from edge_dfcil.model.preprocessing import fit
 
 
@@ -56,9 +61,11 @@ class Network(nn.Module):
 
     def pixels(self, images: Tensor) -> Tensor:
         """uint8 or float images (N, 3, H, W) as float in [0, 1] at the network's size, on its device."""
+        if images.is_floating_point():
+            images = images.float()  # before they move: MPS has no float64
         images = fit(images.to(self.mean.device, non_blocking=True), self.image_size)
-        images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-        return images.contiguous(memory_format=torch.channels_last)
+        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        return images.contiguous(memory_format=devices.memory_format(images.device))
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Float images in [0, 1] to what the backbone sees."""
@@ -79,6 +86,11 @@ class Network(nn.Module):
         if self.mirrored:
             return self.classify(torch.cat([images, images.flip(3)])).unflatten(0, (2, -1)).mean(0)
         return self.classify(images)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `nn.Module.load_state_dict`, also for plain tensors of a file: layers that ask for the version of what they load
+        (torchvision's MNASNet fails without one) get their own."""
+        return super().load_state_dict(with_versions(state_dict, self), strict, assign)
 
     def grown(self, n_new: int) -> Network:
         """A copy with `n_new` more classes; the rows of known classes are kept to the bit."""
@@ -106,6 +118,21 @@ class Network(nn.Module):
         for tensor in shared.values():
             tensor.requires_grad_(False)
         return copy.deepcopy(self, shared).eval()
+
+
+def check_statistics(mean: Any, std: Any) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
+    """Mean and deviation as three floats each; None when neither was given. Raises `SettingError` for anything else."""
+    if mean is None and std is None:
+        return None
+    try:
+        (m0, m1, m2), (s0, s1, s2) = ([float(value) for value in values] for values in (mean, std))
+    except (TypeError, ValueError):
+        numbers: list[float] = []
+    else:
+        numbers = [m0, m1, m2, s0, s1, s2]
+    if not numbers or not all(map(math.isfinite, numbers)) or min(numbers[3:]) <= 0:
+        raise SettingError(f"mean={mean}, std={std}; give both, three numbers each, one a channel, and std above 0")
+    return (m0, m1, m2), (s0, s1, s2)
 
 
 def _linear(features: int, classes: int) -> nn.Linear:

@@ -1,0 +1,285 @@
+"""Networks that the caller brings: a classifier is taken apart into backbone and head, checked, and put together again.
+
+`adopt` is for a classifier that was trained elsewhere, `rebuild` for a model file whose backbone is not registered, and
+`load_callable` for the command line, which can only name a module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from edge_dfcil.errors import BackboneError, ClassError, EdgeDfcilError, ModelFileError
+from edge_dfcil.model import backbones, labels
+from edge_dfcil.model.contract import (
+    BATCHNORM,
+    batchnorm_layers,
+    check_backbone,
+    check_image_size,
+    check_layers,
+    check_module,
+    check_tensors,
+    copied,
+    features_of,
+    probe,
+    with_versions,
+)
+from edge_dfcil.model.network import check_statistics
+from edge_dfcil.model.split import SAME, check_split, remove, split
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """A classifier taken apart: ``classifier(x) == head(backbone(x))``.
+
+    Attributes
+    ----------
+    backbone
+        A copy in eval mode, normalised images (N, 3, S, S) to features (N, F).
+    head
+        (F) to (K).
+    classes
+        The K names, in the order of the outputs.
+    image_size
+        S.
+    mean, std
+        What images in [0, 1] are normalised with, per channel.
+    name
+        The registered name of the backbone, or None.
+    """
+
+    backbone: nn.Module
+    head: nn.Linear
+    classes: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    name: str | None
+
+
+def adopt(
+    module: Any,
+    classes: Any,
+    *,
+    image_size: Any = 224,
+    mean: Any = None,
+    std: Any = None,
+    head: str | None = None,
+    backbone: str | None = None,
+) -> Adopted:
+    """Takes a classifier apart that was trained elsewhere; the parameters are those of `Learner.from_classifier`.
+
+    `module` is copied, and neither changed nor switched between its modes. Statistics that were never learnt (all means 0
+    and variances 1) are a `UserWarning`.
+
+    Raises
+    ------
+    BackboneError
+        For anything but a module that can be taken apart, inverted, saved and loaded.
+    ClassError
+        For names that are no list of texts, repeat, or are not as many as the outputs.
+    SettingError
+        For an image size, mean or deviation that is none.
+    """
+    module, size = check_module(module), check_image_size(image_size)
+    mean, std = check_statistics(mean, std) or backbones.IMAGENET_STATISTICS
+    names = _check_names(classes)
+    parts = split(module, head)
+    check_layers(parts.backbone)
+    check_tensors(module)
+    check_split(copied(module), parts, size)
+    check_backbone(parts.backbone, size)
+    if parts.head.out_features == 1:
+        raise BackboneError(
+            "the classifier has one output, as with a sigmoid; it must have one for each class, as with a softmax. A linear "
+            "layer of two outputs, zeros for the first class and the old weights for the second, answers the same"
+        )
+    if len(names) != parts.head.out_features:
+        raise ClassError(f"{len(names)} names were given for a classifier with {parts.head.out_features} outputs")
+    if backbone is not None:
+        check_name(parts.backbone, backbone, size)
+    _warn_of_untouched(parts.backbone)
+    return Adopted(parts.backbone, parts.head, names, size, mean, std, backbone)
+
+
+def _check_names(classes: Any) -> tuple[str, ...]:
+    expected = "pass a list of names in the order of the outputs, such as ['cat', 'dog']"
+    if isinstance(classes, (str, bytes, Mapping, Set)) or not isinstance(classes, Iterable):
+        kind = "a text" if isinstance(classes, (str, bytes)) else f"a {type(classes).__name__}"
+        raise ClassError(f"classes={classes!r} is {kind}; {expected}")
+    listed = [str(name) if isinstance(name, str) else name for name in classes]  # NumPy's texts are a kind of str
+    if not listed:
+        raise ClassError(f"classes is empty; {expected}")
+    return tuple(labels.name_targets(range(len(listed)), None, listed).values())
+
+
+def check_name(backbone: nn.Module, name: str, image_size: int) -> None:
+    """Raises `BackboneError` unless the registered architecture of that name gives, with its tensors, what the backbone gives.
+
+    Tensors alone do not tell: the epsilon of a BatchNorm layer, or torchvision's `transform_input`, is in no state dict.
+    """
+    advice = "leave backbone=None, and pass the module to load()"
+    registered = backbones.build(name).eval()
+    tensors = backbone.state_dict()
+    if {key: value.shape for key, value in tensors.items()} != {k: v.shape for k, v in registered.state_dict().items()}:
+        raise BackboneError(f"the classifier's tensors are not those of {name}; {advice}")
+    registered.load_state_dict(with_versions(tensors, registered))
+    images = probe(registered, image_size)
+    expected = features_of(backbone, images.to(next(backbone.parameters()).device)).cpu()
+    if float((features_of(registered, images) - expected).abs().max()) > SAME * float(expected.abs().max()):
+        raise BackboneError(f"the classifier has the tensors of {name}, but computes something else with them; {advice}")
+
+
+def _warn_of_untouched(backbone: nn.Module) -> None:
+    layers = batchnorm_layers(backbone)
+    untouched = [layer for layer in layers if _untouched(layer.running_mean, layer.running_var)]
+    if untouched:
+        warnings.warn(
+            f"{len(untouched)} of {len(layers)} BatchNorm layers have statistics that were never learnt (mean 0, variance 1): "
+            "there is nothing to invert in them, and the classes may be forgotten with the next task. Check that the network "
+            "was trained, and that its buffers were loaded with its weights",
+            UserWarning,
+            stacklevel=_frames_inside() + 1,
+        )
+
+
+def _frames_inside() -> int:
+    """How many calls up the first frame outside this package is, from the caller: a warning names the user's line."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("edge_dfcil."):
+        frame, depth = frame.f_back, depth + 1
+    return depth - 1
+
+
+def _untouched(mean: Tensor | None, variance: Tensor | None) -> bool:
+    return mean is not None and variance is not None and bool((mean == 0).all()) and bool((variance == 1).all())
+
+
+# Model files
+
+
+def rebuild(backbone: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The backbone that a model file was made with, holding its tensors: layers of a pruned network are as wide as those.
+
+    Parameters
+    ----------
+    backbone
+        A registered name, the module that was given to `Learner.from_classifier` or `Learner` (a classifier with any number
+        of classes may still have its head), or the backbone alone. It is copied.
+    tensors
+        The file's, by the names they have in the backbone's state dict.
+
+    Raises `ModelFileError` when the module has other tensors than the file, by name or shape.
+    """
+    if isinstance(backbone, str):
+        module = backbones.build(backbone)
+    else:
+        module = copied(check_module(backbone, "backbone"))
+        head = _head_left_on(module, tensors)
+        if head is not None:
+            remove(module, head)
+    own = set(module.state_dict())
+    if own != set(tensors):
+        missing, surplus = sorted(own - set(tensors)), sorted(set(tensors) - own)
+        whole = type(module).__name__
+        parts = [f"lacks {_some(missing)}" if missing else "", f"has {_some(surplus)} besides" if surplus else ""]
+        raise ModelFileError(
+            f"the file does not fit the backbone {whole}: it {' and '.join(filter(None, parts))}. Pass the module "
+            "that the model was made with"
+        )
+    narrow(module, tensors)
+    try:
+        module.load_state_dict(with_versions(tensors, module))
+    except (RuntimeError, ValueError) as error:
+        raise ModelFileError(
+            f"the file does not fit the backbone {type(module).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return module
+
+
+def _head_left_on(module: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
+    """The linear layer that a classifier has and the file's backbone has not."""
+    surplus = set(module.state_dict()) - set(tensors)
+    for name, layer in module.named_modules():
+        if name and isinstance(layer, nn.Linear) and surplus == {f"{name}.{key}" for key in layer.state_dict()}:
+            return name
+    return None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def narrow(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Gives each layer the width of its tensors, where those are smaller: a pruned network has the layers of the whole one.
+
+    What the layers hold afterwards is not set. Tensors of other names or kinds are left to who loads them.
+    """
+    for name, layer in backbone.named_modules():
+        weight = tensors.get(f"{name}.weight")
+        own = getattr(layer, "weight", None)
+        if weight is None or own is None or weight.shape == own.shape or weight.dim() != own.dim():
+            continue
+        if any(new > old for new, old in zip(weight.shape, own.shape, strict=True)):
+            continue
+        layer.weight = nn.Parameter(own.new_zeros(weight.shape))
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(own.new_zeros(len(weight)))
+        if isinstance(layer, nn.Conv2d):
+            depthwise = layer.groups > 1 and layer.groups == layer.in_channels
+            layer.groups = len(weight) if depthwise else layer.groups
+            layer.out_channels, layer.in_channels = len(weight), weight.shape[1] * layer.groups
+        elif isinstance(layer, nn.Linear):
+            layer.out_features, layer.in_features = weight.shape
+        elif isinstance(layer, BATCHNORM):
+            layer.num_features = len(weight)
+            layer.running_mean, layer.running_var = own.new_zeros(len(weight)), own.new_ones(len(weight))
+
+
+# The command line
+
+
+def load_callable(text: str) -> nn.Module:
+    """The module that ``package.module:callable`` gives: the callable is called without arguments, unless it is a module itself.
+
+    The working directory is searched as well. Raises `BackboneError` when it cannot be imported, called, or gives no module.
+    """
+    path, colon, attribute = text.partition(":")
+    if not path or not colon or not attribute:
+        raise BackboneError(f"{text!r} names no callable; write package.module:callable, such as my_networks:build")
+    with _importing_from_here():
+        try:
+            found: Any = importlib.import_module(path)
+            for part in attribute.split("."):
+                found = getattr(found, part)
+        except Exception as error:  # the import runs the caller's code
+            raise BackboneError(f"{text!r} cannot be imported: {type(error).__name__}: {error}") from error
+        if not isinstance(found, nn.Module):
+            if not callable(found):
+                raise BackboneError(f"{text!r} is a {type(found).__name__}; name a function or class that gives an nn.Module")
+            try:
+                found = found()
+            except EdgeDfcilError:
+                raise
+            except Exception as error:  # as above
+                raise BackboneError(f"{text!r} raised {type(error).__name__} when called: {error}") from error
+    return check_module(found, text)
+
+
+@contextmanager
+def _importing_from_here() -> Iterator[None]:
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)

@@ -1,0 +1,198 @@
+"""What a backbone must be: normalised images (N, 3, S, S) to features (N, F), through BatchNorm with running statistics.
+
+Each check raises an error of the package that says what to pass instead; none changes the module that it is given.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from edge_dfcil import devices
+from edge_dfcil.errors import BackboneError, SettingError
+
+# Inversion matches the statistics of BatchNorm inputs (ABD, eq. 4). With fewer layers than this, dreams are noise.
+MIN_BATCHNORM_LAYERS = 3
+BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+SMALLEST_IMAGE = 8  # pixels a side
+
+# How far an image's features may move with the other images of its batch, as a share of the largest feature. Kernels sum in
+# another order for another batch size, and TF32 rounds products to ten bits; a dependence on the batch is far larger.
+BATCH_TOLERANCE = 1e-2
+
+
+def batchnorm_layers(module: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm]:
+    """The layers whose running statistics inversion matches."""
+    return [m for m in module.modules() if isinstance(m, BATCHNORM) and m.running_mean is not None]
+
+
+def check_image_size(image_size: Any) -> int:
+    """The side in pixels as an int. Raises `SettingError` for anything but a whole number of 8 or more."""
+    expected = f"it is the side of a square in pixels, one whole number of {SMALLEST_IMAGE} or more, such as 32"
+    if isinstance(image_size, bool):
+        raise SettingError(f"image_size={image_size}; {expected}")
+    try:
+        size = operator.index(image_size)  # int and the integers of NumPy
+    except TypeError:
+        raise SettingError(f"image_size={image_size} is a {type(image_size).__name__}; {expected}") from None
+    if size < SMALLEST_IMAGE:
+        raise SettingError(f"image_size={size}; {expected}")
+    return size
+
+
+def check_module(module: Any, argument: str = "module") -> nn.Module:
+    """The module, out of the wrappers of `torch.compile` and data parallelism. Raises `BackboneError` for anything else."""
+    if not isinstance(module, nn.Module):
+        raise BackboneError(f"{argument} must be a torch.nn.Module; {_instead_of_module(module)}")
+    while True:
+        inner = getattr(module, "_orig_mod", None)  # what torch.compile wraps
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = module.module
+        if not isinstance(inner, nn.Module):
+            break
+        module = inner
+    if isinstance(module, torch.jit.ScriptModule):
+        raise BackboneError(f"{argument} is a TorchScript module, which cannot be taken apart; pass the nn.Module behind it")
+    return module
+
+
+def _instead_of_module(given: Any) -> str:
+    if given is None:
+        return "None was given"
+    if isinstance(given, Mapping):
+        return "a state dict was given: build the network first, then call network.load_state_dict(state_dict)"
+    if isinstance(given, type) and issubclass(given, nn.Module):
+        return f"the class {given.__name__} was given: make an instance, {given.__name__}(...)"
+    if isinstance(given, str) or hasattr(given, "__fspath__"):
+        return f"{str(given)!r} was given: build the network in Python, and load its weights from the file"
+    return f"a {type(given).__name__} was given" + (f": call it, and pass what it returns ({given!r})" if callable(given) else "")
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A copy in eval mode. Raises `BackboneError` for a module that cannot be copied."""
+    try:
+        return copy.deepcopy(module).eval()
+    except Exception as error:  # a module may hold anything: locks, files, results of earlier passes
+        raise BackboneError(
+            f"the module cannot be copied ({_first_line(error)}); remove what it holds besides layers and weights"
+        ) from error
+
+
+def run(module: nn.Module, images: Tensor) -> Any:
+    """What a module of the caller's gives for images, without gradients. Raises `BackboneError` when it fails."""
+    try:
+        with torch.no_grad():
+            return module(images)
+    except Exception as error:  # the module is the caller's own code, and may raise anything
+        shape = ", ".join(map(str, images.shape))
+        raise BackboneError(f"the network does not run on images of ({shape}): {_first_line(error)}") from error
+
+
+def probe(module: nn.Module, image_size: int, n: int = 2) -> Tensor:
+    """Images (n, 3, S, S) to try a module with, the same ones each time, on its device; each brighter than the one before."""
+    draw = torch.Generator().manual_seed(0)
+    try:
+        images = torch.randn(n, 3, image_size, image_size, generator=draw) + torch.arange(float(n)).view(n, 1, 1, 1)
+    except (RuntimeError, OverflowError) as error:
+        raise BackboneError(f"images of {image_size} x {image_size} pixels cannot be made: {_first_line(error)}") from error
+    reference = next(module.parameters(), None)
+    return images if reference is None else images.to(reference.device)
+
+
+def features_of(backbone: nn.Module, images: Tensor) -> Tensor:
+    """Features (N, F) of images (N, 3, S, S). Raises `BackboneError` for anything else that comes out."""
+    features = run(backbone, images)
+    if not isinstance(features, Tensor):
+        raise BackboneError(
+            f"the network gives a {type(features).__name__} and not one tensor; switch auxiliary outputs off "
+            "(torchvision: aux_logits=False), or wrap the network so that it returns the main one alone"
+        )
+    if features.dim() != 2 or len(features) != len(images) or not features.shape[1]:
+        raise BackboneError(
+            f"the network gave {tuple(features.shape)} for {len(images)} images; features of shape ({len(images)}, F) are needed"
+        )
+    return features
+
+
+def check_backbone(backbone: nn.Module, image_size: int) -> int:
+    """The number of features F of a backbone at this image size.
+
+    Raises `BackboneError` when it does not run, gives no (N, F) features, in training as well, answers by the other images
+    of a batch, holds numbers that are not finite, or has too few BatchNorm layers to invert.
+    """
+    check_layers(backbone)
+    check_tensors(backbone)
+    trial = copied(backbone)
+    images = probe(trial, image_size)
+    together = features_of(trial, images)
+    with devices.seeded(0, images.device):  # dropout draws in training
+        alone, training = features_of(trial, images[:1]), features_of(trial.train(), images)
+    if training.shape != together.shape:
+        raise BackboneError(
+            f"the network gives {tuple(training.shape)} in training and {tuple(together.shape)} after; it must give the same"
+        )
+    if not bool(together.isfinite().all()):
+        raise BackboneError("the network gives numbers that are not finite for plain images; check its weights")
+    if float((together[:1] - alone).abs().max()) > BATCH_TOLERANCE * float(together.abs().max()):
+        raise BackboneError(
+            "the network's answer for an image depends on the other images of its batch, or on chance; use layers that behave "
+            "alike for any batch in eval mode, such as BatchNorm with running statistics"
+        )
+    return int(together.shape[1])
+
+
+def check_layers(backbone: nn.Module) -> None:
+    """Raises `BackboneError` for BatchNorm without running statistics, and for too few layers with them."""
+    for name, layer in backbone.named_modules():
+        if isinstance(layer, _BatchNorm) and (layer.running_mean is None or layer.running_var is None):
+            raise BackboneError(
+                f"the BatchNorm layer {name!r} keeps no running statistics (track_running_stats=False): answers would depend "
+                "on the other images of a batch; train the network with running statistics, then pass it"
+            )
+    layers = len(batchnorm_layers(backbone))
+    if layers < MIN_BATCHNORM_LAYERS:
+        raise BackboneError(
+            f"this network has {layers} BatchNorm layers with running statistics; at least {MIN_BATCHNORM_LAYERS} are "
+            "needed, because dreams are made by matching those statistics. Choose a network that normalises with BatchNorm"
+        )
+
+
+def check_tensors(backbone: nn.Module) -> None:
+    """Raises `BackboneError` unless all that a module keeps are plain tensors: float32 and finite, or whole numbers."""
+    for name, tensor in backbone.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise BackboneError(f"{name} is a {type(tensor).__name__} in the state dict; a model file keeps tensors only")
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            raise BackboneError(f"{name} has no shape yet; run the network on one batch first")
+        if tensor.is_meta:
+            raise BackboneError(f"{name} has no values (device 'meta'); load the network's weights first")
+        if tensor.is_complex() or tensor.is_quantized or (tensor.is_floating_point() and tensor.dtype != torch.float32):
+            raise BackboneError(f"{name} is {tensor.dtype}; weights must be torch.float32: call module.float() first")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise BackboneError(
+                f"{name} holds NaN or infinite numbers; the training that made it has diverged. Take an earlier state"
+            )
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise BackboneError(f"{name} holds negative variances; the file it came from is damaged")
+
+
+def with_versions(tensors: Mapping[str, Any], module: nn.Module) -> OrderedDict[str, Any]:
+    """A state dict of plain tensors with the versions of a module's layers, which a file does not hold.
+
+    Layers may ask for the version of what they load; torchvision's MNASNet raises without one.
+    """
+    state = OrderedDict(tensors)
+    own = getattr(module.state_dict(), "_metadata", {})
+    state._metadata = getattr(tensors, "_metadata", own)  # type: ignore[attr-defined]
+    return state
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
