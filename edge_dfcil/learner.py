@@ -500,13 +500,14 @@ class Learner:
         `backbone` is as for `Model.load`. `method` None takes the one in the file. `memory_budget` is as for `Learner`; it
         belongs to the device and is not in the file. Raises `ModelFileError`.
         """
+        seen = file.digest_of(path)  # before it is read: a change in between must stop the next save
         model = Model.load(path, device, backbone=backbone)
         try:
             saved = {"recipe": Recipe.from_dict(model.learning["recipe"]), "seed": model.learning["seed"]}
             learner = cls.of(model, method=method or model.learning["method"], memory_budget=memory_budget, **saved)
         except (KeyError, TypeError) as error:
             raise ModelFileError(f"{path} does not say how it was learnt ({error}); Model.load(path) serves it") from error
-        learner._digests[Path(path).resolve()] = file.digest_of(path)
+        learner._digests[Path(path).resolve()] = seen
         return learner
 
     def export(

@@ -11,7 +11,16 @@ telemetry.switch_off()
 from exporters.checks import max_difference  # noqa: E402  telemetry first
 from exporters.int8 import Int8  # noqa: E402
 from exporters.onnx import export_onnx  # noqa: E402
-from exporters.registry import About, Artifact, ExportReport, export, list_exporters, register_exporter  # noqa: E402
+from exporters.registry import (  # noqa: E402
+    About,
+    Artifact,
+    ExportReport,
+    check_target,
+    export,
+    find_exporter,
+    list_exporters,
+    register_exporter,
+)
 from exporters.runtime import OnnxClassifier  # noqa: E402
 
 __all__ = [
@@ -20,8 +29,10 @@ __all__ = [
     "ExportReport",
     "Int8",
     "OnnxClassifier",
+    "check_target",
     "export",
     "export_onnx",
+    "find_exporter",
     "list_exporters",
     "max_difference",
     "register_exporter",

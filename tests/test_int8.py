@@ -197,3 +197,18 @@ def test_what_the_quantizer_logs_is_dropped_and_what_others_log_is_not(able, tes
     setting = Int8(test.images.numpy()[:32], {})
     export(able.network, tmp_path / "x.onnx", classes=able.classes, image_size=16, int8=setting)
     assert [record.getMessage() for record in caplog.records if record.name == "root"] == ["from another thread"]
+
+
+def test_a_set_that_knows_its_size_is_counted(able, test, tmp_path):
+    images, seen = test.of(("0", "1", "2", "3")).images.numpy()[:48], []
+
+    class Sized:
+        def __len__(self):
+            return len(images)
+
+        def __iter__(self):
+            return iter(np.array_split(images, 3))
+
+    settings = {"classes": able.classes, "image_size": 16}
+    export(able.network, tmp_path / "a.onnx", int8=Int8(Sized(), {}), on_batch=lambda *state: seen.append(state), **settings)
+    assert seen == [(16, 48), (32, 48), (48, 48)]
