@@ -46,7 +46,7 @@ class Assignment:
         self, model: Model, method: Method, recipe: Recipe, loader: Any, scanned: Scan, classes: Classes | None, relearn: bool
     ) -> None:
         self.model, self.method, self.recipe, self.loader, self.scanned = model, method, recipe, loader, scanned
-        names = labels.name_targets(scanned.counts, loader, classes)
+        names = labels.match_known(labels.name_targets(scanned.counts, loader, classes), model.classes)
         self._names = names
         self.known = tuple(name for name in names.values() if name in model.classes)
         if self.known and not relearn:

@@ -16,13 +16,11 @@ from edge_dfcil._version import __version__
 from edge_dfcil.errors import BackboneError, ClassError, DataError, ModelFileError, NotLearnedError, SettingError
 from edge_dfcil.model import adoption, backbones, file, labels, statistics
 from edge_dfcil.model.contract import check_image_size
-from edge_dfcil.model.inputs import check_images, read
+from edge_dfcil.model.inputs import as_images, read
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.network import Network, check_statistics
 from edge_dfcil.model.statistics import Statistic
 from edge_dfcil.results import Evaluation, Prediction
-
-CHUNK = 256  # images that are answered together
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,11 +190,12 @@ class Model:
     def probabilities(self, images: Any) -> Tensor:
         """Probabilities (N, C) of `classes` for images; on the CPU.
 
-        `images` is a tensor or an array (N, 3, H, W), uint8 or float in [0, 1]. Raises `DataError` for anything else, and
-        `NotLearnedError` before the first task.
+        `images` is a tensor or an array, uint8 or float in [0, 1], of a batch (N, 3, H, W) or of one image, in either order of
+        channels; a PIL image; a path; a list of any of these; or a loader. See `model.inputs.as_images`. Raises `DataError`
+        for anything else, and `NotLearnedError` before the first task.
         """
         self.check_answering()
-        chunks = [self._probabilities(chunk).cpu() for chunk in check_images(images).split(CHUNK)]
+        chunks = [self._probabilities(chunk).cpu() for chunk in as_images(images, self.image_size)]
         return torch.cat(chunks) if chunks else torch.zeros(0, len(self.classes))
 
     def predict(self, images: Any, top_k: int = 1) -> list[Prediction]:
@@ -215,9 +214,8 @@ class Model:
         """Features (N, F), float32, on the CPU: what the head sees. They are not stored; `images` as for `probabilities`."""
         network = self.network
         with devices.plain_precision(self.device):
-            chunks = [
-                network.backbone(network.normalize(network.pixels(c))).float().cpu() for c in check_images(images).split(CHUNK)
-            ]
+            found = (network.backbone(network.normalize(network.pixels(c))) for c in as_images(images, self.image_size))
+            chunks = [features.float().cpu() for features in found]
         return torch.cat(chunks).clone() if chunks else torch.zeros(0, network.head.in_features)
 
     def evaluate(self, loader: Any, classes: Classes | None = None) -> Evaluation:
@@ -281,10 +279,9 @@ class Model:
 
         Raises `ClassError` for an old name that is not known, and for a new one that is in use or unusable.
         """
-        self._known(list(names))
-        renamed = [names.get(name, name) for name in self.classes]
-        labels.name_targets(range(len(renamed)), None, renamed)  # unusable and repeated names
-        return self._named(names)
+        found = {self._known([old]).pop(): labels.clean_name(new) for old, new in names.items()}
+        labels.check_names([found.get(name, name) for name in self.classes])  # none twice
+        return self._named(found)
 
     def merge(self, names: Sequence[str], into: str) -> Model:
         """A model that takes these classes for one, called `into`. Its probability is the sum of theirs.
@@ -294,16 +291,14 @@ class Model:
         gone = self._known(names)
         if into in self.classes and into not in gone:
             raise ClassError(f"{into!r} is a class already; name it among those that are merged")
-        labels.name_targets([0], None, [into])
-        return self._named(dict.fromkeys(gone, into))
+        return self._named(dict.fromkeys(gone, labels.clean_name(into)))
 
     def _named(self, names: Mapping[str, str]) -> Model:
         return replace(self, tasks=tuple(tuple(names.get(name, name) for name in task) for task in self.tasks))
 
     def _known(self, names: str | Iterable[str]) -> set[str]:
         found = {names} if isinstance(names, str) else set(names)
-        labels.outputs_of({name: name for name in found}, self.classes)
-        return found
+        return {self.classes[index] for index in labels.outputs_of({name: name for name in found}, self.classes).values()}
 
     # Files
 

@@ -140,7 +140,7 @@ class Session(Generic[Result]):
         self.checkpoint = Path(checkpoint) if checkpoint is not None else None
         self.result: Result | None = None
         self.resumed = False
-        self._every, self.guard = checkpoint_every, guard
+        self.checkpoint_every, self.guard = checkpoint_every, guard
         self._cancelled, self._paused, self._finishing = threading.Event(), threading.Event(), threading.Event()
         with devices.seeded(seed, device):
             self._random = devices.random_state(device)
@@ -199,7 +199,7 @@ class Session(Generic[Result]):
                 raise Cancelled("there is nothing to finish with: the network has made no step; nothing was committed")
         if self.checkpoint is not None and self._resumable():
             now = time.perf_counter()
-            if now - self._written >= max(self._every, self._write_seconds / CHECKPOINT_SHARE):
+            if now - self._written >= max(self.checkpoint_every, self._write_seconds / CHECKPOINT_SHARE):
                 self.save_checkpoint()
 
     def _has_learnt(self) -> bool:
@@ -222,7 +222,7 @@ class Session(Generic[Result]):
             if self.guard is not None:
                 stack.enter_context(self.guard())
             for callback in self.callbacks:
-                stack.callback(callback.on_exit)
+                stack.callback(lambda callback: callback.on_exit(), callback)
             self._running, self._began = True, time.perf_counter()
             stack.callback(self._stop_clock)
             with devices.own_context(self.device), self.work.context(self):
@@ -241,6 +241,8 @@ class Session(Generic[Result]):
 
     def _run_stages(self) -> None:
         if self._stages is None:
+            if self.checkpoint is not None:
+                file.check_writable(self.checkpoint)
             self.work.prepare(self)
             if self._loaded is None and self.checkpoint is not None:
                 self._load_checkpoint()
