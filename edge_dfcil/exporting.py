@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import exporters
 from edge_dfcil import devices
 from edge_dfcil._version import __version__
+from edge_dfcil.dreaming.inversion import Pool
 from edge_dfcil.dreaming.work import Dreaming
 from edge_dfcil.errors import DataError, ExportError
 from edge_dfcil.model import labels
@@ -24,8 +26,9 @@ from edge_dfcil.results import StageReport
 from edge_dfcil.training.augment import augment
 from edge_dfcil.training.session import PlainWork, Session
 from edge_dfcil.training.stage import Stage
-from exporters import ExportReport, Int8, export_onnx
+from exporters import ExportReport, Int8, registry
 
+BATCH = 32  # images that are in memory together
 MIN_CALIBRATION = 1024  # generated images for an INT8 export, at least: half to calibrate on, half to check
 # Real images reach further than generated ones. Chosen on training images of a resnet32 (the answers of 1.0, 1.1, 1.25 and 1.5
 # times the range agreed with the float ones for 96.3, 98.5, 98.9 and 98.8 %).
@@ -37,6 +40,10 @@ class Exporting(PlainWork):
 
     Parameters
     ----------
+    path, format
+        Where to, and as what: "onnx" or another registered format; None goes by the path's ending.
+    source
+        The file of the model, which must not be overwritten.
     quantize
         None for floats; "int8" for a static quantization (QDQ, a scale a channel), calibrated on generated images and checked
         on others. It takes a quarter of the space, and generating images takes its time.
@@ -57,6 +64,8 @@ class Exporting(PlainWork):
         path: str | Path,
         quantize: str | None = None,
         *,
+        format: str | None = None,
+        source: str | Path | None = None,
         seed: int = 0,
         calibration: Any | None = None,
         evaluation: Any | None = None,
@@ -67,10 +76,10 @@ class Exporting(PlainWork):
         if quantize is None and (calibration is not None or evaluation is not None):
             raise ExportError("calibration and evaluation are for quantize='int8'; a float file is checked without them")
         model.check_answering()
-        if not Path(path).parent.is_dir():
-            raise ExportError(f"{Path(path).parent} is not a folder; make it first")
-        self._model, self._recipe, self._path, self._seed = model, recipe, path, seed
-        self._quantize, self._calibration, self._evaluation, self._classes = quantize, calibration, evaluation, classes
+        registry.find_exporter(path, format)
+        registry.check_target(path, source)
+        self._model, self._recipe, self._path, self._format, self._source = model, recipe, path, format, source
+        self._seed, self._calibration, self._evaluation, self._classes = seed, calibration, evaluation, classes
         count = max(MIN_CALIBRATION, 8 * len(model.classes))
         self._dreaming = Dreaming(model, recipe, count, None, "fast") if quantize else None
 
@@ -79,60 +88,90 @@ class Exporting(PlainWork):
             yield from self._dreaming.stages(session)
 
     def finish(self, session: Session[Any], reports: Sequence[StageReport]) -> ExportReport:
-        model, int8 = self._model, None
+        model, options = self._model, dict[str, Any]()
         if self._dreaming is not None:
-            dreams = self._dreaming.finish(session, reports)
-            int8 = _int8(model, self._recipe, dreams, self._seed, self._calibration, self._evaluation, self._classes)
-        return export_onnx(
-            copy.deepcopy(model.network).cpu(),
+            options = {"int8": self._int8(self._dreaming.pool), "on_batch": lambda done, total: session.check()}
+        return exporters.export(
+            Merged(model).cpu().eval(),
             self._path,
+            format=self._format,
             classes=model.classes,
             image_size=model.image_size,
+            source=self._source,
             source_sha256=model.digest(),
             version=__version__,
-            int8=int8,
+            **options,
         )
 
-
-def _int8(
-    model: Model,
-    recipe: Recipe,
-    dreams: Tensor,
-    seed: int,
-    calibration: Any | None,
-    evaluation: Any | None,
-    classes: Classes | None,
-) -> Int8:
-    """Images to quantize with: generated ones, half to calibrate on and half to check, and what was given besides."""
-    pictures = _pictures(model, calibration)[0] if calibration is not None else None
-    checks, targets = {}, {}
-    if evaluation is not None:
-        checks["pictures"], found = _pictures(model, evaluation)
-        outputs = labels.outputs_of(labels.name_targets(set(found), evaluation, classes), model.classes)
-        targets["pictures"] = np.array([outputs[target] for target in found])
-    # In turns, so that both halves have every class: generated images come sorted.
-    checks["dreams"] = dreams[1::2].numpy()
-    if pictures is not None:
-        return Int8(pictures, checks, targets)
-    return Int8(_varied(dreams[::2], recipe, seed), checks, targets, widening=WIDENING)
+    def _int8(self, pool: Pool) -> Int8:
+        """Images to quantize with: generated ones, half to calibrate on and half to check, and what was given besides. All of
+        them come batch by batch."""
+        model, checks, targets = self._model, dict[str, Any](), dict[str, Any]()
+        if self._evaluation is not None:
+            found = [target for _, batch in read(self._evaluation) for target in batch]
+            if not found:
+                raise DataError("the loader for the evaluation gave no image")
+            outputs = labels.outputs_of(labels.name_targets(set(found), self._evaluation, self._classes), model.classes)
+            targets["pictures"] = np.array([outputs[target] for target in found])
+            checks["pictures"] = Pictures(model, self._evaluation)
+        # In turns, so that both halves have every class.
+        order = pool.labels.argsort(stable=True)
+        checks["dreams"] = Generated(model, pool, order[1::2])
+        if self._calibration is not None:
+            return Int8(Pictures(model, self._calibration), checks, targets)
+        varied = Generated(model, pool, order[::2], views=2, recipe=self._recipe, seed=self._seed)
+        return Int8(varied, checks, targets, widening=WIDENING)
 
 
-def _varied(images: Tensor, recipe: Recipe, seed: int) -> Any:
-    """Generated images (N, 3, S, S), uint8, each twice, with the brightness, contrast and place of real images in training.
+class Merged(nn.Module):
+    """A model's network with an output a class: uint8 images (N, 3, S, S) to the logarithm of its probabilities (N, C)."""
 
-    They have the mean and the spread of real activations, but not their tails, and ranges are made of those.
+    groups: Tensor | None
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(model.network)
+        self.register_buffer("groups", model.groups, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        if self.groups is None:
+            return logits
+        return (logits.softmax(1) @ self.groups).clamp_min(torch.finfo(logits.dtype).tiny).log()
+
+
+class Generated:
+    """Generated images (n, 3, S, S), uint8, batch by batch; `views` of each, with the brightness, contrast and place of real
+    images in training, when a recipe is given.
+
+    Generated images have the mean and the spread of real activations, but not their tails, and ranges are made of those.
     """
-    with devices.seeded(seed, torch.device("cpu")):
-        varied = augment(torch.cat([images, images]).float() / 255, recipe)
-    return (255 * varied).round().to(torch.uint8).contiguous().numpy()
+
+    def __init__(
+        self, model: Model, pool: Pool, order: Tensor, views: int = 1, recipe: Recipe | None = None, seed: int = 0
+    ) -> None:
+        self._model, self._pool, self._order, self._views = model, pool, order, views
+        self._recipe, self._seed = recipe, seed
+
+    def __len__(self) -> int:
+        return self._views * len(self._order)
+
+    def __iter__(self) -> Iterator[Any]:
+        for view in range(self._views):
+            for number, index in enumerate(self._order.split(BATCH)):
+                images = self._model.network.denormalize(self._pool[index].images).cpu()
+                if self._recipe is not None:
+                    with devices.seeded(self._seed + 1000 * view + number, torch.device("cpu")):
+                        images = (255 * augment(images.float() / 255, self._recipe)).round().to(torch.uint8)
+                yield images.contiguous().numpy()
 
 
-def _pictures(model: Model, loader: Any) -> tuple[Any, list[Any]]:
-    """All images of a loader as an app feeds them to the file (N, 3, S, S), uint8, and their targets."""
-    chunks, targets = [], []
-    for images, found in read(loader):
-        chunks.append((255 * model.network.pixels(images)).round().to(torch.uint8).cpu().numpy())
-        targets += found
-    if not targets:
-        raise DataError("the loader gave no image")
-    return np.concatenate(chunks), targets
+class Pictures:
+    """The images of a loader as an app feeds them to the file (n, 3, S, S), uint8, batch by batch."""
+
+    def __init__(self, model: Model, loader: Any) -> None:
+        self._network, self._loader = model.network, loader
+
+    def __iter__(self) -> Iterator[Any]:
+        for images, _ in read(self._loader):
+            yield (255 * self._network.pixels(images)).round().to(torch.uint8).cpu().contiguous().numpy()

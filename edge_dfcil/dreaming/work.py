@@ -50,8 +50,13 @@ class Dreaming(PlainWork):
         yield dreamer.stage()
         self._pool = make_pool(dreamer, self._n)
 
+    @property
+    def pool(self) -> Pool:
+        """What has been generated."""
+        assert self._pool is not None
+        return self._pool
+
     def finish(self, session: Session[Any], reports: Sequence[StageReport]) -> Tensor:
         """Images (n, 3, S, S), uint8, on the CPU, sorted by class."""
-        pool = self._pool
-        assert pool is not None
+        pool = self.pool
         return self._model.network.denormalize(pool[pool.labels.argsort(stable=True)].images).cpu()

@@ -111,7 +111,8 @@ class Session(Generic[Result]):
     callbacks
         Called as it goes.
     checkpoint
-        A file that is written every few seconds, and from which an interrupted session goes on; None writes none.
+        A file that is written every `checkpoint_every` seconds (0: at every step), or less often where writing takes
+        long, and from which an interrupted session goes on; None writes none.
         `clear_checkpoint` removes it.
     deadline
         Seconds that `run` may take in all: then it closes with what has been learnt, as after `finish_now()`.
@@ -199,7 +200,8 @@ class Session(Generic[Result]):
                 raise Cancelled("there is nothing to finish with: the network has made no step; nothing was committed")
         if self.checkpoint is not None and self._resumable():
             now = time.perf_counter()
-            if now - self._written >= max(self.checkpoint_every, self._write_seconds / CHECKPOINT_SHARE):
+            share = self._write_seconds / CHECKPOINT_SHARE if self.checkpoint_every else 0.0
+            if now - self._written >= max(self.checkpoint_every, share):
                 self.save_checkpoint()
 
     def _has_learnt(self) -> bool:
