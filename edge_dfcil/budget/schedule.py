@@ -25,7 +25,7 @@ from edge_dfcil.training.stage import Stage, StageSpec
 STEPS = 4  # of each stage that are timed, after one that warms up
 POOL = 64  # generated images that are timed
 MARGIN = 0.1  # of the time that is left free: a device slows down as it warms up
-LEAST = 0.005  # share of the schedule; with less, a task is not learnt
+LEAST = 1e-4  # share of the schedule
 UNITS = {"": 1.0, "s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
 
