@@ -60,6 +60,8 @@ def command(
     report = learner.export(
         out,
         quantize,
+        format=form,
+        source=model,
         calibration=loader_of(calibration, learner, strict),
         evaluation=loader_of(evaluation, learner, strict),
     )

@@ -1,0 +1,13 @@
+"""A short run of `tests.kills`, which a person runs longer."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import kills
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_by_kills(tmp_path):
+    account = kills.run(3, tmp_path)
+    assert account.kills == 3 and account.same
