@@ -116,7 +116,7 @@ class Learning:
         memory_budget: int | None = None,
         seconds: float | None = None,
         smaller: Callable[[], Iterator[tuple[str, Model]]] = lambda: iter(()),
-        begun: Callable[[], object] = lambda: None,
+        begun: Callable[[Session[Any]], object] = lambda session: None,
         commit: Callable[[Model], None] = lambda model: None,
         plan_only: bool = False,
     ) -> None:
@@ -166,7 +166,7 @@ class Learning:
             task.share = self.fitted["share"]
             changes |= self.fitted["changes"]
         task.recipe = task.recipe.changed(changes)
-        self._begun()
+        self._begun(session)
         yield from hold(self.method.stages(task), self.plan, self._meter, self._peaks)
 
     def finish(self, session: Session[Any], reports: Sequence[StageReport]) -> TaskReport | None:

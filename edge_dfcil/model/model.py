@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,16 @@ class Model:
         network.set_statistics(self.network.mean.flatten().tolist(), self.network.std.flatten().tolist())
         network.mirrored = self.network.mirrored
         return replace(self, network=network, backbone=empty.backbone, statistics={})
+
+    def smaller(self, seed: int = 0) -> Iterator[tuple[str, Model]]:
+        """Models that need less memory for the same classes, untrained, with the setting that makes them so: half the image
+        size, a smaller backbone."""
+        half = self.image_size // 2
+        choices = [(f"image_size={half}", self.backbone, half)] if self.image_size >= 32 else []
+        choices += [(f"backbone={name!r}", name, self.image_size) for name in backbones.smaller(self.backbone)]
+        for text, backbone, image_size in choices:
+            with contextlib.suppress(BackboneError):  # an own module that does not run on smaller images
+                yield text, self.untrained(backbone or self.network.backbone, image_size=image_size, seed=seed)
 
     def with_learning(self, learning: Mapping[str, Any], mirrored: bool) -> Model:
         """The same with other settings of learning. Weights are shared."""

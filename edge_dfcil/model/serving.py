@@ -1,0 +1,95 @@
+"""What answers by a current model, which may be replaced meanwhile: the half of `Learner` that forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edge_dfcil.model.labels import Classes
+from edge_dfcil.model.model import Model
+from edge_dfcil.model.network import Network
+from edge_dfcil.results import Evaluation, Prediction
+
+
+class Serving:
+    """Forwards to the current model. Each call reads it once, so that an answer is of one model, whichever thread commits."""
+
+    _model: Model
+
+    @property
+    def model(self) -> Model:
+        """The current model: immutable, and enough to serve. A task that is committed puts another in its place."""
+        return self._model
+
+    @property
+    def network(self) -> Network:
+        """The current network, plain pixels to logits. To look at, not to change."""
+        return self._model.network
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Every class name learnt, in the order in which they were learnt."""
+        return self._model.classes
+
+    @property
+    def tasks(self) -> tuple[tuple[str, ...], ...]:
+        """The class names that each task brought."""
+        return self._model.tasks
+
+    @property
+    def image_size(self) -> int:
+        """The side in pixels that the network sees."""
+        return self._model.image_size
+
+    @property
+    def backbone(self) -> str | None:
+        """The backbone's registered name; None for a module of the caller's own."""
+        return self._model.backbone
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self._model.device
+
+    def settings(self) -> dict[str, Any]:
+        """What the model file holds beside its tensors, as JSON takes it."""
+        return self._model.settings()
+
+    def check_answering(self) -> None:
+        """Raises `NotLearnedError` before the first task."""
+        self._model.check_answering()
+
+    def predict(self, images: Any, top_k: int = 1) -> list[Prediction]:
+        """The most probable classes of each image; see `Model.predict`."""
+        return self._model.predict(images, top_k)
+
+    def probabilities(self, images: Any) -> Tensor:
+        """Probabilities (N, C) of the classes; see `Model.probabilities`."""
+        return self._model.probabilities(images)
+
+    def embed(self, images: Any) -> Tensor:
+        """Features (N, F); see `Model.embed`."""
+        return self._model.embed(images)
+
+    def evaluate(self, loader: Any, classes: Classes | None = None) -> Evaluation:
+        """Accuracy over a loader; see `Model.evaluate`."""
+        return self._model.evaluate(loader, classes)
+
+    def forget(self, names: str | Iterable[str]) -> None:
+        """Forgets classes; see `Model.forget`, also for what the weights still carry."""
+        self._replace(self._model.forget(names))
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Calls classes by other names, `{old: new}`; see `Model.rename`."""
+        self._replace(self._model.rename(names))
+
+    def merge(self, names: Sequence[str], into: str) -> None:
+        """Takes several classes for one; see `Model.merge`."""
+        self._replace(self._model.merge(names, into))
+
+    def _replace(self, model: Model) -> None:
+        """Makes another model the current one."""
+        raise NotImplementedError

@@ -1,0 +1,77 @@
+"""What runs sessions on a current model, one writer at a time: the half of `Learner` that works."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from edge_dfcil.errors import SettingError
+from edge_dfcil.training.callbacks import Callback, check_callbacks
+from edge_dfcil.training.progress import with_progress
+from edge_dfcil.training.session import Session, Work
+
+
+class RunsSessions:
+    """Holds one writer lock and the session that runs; both stay behind when it is copied or pickled."""
+
+    _session: Session[Any] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where sessions compute."""
+        raise NotImplementedError
+
+    def __init__(self) -> None:
+        self._writing = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_writing", "_session")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._writing = threading.Lock()
+
+    @property
+    def running(self) -> Session[Any] | None:
+        """The session that runs now, in any thread."""
+        return self._session
+
+    def cancel(self) -> None:
+        """Stops what runs in another thread or calls a callback (`learn_task`, `dream`, ...); it raises `Cancelled` there."""
+        session = self._session
+        if session is not None:
+            session.cancel()
+
+    def run(self, work: Work[Any], callbacks: Sequence[Callback] = (), progress: bool = True, *, seed: int) -> Any:
+        """Runs a long operation on the current model, with progress and `cancel()`; returns its result."""
+        return self._new_session(work, callbacks, progress, seed=seed).run()
+
+    def _new_session(
+        self, work: Work[Any], callbacks: Sequence[Callback], progress: bool, writes: bool = False, **settings: Any
+    ) -> Session[Any]:
+        found = with_progress(check_callbacks(callbacks), progress)
+        session: Session[Any] = Session(work, device=self.device, callbacks=found, **settings)
+        session.guard = lambda: self._running(session, writes)
+        return session
+
+    @contextlib.contextmanager
+    def _running(self, session: Session[Any], writes: bool) -> Iterator[None]:
+        with self._write_lock() if writes else contextlib.nullcontext():
+            self._session = session
+            try:
+                yield
+            finally:
+                self._session = None
+
+    @contextlib.contextmanager
+    def _write_lock(self) -> Iterator[None]:
+        if not self._writing.acquire(blocking=False):
+            raise SettingError("this learner is learning a task already, in another thread; wait for it, or cancel() it")
+        try:
+            yield
+        finally:
+            self._writing.release()
