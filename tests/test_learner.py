@@ -375,7 +375,7 @@ class TestAnswers:
 
     def test_bad_questions(self, learnt):
         with pytest.raises(DataError, match="shape"):
-            learnt.predict(np.zeros((16, 16, 3), np.uint8))
+            learnt.predict(np.zeros((16, 16, 5), np.uint8))
         with pytest.raises(SettingError, match="top_k"):
             learnt.predict(images(), top_k=0)
         with pytest.raises(DataError, match="no image"):
@@ -388,7 +388,8 @@ class TestAnswers:
         assert dreams.dtype == torch.uint8
         assert dreams.shape == (10, 3, 16, 16)
         assert dreams.float().std() > 1
-        assert {p.label for p in learnt.predict(learnt.dream(6, ["1"], progress=False))} <= {"0", "1"}
+        asked = [p.label for p in learnt.predict(learnt.dream(8, ["1"], progress=False))]
+        assert asked.count("1") >= 7, "rounding to whole grey levels may turn one"
         with pytest.raises(ClassError, match="'moon'"):
             learnt.dream(1, ["moon"], progress=False)
         with pytest.raises(SettingError, match="at least one"):
