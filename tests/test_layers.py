@@ -22,7 +22,7 @@ STANDS_ALONE = "demos.abd_in_one_file"  # imports nothing of ours, so that bench
 LIGHT = ("edge_dfcil.errors", "edge_dfcil.results", "edge_dfcil.model.decoding")
 INSIDE = [
     "__main__ cli",
-    "demo compression",
+    "demo compression testing",
     "learner",
     "learning exporting",
     "budget",

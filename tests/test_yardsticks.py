@@ -12,7 +12,7 @@ from benchmarks.yardsticks import YARDSTICKS, find
 from benchmarks.yardsticks.coreset import capacity, herding, nearest_to_mean
 from benchmarks.yardsticks.dgr import VAE
 from edge_dfcil import Callback, SettingError
-from tests.check_method import check_method
+from edge_dfcil.testing import check_method
 from tests.conftest import NAMES, quick_learner
 
 CORESETS = sorted(set(YARDSTICKS) - {"dgr", "upper_bound", "rehearsal_jpeg"})
@@ -23,8 +23,8 @@ def make(name):
 
 
 @pytest.mark.parametrize("name", sorted(YARDSTICKS))
-def test_method(name, train, test, tmp_path):
-    check_method(lambda: make(name), train, test, tmp_path, keeps_no_sample=False)
+def test_method(name):
+    check_method(lambda: make(name), keeps_no_sample=False, exports=False)
 
 
 @pytest.mark.parametrize("name", CORESETS)
