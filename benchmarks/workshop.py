@@ -270,8 +270,8 @@ class Workshop:
         def step() -> dict[str, Any]:
             s, teacher = self._setting, self._teacher
             teacher.seed = seed
-            settings = Pruning(group=s.group, eta=eta, repair=s.repair)
-            settings = replace(settings, ratio=s.prune_ratio) if latency is None else replace(settings, latency=latency)
+            ratio = s.prune_ratio if latency is None else None
+            settings = Pruning(ratio=ratio, latency=latency, group=s.group, eta=eta, repair=s.repair)
             try:
                 found, report = prune(teacher, settings, table=self._table, evaluation=self._test, classes=self._data.names)
             except BackboneError as error:
