@@ -1,6 +1,6 @@
 """The whole story on real data: scikit-learn's handwritten digits, two classes a task, five tasks.
 
-Public API only. ABD beside fine-tuning (the lower bound) and one network trained on everything at once (the upper).
+Public API only. ABD beside fine-tuning (the lower bound) and one network trained on all classes together (the upper).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def run(
             accuracy = learner.evaluate([*test.of(NAMES[: 2 * number + 2])], NAMES).accuracy
             curves[method].append(accuracy)
             say(f"  after {' and '.join(TASKS[number])}: {accuracy:.1%} of all digits seen so far")
-    say("upper bound: all ten digits at once")
+    say("upper bound: all ten digits together")
     upper = new_learner("finetune", device, seed, recipe)
     upper.learn_task(train, NAMES)
     final = {method: curve[-1] for method, curve in curves.items()}

@@ -430,9 +430,9 @@ def start_learning(pictures, model):
         "import signal, sys; from edge_dfcil.cli import main\n"
         "from edge_dfcil.training import Callback; import edge_dfcil.learner as l\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a suite in the background of a shell ignores it
-        "class Tell(Callback):\n"
+        "class Say(Callback):\n"
         "    def on_step_end(self, *a): print('step', flush=True)\n"
-        "l.with_progress = lambda callbacks, progress: [Tell()]\n"
+        "l.with_progress = lambda callbacks, progress: [Say()]\n"
         "sys.argv = ['edge-dfcil', 'learn', *sys.argv[1:]]; main()"
     )
     process = subprocess.Popen(
@@ -453,6 +453,7 @@ def slow_model(learnt, tmp_path):
     return learnt.save(tmp_path / "slow.safetensors")
 
 
+@pytest.mark.slow
 def test_killed_while_learning_the_old_model_is_intact(pictures, slow_model, test):
     before = slow_model.read_bytes()
     process = start_learning(pictures[1], slow_model)
@@ -464,7 +465,7 @@ def test_killed_while_learning_the_old_model_is_intact(pictures, slow_model, tes
     assert Learner.load(slow_model).predict(test.images[:1])
 
 
-def test_ctrl_c_is_told_and_the_old_model_is_intact(pictures, slow_model):
+def test_ctrl_c_is_reported_and_the_old_model_is_intact(pictures, slow_model):
     before = slow_model.read_bytes()
     process = start_learning(pictures[1], slow_model)
     process.send_signal(signal.SIGINT)

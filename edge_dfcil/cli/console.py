@@ -41,7 +41,7 @@ class Commands(click.Group):
         except MemoryError:
             note("error: out of memory; the model is the one from before. Try a smaller --batch-size or a --memory-budget")
         except OSError as error:
-            if error.errno != errno.EPIPE:  # whoever read the answer has gone: there is nobody to report it to
+            if error.errno != errno.EPIPE:  # the reader of the answer has gone, so that there is nothing to report
                 note(f"error: {error}")
         return ctx.exit(1)
 

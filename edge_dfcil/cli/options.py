@@ -105,27 +105,27 @@ def load_learner(
 
 
 def build_module(name: str) -> nn.Module:
-    """The network that `package.module:callable` builds. The current folder is looked in first.
+    """The network that `package.module:callable` builds, or is. The current folder is looked in first.
 
     Raises `SettingError` when there is no such callable or it fails, `BackboneError` when it builds no network.
     """
     package, colon, attribute = name.partition(":")
     if not colon or not package or not attribute:
         raise SettingError(f"--module {name} is not PACKAGE.MODULE:CALLABLE, such as my_app.networks:build")
+    from torch import nn
+
     sys.path.insert(0, os.getcwd())
     try:
         build: Any = importlib.import_module(package)
         for part in attribute.split("."):
             build = getattr(build, part)
-        built = build()
+        built = build if isinstance(build, nn.Module) else build()
     except EdgeDfcilError:
         raise
     except Exception as error:
         raise SettingError(f"--module {name} cannot be imported and called: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
-    from torch import nn
-
     if not isinstance(built, nn.Module):
         raise BackboneError(f"--module {name} gave a {type(built).__name__}; it must build a torch.nn.Module")
     return built
