@@ -3,15 +3,34 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint types figures structure paper-gpu clean
+.PHONY: demo test test-slow test-lowest coverage lint types figures structure paper-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/edge-dfcil demo
 
 # Tests compute with one thread each, so two processes keep two cores busy. A file's tests stay together, and files in order:
 # by their number of tests, those with few long ones would come last, when one process has nothing left to do.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Lines that the tests run, of both suites together: the first begins the count, the second adds to it and prints it.
+COVERAGE = --cov --cov-report=
+
 test: $(STAMP) lint types
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) $(if $(CI),$(COVERAGE))
+
+# What takes longer: every torchvision family, kills of real processes, photographs.
+test-slow: $(STAMP)
+	$(PYTEST) -m slow $(if $(CI),$(COVERAGE) --cov-append)
+
+# What the tests run of the package; below 95 % of the lines it fails. After the tests, with CI=1.
+coverage: $(STAMP)
+	$(BIN)/coverage report --skip-covered --fail-under=95
+
+# The quick suite with the lowest versions of everything that pyproject.toml allows.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[dev]'
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -W default
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -44,4 +63,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv build edge-dfcil-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest .coverage build edge-dfcil-demo .pytest_cache .mypy_cache .ruff_cache
