@@ -225,6 +225,7 @@ def test_speed_checks_that_both_do_the_same_and_prints_its_ratios():
         assert sum(shares.values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_the_workshop_runs_every_step_and_goes_on_where_it_stopped(data, tmp_path):
     out, models = tmp_path / "out", tmp_path / "models"
     shop = ["workshop", "--data", str(tmp_path), "--quick", "--out", str(out), "--models", str(models)]
@@ -262,6 +263,7 @@ def test_the_workshop_tells_seeds_together():
     assert "on some card, 2 rows at a time" in told
 
 
+@pytest.mark.slow
 def test_the_memory_benchmark_runs_each_cell_in_a_process_and_tells(tmp_path):
     random = np.random.default_rng(0)
     arrays = {f"{part}_y": np.repeat(np.arange(4, dtype=np.uint8), 8) for part in ("train", "test")}
