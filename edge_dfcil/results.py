@@ -277,7 +277,7 @@ class PruneReport:
     filters: tuple[int, int]
     parameters: tuple[int, int]
     flops: tuple[int, int]
-    milliseconds: tuple[float, float]
+    milliseconds: tuple[float, float] | None
     table_milliseconds: tuple[float, float]
     channels: dict[str, int]
     accuracy: tuple[float, float, float] | None
@@ -291,7 +291,7 @@ class PruneReport:
             "{1:,} of {0:,} filters".format(*self.filters)
             + ", {1:,} of {0:,} parameters".format(*self.parameters)
             + ", {1:.3g} of {0:.3g} operations for one image".format(*self.flops),
-            "{:.2f} ms for one image before, {:.2f} ms after".format(*self.milliseconds),
+            *([] if (ms := self.milliseconds) is None else [f"{ms[0]:.2f} ms for one image before, {ms[1]:.2f} ms after"]),
         ]
         if self.accuracy is not None:
             lines.append("accuracy {:.1%} before, {:.1%} pruned, {:.1%} repaired".format(*self.accuracy))

@@ -64,7 +64,8 @@ def command(
     lines = [
         f"{out}: {report.filters[1]} of {report.filters[0]} filters, {report.parameters[1]} of {report.parameters[0]} parameters"
     ]
-    lines.append("{:.2f} ms an image before, {:.2f} ms after (ONNX Runtime, one thread)".format(*report.milliseconds))
+    if report.milliseconds is not None:
+        lines.append("{:.2f} ms an image before, {:.2f} ms after (ONNX Runtime, one thread)".format(*report.milliseconds))
     if report.accuracy is not None:
         lines.append("accuracy {:.1%} before, {:.1%} pruned, {:.1%} repaired".format(*report.accuracy))
     answer({**report.to_dict(), "model": str(out)}, as_json, lines)

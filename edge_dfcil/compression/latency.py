@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -44,7 +45,8 @@ class LatencyTable:
     Parameters
     ----------
     path
-        A JSON file that entries are kept in; None takes one for this processor and version in the user's cache folder.
+        A JSON file that entries are kept in; None takes one for this processor and version in the user's cache folder
+        (`XDG_CACHE_HOME`, else `.cache` in the home folder). Without either, nothing is kept.
     measure
         Milliseconds of a shape; for tests.
     """
@@ -52,8 +54,7 @@ class LatencyTable:
     def __init__(self, path: Path | None = None, measure: Callable[[Shape], float] | None = None) -> None:
         self._path, self._measure = path or _cache_file(), measure or measure_convolution
         self._entries: dict[str, float] = {}
-        with contextlib.suppress(OSError, ValueError):  # not there yet, or damaged: measured anew
-            self._entries = json.loads(self._path.read_text())
+        self._entries.update(_read(self._path))
 
     def __call__(self, shape: Shape) -> float:
         key = "-".join(map(str, astuple(shape)))
@@ -63,6 +64,8 @@ class LatencyTable:
 
     def save(self) -> None:
         """Keeps what was measured; a folder that cannot be written to costs measuring again, no more."""
+        if self._path is None:
+            return
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self._path, json.dumps(self._entries, sort_keys=True, indent=0).encode())
@@ -88,9 +91,24 @@ def measure_convolution(shape: Shape) -> float:
     return 1000 * in_turns({"": lambda: run.run(["y"], {"x": images})}, ROUNDS)[""]
 
 
-def _cache_file() -> Path:
+def _read(path: Path | None) -> dict[str, float]:
+    """The entries of a file; none where it is not there yet, or damaged: they are measured again."""
+    if path is None:
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        return {str(key): float(value) for key, value in found.items() if 0 <= float(value) < math.inf}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _cache_file() -> Path | None:
+    """None where there is no home folder, as in a container whose user has none."""
     from importlib.metadata import version
 
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
     machine = "".join(c if c.isalnum() else "-" for c in f"{platform.node()}-{platform.machine()}")
     return base / "edge-dfcil" / f"latency-{machine}-onnxruntime-{version('onnxruntime')}.json"

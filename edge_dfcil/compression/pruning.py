@@ -1,8 +1,10 @@
 """Data-free pruning (DeepInversion, Yin et al., CVPR 2020, section 4.3): channels that dreams say matter least leave, in
 groups that suit the hardware, and the rest is repaired by distillation on dreams.
 
-What must leave together, through residuals and depthwise layers, is worked out by torch-pruning; each of its groups is then
-checked: the network without some of its channels must answer as the one in which they are set to zero.
+What must leave together, through residuals and depthwise layers, is worked out by torch-pruning. Each of its groups is then
+checked, before anything is cut with other channels and at every cut with the very ones: the network without them must answer
+as the one in which they are set to zero. The groups of a grouped convolution must stay alike, so that channels at the same
+place in each of them leave together.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +40,9 @@ if TYPE_CHECKING:
     from edge_dfcil.learner import Learner
 
 BLOCK = 4  # groups that are looked at together
-ALIKE = 1e-3  # a pruned network's logits and the masked one's; zero channels are summed in another order
+# How far a pruned network's logits may be from the masked one's, as a share of the largest: zero channels are summed in
+# another order. The first check is in float64; at every cut it is in float32, on accelerators with products of ten bits.
+ALIKE, ALIKE_AT_A_CUT = 1e-6, 2e-2
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ def prune(
     settings: Pruning,
     *,
     table: LatencyTable | None = None,
+    timing: bool = True,
     evaluation: Any | None = None,
     classes: Classes | None = None,
     callbacks: Sequence[Callback] = (),
@@ -99,6 +106,8 @@ def prune(
     ----------
     table
         Latencies of convolutions; None takes the one that is kept for this machine.
+    timing
+        Whether to export both networks in the end and time them; else the report's `milliseconds` is None.
     evaluation, classes
         As for `distill`.
 
@@ -111,7 +120,7 @@ def prune(
     SettingError
         When torch-pruning is not installed.
     """
-    work = PruningWork(learner, settings, table or LatencyTable(), evaluation, classes)
+    work = PruningWork(learner, settings, table or LatencyTable(), timing, evaluation, classes)
     found: tuple[Learner, PruneReport] = learner.run(work, callbacks, progress, seed=learner.seed)
     return found
 
@@ -120,10 +129,16 @@ class PruningWork(PlainWork):
     """The work of a session that prunes a network and repairs it."""
 
     def __init__(
-        self, learner: Learner, settings: Pruning, table: LatencyTable, evaluation: Any | None, classes: Classes | None
+        self,
+        learner: Learner,
+        settings: Pruning,
+        table: LatencyTable,
+        timing: bool,
+        evaluation: Any | None,
+        classes: Classes | None,
     ) -> None:
         learner.check_answering()
-        self._learner, self._settings, self._table = learner, settings, table
+        self._learner, self._settings, self._table, self._timing = learner, settings, table, timing
         self._evaluation, self._classes = evaluation, classes
 
     def stages(self, session: Session[Any]) -> Iterator[Stage]:
@@ -154,7 +169,7 @@ class PruningWork(PlainWork):
             filters=(cutter.before.filters, cutter.now.filters),
             parameters=(parameters(learner.network), parameters(self._network)),
             flops=(cutter.before.flops, cutter.now.flops),
-            milliseconds=_measured(learner, smaller),
+            milliseconds=_measured(learner, smaller) if self._timing else None,
             table_milliseconds=(cutter.before.milliseconds, cutter.now.milliseconds),
             channels=cutter.channels,
             accuracy=accuracy,
@@ -199,9 +214,13 @@ class Cutter:
         self.before = self._size(self._shapes)
         self.channels: dict[str, int] = {}
         self._graph = self._dependencies(self._whole, dream.images)
-        self.roots = [root for root in self._candidates() if self._answers_as_masked(root)]
+        candidates = self._candidates()
+        self.roots = [root for root in candidates if self._answers_as_masked(root, self._trial(root))]
+        self._refused = [self._names[root] for root in candidates if root not in self.roots]
         if not self.roots:
-            raise BackboneError(f"no layer of this backbone has {2 * settings.group} channels of which some can be taken away")
+            raise BackboneError(
+                f"no layer of this backbone has {2 * settings.group} channels of which some can be taken away{self._refusals()}"
+            )
 
     @property
     def now(self) -> _Size:
@@ -218,15 +237,43 @@ class Cutter:
             scored = sorted(self._scored(), key=lambda candidate: candidate[0])
             if not scored:
                 raise BackboneError(
-                    f"the target cannot be met: {self.now.filters} of {self.before.filters} filters are left, and every layer "
-                    f"that channels can be taken from has {self._settings.group} to {2 * self._settings.group - 1}. Ask for less"
+                    f"the target cannot be met: {self.now.filters} of {self.before.filters} filters are left, and no layer that "
+                    f"channels can be taken from has enough to give {self._settings.group} more and keep as many"
+                    f"{self._refusals()}. Ask for less"
                 )
             each = max(1, round(len(scored) / self._settings.rounds)) if each == 1 else each
             for _, root, channels in scored[:each]:
-                self.group(root, channels).prune()
+                self._take(root, channels)
                 self.channels[self._names[root]] = root.out_channels
                 if self._done():
                     break
+
+    def _take(self, root: nn.Conv2d, channels: list[int]) -> None:
+        """Takes channels of a root, and of all that goes with it, out of the network.
+
+        Raises `BackboneError` when the network then does not answer as with those channels at zero.
+        """
+        group, images = self.group(root, channels), self._dream.images[:4]
+        with torch.no_grad(), _zero(group):
+            masked = self._whole(images)
+        group.prune()
+        try:
+            with torch.no_grad():
+                alike = _alike(self._whole(images), masked, ALIKE_AT_A_CUT)
+        except (RuntimeError, ValueError):  # the shapes of its layers do not fit together
+            alike = False
+        if not alike:
+            raise BackboneError(
+                f"{self._names[root]} cannot lose {len(channels)} channels: the layers after it do not follow, so the network "
+                "cannot be pruned as far as that. Ask for less, or distil into another backbone"
+            )
+
+    def _refusals(self) -> str:
+        """Which layers cannot lose channels, to be put behind a message."""
+        if not self._refused:
+            return ""
+        more = f" and {len(self._refused) - 3} more" if len(self._refused) > 3 else ""
+        return f"; {', '.join(self._refused[:3])}{more} cannot lose any, because the layers after them would not follow"
 
     def _done(self) -> bool:
         settings, now, before = self._settings, self.now, self.before
@@ -245,11 +292,13 @@ class Cutter:
         """
         importance, shapes = self._importance(), _convolutions(self._network)
         total = sum(float(values.sum()) for values in importance.values()) or 1.0
-        group, eta = self._settings.group, self._settings.eta
+        eta = self._settings.eta
         for root, values in importance.items():
-            order, candidates = values.argsort().tolist(), []
-            for count in range(1, min(BLOCK if eta else 1, len(values) // group - 1) + 1):
-                channels = order[: count * group]
+            units, candidates = self._units(root), []
+            step = self._step(units)
+            order = torch.stack([values[unit].sum() for unit in units]).argsort().tolist()
+            for count in range(1, min(BLOCK if eta else 1, self._steps_left(units)) + 1):
+                channels = [channel for unit in order[: count * step] for channel in units[unit]]
                 damage = float(values[channels].sum()) / total
                 saved = self.saved(root, channels, shapes) / self.before.milliseconds if eta else 0.0
                 candidates.append(((damage - eta * saved) / count, sorted(channels)))
@@ -260,12 +309,18 @@ class Cutter:
     # Dependencies
 
     @staticmethod
-    def _dependencies(whole: nn.Module, images: Tensor) -> Any:
+    def _dependencies(whole: nn.Sequential, images: Tensor) -> Any:
         try:
             import torch_pruning
         except ImportError as error:
             raise SettingError(f"pruning needs torch-pruning ({error}): pip install 'edge-dfcil[prune]'") from error
-        return torch_pruning.DependencyGraph().build_dependency(whole, example_inputs=images[:2])
+        try:
+            return torch_pruning.DependencyGraph().build_dependency(whole, example_inputs=images[:2])
+        except Exception as error:  # it traces the network, and raises what it stumbles over
+            raise BackboneError(
+                f"torch-pruning cannot follow how {type(whole[0]).__name__} splits or shuffles channels ({type(error).__name__}: "
+                f"{error}), so that no layer of it can be pruned; distil into another backbone instead"
+            ) from error
 
     def group(self, root: nn.Conv2d, channels: list[int], graph: Any = None) -> Any:
         import torch_pruning
@@ -277,28 +332,69 @@ class Cutter:
         found = []
         for group in self._graph.get_all_groups(ignored_layers=[self._network.head], root_module_types=[nn.Conv2d]):
             root = group[0][0].target.module
-            if root.out_channels >= 2 * self._settings.group and any(_is_batchnorm(dep) for dep, _ in group):
+            enough = root.out_channels >= 2 * self._settings.group and self._steps_left(self._units(root)) > 0
+            if enough and any(self._batchnorms(root)):
                 found.append(root)
         return found
 
-    def _answers_as_masked(self, root: nn.Conv2d) -> bool:
-        """Whether a network without some channels answers as the one in which all that makes them is zero."""
-        # On the CPU: an accelerator may round products to ten bits, which is more than the difference that is looked for.
-        images = self._dream.images[:4].cpu()
-        masked, cut = copy.deepcopy(self._whole).cpu(), copy.deepcopy(self._whole).cpu()
+    def _units(self, root: nn.Conv2d) -> list[list[int]]:
+        """The channels of a root in sets that leave together, so that the groups of each grouped convolution stay alike.
+
+        Without grouped convolutions each channel is one. Where layers with different groups meet, sets that overlap are one.
+        """
+        leader = list(range(root.out_channels))  # of each channel, one of its set; itself at first
+        if not any(layer.groups > 1 and not _is_depthwise(layer) for layer in self._shapes):
+            return [[channel] for channel in leader]  # saves the walk through the group below
+
+        def find(channel: int) -> int:
+            while leader[channel] != channel:
+                leader[channel] = channel = leader[leader[channel]]
+            return channel
+
+        for dep, index in self.group(root, list(range(root.out_channels))):
+            layer = dep.target.module
+            if not isinstance(layer, nn.Conv2d) or layer.groups == 1 or _is_depthwise(layer) or len(index) != len(leader):
+                continue
+            size = (layer.out_channels if _gives(dep) else layer.in_channels) // layer.groups
+            first: dict[int, int] = {}  # of each place inside a group, the first channel there
+            for channel, place in enumerate(index):
+                leader[find(channel)] = find(first.setdefault(place % size, channel))
+        units: dict[int, list[int]] = {}
+        for channel in range(len(leader)):
+            units.setdefault(find(channel), []).append(channel)
+        return list(units.values())
+
+    def _step(self, units: list[list[int]]) -> int:
+        """How many units leave at a time: as many as make a group of the settings, at least."""
+        return -(-self._settings.group // min(map(len, units)))
+
+    def _steps_left(self, units: list[list[int]]) -> int:
+        """How often that many can leave. As many stay, and two in each group of a grouped convolution: with one it would be
+        depthwise, which loses channels in another way."""
+        step = self._step(units)
+        stay = max(step, 2) if len(units[0]) > 1 else step
+        return (len(units) - stay) // step
+
+    def _trial(self, root: nn.Conv2d) -> list[int]:
+        """Channels to check a root with, whole units: the first quarter and a third of the others. Unevenly, because a layer
+        that the network cuts into halves would follow an even choice, and not the next one."""
+        units = self._units(root)
+        quarter = max(1, len(units) // 4)
+        return list(chain.from_iterable(units[:quarter] + units[quarter + 1 :: 3]))
+
+    def _answers_as_masked(self, root: nn.Conv2d, channels: list[int]) -> bool:
+        """Whether a network without these channels answers as the one in which all that makes them is zero."""
+        images, cut = self._dream.images[:4].cpu().double(), copy.deepcopy(self._whole).cpu().double()
         place = {module: name for name, module in self._whole.named_modules()}
-        channels = list(range(0, root.out_channels, 2))
-        for dep, index in self.group(root, channels):
-            if dep.target.module in place and (_is_batchnorm(dep) or _gives(dep)):
-                layer = masked.get_submodule(place[dep.target.module])
-                for parameter in layer.parameters(recurse=False):
-                    parameter.data[index] = 0
         try:
             graph = self._dependencies(cut, images)
-            self.group(cut.get_submodule(place[root]), channels, graph).prune()  # type: ignore[arg-type]
+            group = self.group(cut.get_submodule(place[root]), channels, graph)  # type: ignore[arg-type]
+            with torch.no_grad(), _zero(group):
+                masked = cut(images)
+            group.prune()
             with torch.no_grad():
-                return bool((cut(images) - masked(images)).abs().max() < ALIKE)
-        except (RuntimeError, ValueError, IndexError):  # a group that does not fit together
+                return _alike(cut(images), masked, ALIKE)
+        except Exception:  # a group that does not fit together; torch-pruning raises what it stumbles over
             return False
 
     # Importance
@@ -355,7 +451,7 @@ class Cutter:
         for dep, index in self.group(root, channels):
             layer = dep.target.module
             # A depthwise layer stands in the group for either of its ends, but loses its channels once.
-            end = (layer, "both" if shapes[layer].groups > 1 else dep.handler) if layer in after else None
+            end = (layer, "both" if _is_depthwise(layer) else dep.handler) if layer in after else None
             if end is not None and end not in ends:
                 ends.add(end)
                 after[layer] = _less(after[layer], dep, len(index))
@@ -371,6 +467,32 @@ def _keep(outputs: dict[nn.Module, Tensor]) -> Callable[..., None]:
 
 def _is_batchnorm(dep: Any) -> bool:
     return isinstance(dep.target.module, BATCHNORM)
+
+
+def _is_depthwise(layer: Any) -> bool:
+    """As torch-pruning sees it: such a layer loses what it takes and what it gives together."""
+    return layer.groups == layer.out_channels and layer.out_channels > 1
+
+
+@contextmanager
+def _zero(group: Any) -> Iterator[None]:
+    """With the channels of a group at zero, by the weights of all layers that make them."""
+    before: dict[nn.Parameter, Tensor] = {}
+    for dep, index in group:
+        if not (_is_batchnorm(dep) or _gives(dep)):
+            continue
+        for parameter in dep.target.module.parameters(recurse=False):
+            before.setdefault(parameter, parameter.detach().clone())
+            parameter.data[list(index)] = 0
+    try:
+        yield
+    finally:
+        for parameter, values in before.items():
+            parameter.data.copy_(values)
+
+
+def _alike(logits: Tensor, masked: Tensor, tolerance: float) -> bool:
+    return bool((logits - masked).abs().max() <= tolerance * masked.abs().max())
 
 
 def _gives(dep: Any) -> bool:
@@ -389,7 +511,7 @@ def _less(shape: Shape, dep: Any, n: int) -> Shape:
     """A convolution's shape after a dependency has taken `n` channels off one of its ends, or off both of a depthwise one."""
     import torch_pruning
 
-    if shape.groups > 1:
+    if shape.groups == shape.channels_out > 1:
         left = shape.channels_out - n
         return replace(shape, channels_in=left, channels_out=left, groups=left)
     if dep.handler == torch_pruning.prune_conv_out_channels:
