@@ -69,7 +69,7 @@ def test_prunes_on_an_accelerator_what_it_prunes_on_the_cpu(taught, tmp_path):
     """The same channels may be taken away: rounding on an accelerator does not hide that a layer can lose some."""
     table = LatencyTable(tmp_path / "latency.json", lambda shape: shape.flops / 1e6)
     settings = Pruning(ratio=0.2, group=4, repair=Distillation(rounds=1, dreams=32, generator_steps=2, steps=2, batch=16))
-    smaller, report = prune(taught, settings, table=table, progress=False)
+    smaller, report = prune(taught, settings, table=table, timing=False, progress=False)
     assert report.filters[1] <= 0.8 * report.filters[0] and smaller.device == taught.device
     dream = Dream(torch.rand(8, 3, 16, 16), torch.randn(8, 2))
     networks = (taught.network.grown(0), Learner.load(taught.save(tmp_path / "m"), "cpu").network.grown(0))

@@ -411,6 +411,7 @@ class Plain(nn.Module):
         return self.classifier(self.body(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*nothing to invert")
 class TestAdopting:
     def test_answers_as_it_did_and_learns_on(self, train):
         theirs, mean, std = Plain().eval(), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
