@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from edge_dfcil import BudgetError, Learner, devices
+from edge_dfcil import BudgetError, Learner, SettingError, devices
 from edge_dfcil.compression import Distillation, Pruning, distill, prune
 from edge_dfcil.compression.latency import LatencyTable
 from edge_dfcil.compression.pruning import Cutter
@@ -82,6 +82,7 @@ def test_int8_from_an_accelerator(taught, tmp_path):
     assert report.bytes < report.float_bytes and report.agreement["dreams"] >= 0.9
 
 
+@pytest.mark.filterwarnings("ignore:.*nothing to invert")
 def test_adopts_and_relearns_on_an_accelerator(device, train):
     module = nn.Sequential(build("resnet8"), nn.Linear(64, 2)).eval()
     learner = Learner.from_classifier(module, ["0", "1"], image_size=16, recipe=QUICK, device=device)
@@ -128,3 +129,34 @@ def test_seeded_draws_do_not_disturb_the_callers():
     assert torch.equal(torch.rand(2), expected)
     with devices.seeded(5, torch.device("cpu")):
         assert torch.equal(torch.rand(2), first)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**53])
+def test_seeds_are_whole_numbers(seed):
+    assert devices.check_seed(seed) == seed
+    torch.default_generator.clone_state().manual_seed(seed * 1009 + 1000)  # what a learner's last task would be seeded with
+
+
+@pytest.mark.parametrize("seed", [-1, 2**53 + 1, 1.0, "1", None, True])
+def test_other_seeds_are_refused(seed):
+    with pytest.raises(SettingError, match="whole number from 0"):
+        devices.check_seed(seed)
+
+
+def test_channels_last_but_on_mps():
+    formats = {name: devices.memory_format(torch.device(name)) for name in ("cpu", "cuda", "mps")}
+    assert formats == {"cpu": torch.channels_last, "cuda": torch.channels_last, "mps": torch.contiguous_format}
+
+
+def test_float64_images_are_float32_before_they_move(learnt, monkeypatch):
+    """MPS has no float64. Simulated: the move refuses it, as there."""
+    move = torch.Tensor.to
+
+    def to(self, *args, **settings):
+        assert self.dtype != torch.float64, "float64 must not move to a device"
+        return move(self, *args, **settings)
+
+    images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    expected = learnt.predict(images.float())
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    assert learnt.predict(images) == expected

@@ -24,6 +24,9 @@ from edge_dfcil.compression.distillation import REPAIR
 from edge_dfcil.demo import Batches
 from tests.test_cli import folder_of
 
+# A reader adopts a network "with your weights in it"; here it has none.
+pytestmark = pytest.mark.filterwarnings("ignore:.*nothing to invert")
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(python|sh)\n(.*?)^```", README, re.M | re.S)

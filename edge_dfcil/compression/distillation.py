@@ -221,7 +221,7 @@ class Lesson:
     @torch.no_grad()
     def _noise(self, n: int) -> Dream:
         size = self._teacher.image_size
-        images = torch.randn(n, 3, size, size, device=self._device).contiguous(memory_format=torch.channels_last)
+        images = torch.randn(n, 3, size, size, device=self._device).contiguous(memory_format=devices.memory_format(self._device))
         return Dream(images, self._teacher.classify(images).float())
 
     def __iter__(self) -> Iterator[Dream]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
+from edge_dfcil import devices
 from edge_dfcil.dreaming import objective
 from edge_dfcil.dreaming.generator import Generator
 from edge_dfcil.errors import DivergedError
@@ -57,7 +58,7 @@ class Dreamer:
     def __init__(self, teacher: Network, wanted: Tensor, recipe: Recipe, student: Network | None = None) -> None:
         self.teacher, self.wanted, self.recipe, self.student = teacher, wanted, recipe, student
         self.generator = Generator(teacher.image_size, latent=recipe.generator.latent, width=recipe.generator.width)
-        self.generator.to(wanted.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.generator.to(wanted.device, memory_format=devices.memory_format(wanted.device))  # type: ignore[call-overload]
 
     def stage(self) -> StageSpec:
         """Trains the generator for `recipe.generator.steps` steps of Adam."""
@@ -208,7 +209,9 @@ class Pool:
     def __init__(self, size: int, teacher: Network, device: torch.device) -> None:
         # Room for all is taken once: joining pieces would hold everything twice.
         side = teacher.image_size
-        self._bytes = torch.empty(size, 3, side, side, dtype=torch.uint8, device=device, memory_format=torch.channels_last)
+        self._bytes = torch.empty(
+            size, 3, side, side, dtype=torch.uint8, device=device, memory_format=devices.memory_format(device)
+        )
         self._low, self._step = (torch.empty(size, 1, 1, 1, device=device) for _ in range(2))
         self.logits = torch.empty(size, teacher.n_classes, device=device)
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edge_dfcil import devices
 from edge_dfcil.dreaming import objective
 from edge_dfcil.dreaming.inversion import Dream, Pool
 from edge_dfcil.errors import BackboneError
@@ -74,7 +75,7 @@ class Canvas:
 
     @staticmethod
     def _blank(images: Tensor) -> nn.Parameter:
-        return nn.Parameter(images.contiguous(memory_format=torch.channels_last))
+        return nn.Parameter(images.contiguous(memory_format=devices.memory_format(images.device)))
 
     def _stage(self, name: str, steps: int) -> StageSpec:
         return StageSpec(
