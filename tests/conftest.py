@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ QUICK = RECIPES["edge"].changed(
 NAMES = [str(digit) for digit in range(10)]
 
 
-def quick_learner(**settings) -> Learner:
+def quick_learner(**settings: Any) -> Learner:
     return Learner("resnet8", **{"image_size": 16, "recipe": QUICK, "device": "cpu", **settings})
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from edge_dfcil import RECIPES
-from edge_dfcil.dreaming.inversion import Dream
+from edge_dfcil.dreaming.inversion import Dream, Dreams
 from edge_dfcil.methods import find_method
 from edge_dfcil.methods._refinement import align
 from edge_dfcil.methods.task import Task
 from edge_dfcil.model.backbones import CifarResNet, batchnorm_layers
 from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe
-from edge_dfcil.training.data import Batch
+from edge_dfcil.training.data import Batch, RealBatches
 
 
 class Fixed:
@@ -49,21 +51,22 @@ def setting(recipe: Recipe, n_old: int = 3, n_new: int = 2, size: int = 6) -> tu
         current=torch.arange(n_old, n_old + n_new),
         old=torch.arange(n_old),
         counts=counts,
-        batches=[batch],
+        batches=cast(RealBatches, [batch]),
         recipe=recipe,
         device=torch.device("cpu"),
-        dreams=Fixed(dream),
+        dreams=cast(Dreams, Fixed(dream)),
     )
     return task, batch, dream
 
 
 def transcription(task: Task, batch: Batch, dream: Dream) -> torch.Tensor:
     """Sections 5.1 to 5.3 of the paper, as written: every network pass on its own, nothing shared."""
+    assert task.teacher is not None
     n_old, n_seen = task.teacher.n_classes, task.student.n_classes
     rho, mu, n = n_old / n_seen, 0.1, len(batch)
     both = torch.cat([batch.images, dream.images])
 
-    def head(network, f):
+    def head(network: Any, f: Any) -> Any:
         return f @ network.head.weight.T + network.head.bias
 
     # Eq. 6: local cross-entropy, softmax over the new classes alone, real images only.
@@ -85,17 +88,17 @@ def transcription(task: Task, batch: Batch, dream: Dream) -> torch.Tensor:
     return local + tuning + distillation
 
 
-def test_optimised_step_is_the_transcription():
+def test_optimised_step_is_the_transcription() -> None:
     task, batch, dream = setting(RECIPES["paper"])
     expected = transcription(task, batch, dream)
     gradients = torch.autograd.grad(expected, list(task.student.parameters()))
-    loss = sum(find_method("abd").loss(task, batch).values())
+    loss = torch.stack(list(find_method("abd").loss(task, batch).values())).sum()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
     for mine, theirs in zip(torch.autograd.grad(loss, list(task.student.parameters())), gradients, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-4)
 
 
-def test_head_finetuning_moves_the_head_alone():
+def test_head_finetuning_moves_the_head_alone() -> None:
     task, batch, _ = setting(RECIPES["paper"])
     term = find_method("abd").loss(task, batch)["head"]
     grads = torch.autograd.grad(term, list(task.student.parameters()), allow_unused=True)
@@ -103,7 +106,7 @@ def test_head_finetuning_moves_the_head_alone():
     assert {name for name, grad in named.items() if grad is not None} == {"head.weight", "head.bias"}
 
 
-def test_local_cross_entropy_does_not_see_old_outputs():
+def test_local_cross_entropy_does_not_see_old_outputs() -> None:
     task, batch, _ = setting(RECIPES["paper"])
     term = find_method("abd").loss(task, batch)["local"]
     (grad,) = torch.autograd.grad(term, [task.student.head.weight])
@@ -112,9 +115,10 @@ def test_local_cross_entropy_does_not_see_old_outputs():
 
 
 @pytest.mark.parametrize("part", ["real", "synthetic"])
-def test_ablation_distils_one_part_only(part):
+def test_ablation_distils_one_part_only(part: str) -> None:
     task, batch, dream = setting(RECIPES["paper"].changed({"remember.distil_on": part}))
     term = find_method("abd").loss(task, batch)["distillation"]
+    assert task.teacher is not None
     w = task.teacher.head.weight
     both = torch.cat([batch.images, dream.images])
     difference = (task.student.backbone(both) - task.teacher.backbone(both)) @ w.T
@@ -122,14 +126,15 @@ def test_ablation_distils_one_part_only(part):
     assert term.item() == pytest.approx(0.1 * chosen.square().mean().item(), rel=1e-4)
 
 
-def test_ablation_of_the_importance_compares_features():
+def test_ablation_of_the_importance_compares_features() -> None:
     task, batch, dream = setting(RECIPES["paper"].changed({"remember.importance": False}))
     both = torch.cat([batch.images, dream.images])
+    assert task.teacher is not None
     expected = 0.1 * F.mse_loss(task.student.backbone(both), task.teacher.backbone(both))
     assert find_method("abd").loss(task, batch)["distillation"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_ablations_of_the_cross_entropies():
+def test_ablations_of_the_cross_entropies() -> None:
     task, batch, _ = setting(RECIPES["paper"].changed({"remember.head_finetuning": False}))
     assert set(find_method("abd").loss(task, batch)) == {"local", "distillation"}
     task, batch, _ = setting(RECIPES["paper"].changed({"remember.local_cross_entropy": False}))
@@ -137,7 +142,7 @@ def test_ablations_of_the_cross_entropies():
 
 
 @pytest.mark.parametrize(("scale", "share", "after"), [(3.0, 1.0, 1.0), (3.0, 0.8, 0.8), (0.5, 1.0, 0.5)])
-def test_alignment_scales_long_new_rows_to_a_share_of_the_mean_norm_of_the_old(scale, share, after):
+def test_alignment_scales_long_new_rows_to_a_share_of_the_mean_norm_of_the_old(scale: float, share: float, after: float) -> None:
     head = nn.Linear(4, 5)
     with torch.no_grad():
         head.weight.copy_(F.normalize(torch.randn(5, 4), dim=1))
@@ -148,7 +153,7 @@ def test_alignment_scales_long_new_rows_to_a_share_of_the_mean_norm_of_the_old(s
     assert torch.allclose(head.weight[[1, 3]], before[[1, 3]] * after / scale)
 
 
-def test_the_published_network():
+def test_the_published_network() -> None:
     backbone = CifarResNet(32)
     network = Network(backbone, 64, 32).grown(100)
     assert sum(p.numel() for p in network.parameters()) == 470_004
@@ -158,7 +163,7 @@ def test_the_published_network():
     )
 
 
-def test_the_published_recipe():
+def test_the_published_recipe() -> None:
     """REFERENCE: ABD's schedule, generator and weights."""
     paper = RECIPES["paper"]
     schedule, generator, inversion = paper.schedule, paper.generator, paper.inversion

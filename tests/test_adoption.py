@@ -6,7 +6,9 @@ import copy
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from edge_dfcil import BackboneError, ClassError, EdgeDfcilError, Learner, ModelFileError, SettingError, list_backbones
+from edge_dfcil.demo import Batches
 from edge_dfcil.model import adoption
 from exporters import OnnxClassifier
 from tests.conftest import NAMES, QUICK
@@ -22,7 +25,7 @@ from tests.conftest import NAMES, QUICK
 ABC = ["a", "b", "c"]
 
 
-def block(inputs: int, outputs: int, **settings: object) -> nn.Sequential:
+def block(inputs: int, outputs: int, **settings: Any) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs, **settings), nn.ReLU())
 
 
@@ -43,7 +46,7 @@ def learnt(network: nn.Sequential, size: int = 16) -> nn.Sequential:
     return network.eval()
 
 
-def adopted(network: nn.Module, classes: list[str] = ABC, **settings: object) -> Learner:
+def adopted(network: nn.Module, classes: Any = ABC, **settings: Any) -> Learner:
     return Learner.from_classifier(network, classes, **{"image_size": 16, "recipe": QUICK, "device": "cpu", **settings})
 
 
@@ -59,7 +62,7 @@ def network() -> nn.Sequential:
 class Named(nn.Module):
     """Gives what `give` makes of the logits."""
 
-    def __init__(self, give: object) -> None:
+    def __init__(self, give: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.network, self.give = small(), give
 
@@ -91,7 +94,7 @@ class Named(nn.Module):
         ),
     ],
 )
-def test_what_is_no_classifier_is_refused(given, message):
+def test_what_is_no_classifier_is_refused(given: Any, message: str) -> None:
     with pytest.raises(BackboneError, match=message):
         adopted(given)
     with pytest.raises(EdgeDfcilError):
@@ -119,7 +122,7 @@ def test_what_is_no_classifier_is_refused(given, message):
         ({"backbone": nn.Identity()}, BackboneError, "is a text"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(network, settings, error, message):
+def test_settings_that_cannot_work_are_refused(network: Any, settings: dict[str, Any], error: Any, message: str) -> None:
     with pytest.raises(error, match=message) as raised:
         adopted(network, **settings)
     assert "np." not in str(raised.value)
@@ -128,31 +131,31 @@ def test_settings_that_cannot_work_are_refused(network, settings, error, message
 @pytest.mark.parametrize(
     "classes", [3, None, "abc", b"abc", {"a", "b", "c"}, {0: "a", 1: "b", 2: "c"}, [], ["a", "b", 3], ["a", "a", "b"]]
 )
-def test_classes_that_are_no_list_of_names_are_refused(network, classes):
+def test_classes_that_are_no_list_of_names_are_refused(network: Any, classes: Any) -> None:
     with pytest.raises(ClassError):
         adopted(network, classes)
 
 
-def test_names_and_sizes_of_numpy_are_taken(network):
+def test_names_and_sizes_of_numpy_are_taken(network: Any) -> None:
     learner = adopted(network, np.array(ABC), image_size=np.int64(16), seed=np.int32(3))
     assert learner.classes == ("a", "b", "c")
     assert (type(learner.image_size), type(learner.seed)) == (int, int)
 
 
-def test_one_output_is_no_softmax():
+def test_one_output_is_no_softmax() -> None:
     with pytest.raises(BackboneError, match="one output"):
         adopted(small(1), ["a"])
 
 
 @pytest.mark.parametrize("key", ["0.0.weight", "1.1.running_mean", "2.1.running_var", "5.bias"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_not_finite_are_refused(network, key, value):
+def test_numbers_that_are_not_finite_are_refused(network: Any, key: str, value: Any) -> None:
     network.state_dict()[key].view(-1)[1] = value
     with pytest.raises(BackboneError, match=f"{key} holds NaN or infinite"):
         adopted(network)
 
 
-def test_an_answer_that_depends_on_the_batch_is_refused():
+def test_an_answer_that_depends_on_the_batch_is_refused() -> None:
     class Centred(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x - x.mean(0, keepdim=True)
@@ -161,7 +164,7 @@ def test_an_answer_that_depends_on_the_batch_is_refused():
         adopted(small(last=nn.Sequential(block(16, 16), Centred())))
 
 
-def test_statistics_that_were_never_learnt_are_a_warning(network):
+def test_statistics_that_were_never_learnt_are_a_warning(network: Any) -> None:
     fresh = nn.Sequential(block(3, 8), block(8, 8), block(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
     with pytest.warns(UserWarning, match="3 of 3 BatchNorm layers.*nothing to invert") as told:
         adopted(fresh)
@@ -172,7 +175,7 @@ def test_statistics_that_were_never_learnt_are_a_warning(network):
         Learner(fresh[:5], image_size=16, device="cpu")  # a backbone that is to be trained
 
 
-def test_the_callers_module_stays_in_its_modes(network, train):
+def test_the_callers_module_stays_in_its_modes(network: Any, train: Batches) -> None:
     """Train mode with one layer frozen, as when fine-tuning; also a dead channel, and a cumulative average."""
     network.train()
     network[1][1].eval()
@@ -189,15 +192,16 @@ def test_the_callers_module_stays_in_its_modes(network, train):
     assert np.isfinite([prediction.score for prediction in learner.predict(images(4))]).all()
 
 
-def test_wrappers_are_taken_off(network, tmp_path):
+def test_wrappers_are_taken_off(network: Any, tmp_path: Path) -> None:
     plain = adopted(network).predict(images(3))
-    for wrapped in (torch.compile(network), nn.DataParallel(network)):
+    wrappers: list[Any] = [torch.compile(network), nn.DataParallel(network)]
+    for wrapped in wrappers:
         learner = adopted(wrapped)
         assert learner.predict(images(3)) == plain
         assert Learner.load(learner.save(tmp_path / "m"), "cpu", backbone=wrapped).predict(images(3)) == plain
 
 
-def test_a_file_loads_with_the_module_that_was_adopted(network, train, tmp_path):
+def test_a_file_loads_with_the_module_that_was_adopted(network: Any, train: Batches, tmp_path: Path) -> None:
     learner = adopted(network)
     learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
     path = learner.save(tmp_path / "m")
@@ -208,7 +212,7 @@ def test_a_file_loads_with_the_module_that_was_adopted(network, train, tmp_path)
     assert isinstance(network[5], nn.Linear), "the caller's module keeps its head"
 
 
-def test_a_head_in_the_middle_of_the_module_is_found_again(tmp_path):
+def test_a_head_in_the_middle_of_the_module_is_found_again(tmp_path: Path) -> None:
     class HeadFirst(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -227,9 +231,11 @@ def test_a_head_in_the_middle_of_the_module_is_found_again(tmp_path):
     )
 
 
-def test_a_file_says_what_does_not_fit(network, tmp_path):
+def test_a_file_says_what_does_not_fit(network: Any, tmp_path: Path) -> None:
     path = adopted(network).save(tmp_path / "m")
-    without_bias, longer, wider = small(), small(), small()
+    without_bias: Any = small()
+    longer: Any = small()
+    wider = small()
     without_bias[0][0] = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
     longer[2] = nn.Sequential(*longer[2], nn.Conv2d(16, 16, 1))
     wider[0], wider[1] = block(3, 12), block(12, 16)
@@ -247,7 +253,7 @@ def test_a_file_says_what_does_not_fit(network, tmp_path):
         Learner.load(path, "cpu", backbone=narrower)
 
 
-def test_a_name_must_compute_what_the_module_computes():
+def test_a_name_must_compute_what_the_module_computes() -> None:
     """The epsilon of a layer is in no state dict."""
     module = learnt(nn.Sequential(models.mobilenet_v3_small(num_classes=3)), 32)[0]
     assert adopted(module, image_size=32, backbone="mobilenet_v3_small").backbone == "mobilenet_v3_small"
@@ -258,7 +264,7 @@ def test_a_name_must_compute_what_the_module_computes():
         adopted(module, image_size=32, backbone="mobilenet_v3_small")
 
 
-def test_auxiliary_heads_are_refused_unless_switched_off():
+def test_auxiliary_heads_are_refused_unless_switched_off() -> None:
     module = models.googlenet(num_classes=3, init_weights=True)
     with pytest.raises(BackboneError, match="aux_logits=False"):
         adopted(module, image_size=32)
@@ -299,7 +305,7 @@ def as_by_name(name: str) -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore:.*nothing to invert:UserWarning")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in FAMILIES])
-def test_a_family_is_adopted_saved_and_loaded(name, tmp_path):
+def test_a_family_is_adopted_saved_and_loaded(name: str, tmp_path: Path) -> None:
     """By name, and with the module given again; taught a task as well."""
     x, module = images(3, FAMILIES[name]), as_by_name(name)
     for backbone in (name, None):
@@ -314,7 +320,7 @@ def test_a_family_is_adopted_saved_and_loaded(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*nothing to invert:UserWarning")
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_is_exported(name, tmp_path):
+def test_a_family_is_exported(name: str, tmp_path: Path) -> None:
     x, learner = images(3, FAMILIES[name]), adopted(as_by_name(name), image_size=FAMILIES[name])
     learner.export(tmp_path / "m.onnx")
     there = OnnxClassifier(tmp_path / "m.onnx").probabilities(x.numpy())
@@ -322,7 +328,7 @@ def test_a_family_is_exported(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_listed_network_of_torchvision_belongs_to_a_tested_family():
+def test_every_listed_network_of_torchvision_belongs_to_a_tested_family() -> None:
     tested = {type(as_by_name(name)) for name in FAMILIES}
     for name in list_backbones("torchvision:*"):
         settings = {"init_weights": False} if name.endswith(("googlenet", "inception_v3")) else {}
@@ -333,7 +339,7 @@ def test_every_listed_network_of_torchvision_belongs_to_a_tested_family():
 # The command line's modules
 
 
-def test_a_module_is_loaded_by_the_name_of_its_callable(tmp_path, monkeypatch):
+def test_a_module_is_loaded_by_the_name_of_its_callable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_networks.py").write_text(
         "from torch import nn\n"
         "def build(): return nn.Linear(2, 3)\n"
@@ -364,7 +370,7 @@ def test_a_module_is_loaded_by_the_name_of_its_callable(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="how torch's threads behave elsewhere is another matter")
-def test_a_forked_worker_answers():
+def test_a_forked_worker_answers() -> None:
     """Where a server loads the model and forks its workers. In a process of its own: a fork copies pytest's threads."""
     done = subprocess.run(
         [sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +13,13 @@ from torch import nn
 
 import edge_dfcil
 from edge_dfcil import BackboneError, Learner, SettingError, list_backbones, register_backbone
+from edge_dfcil.demo import Batches
 from edge_dfcil.model import backbones
 from tests.conftest import NAMES, QUICK
 
 
 @pytest.fixture
-def family(monkeypatch):
+def family(monkeypatch: pytest.MonkeyPatch) -> str:
     """A family of a test's own, which is gone afterwards."""
     monkeypatch.setattr(backbones, "_FAMILIES", dict(backbones._FAMILIES))
     return "toy"
@@ -28,7 +32,7 @@ def tiny(name: str, weights: str | None = None) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def test_a_new_family_is_one_call(family, train, test, tmp_path):
+def test_a_new_family_is_one_call(family: Any, train: Batches, test: Batches, tmp_path: Path) -> None:
     """It is learnt with, saved, loaded by its name, and listed."""
     register_backbone(family, tiny, names=["8", "16"])
     assert list_backbones("toy:*") == ["toy:16", "toy:8"]
@@ -41,7 +45,7 @@ def test_a_new_family_is_one_call(family, train, test, tmp_path):
     assert Learner.load(learner.save(tmp_path / "m"), "cpu").predict(test.images[:4]) == learner.predict(test.images[:4])
 
 
-def test_a_file_of_a_family_that_is_not_registered_says_so(family, tmp_path):
+def test_a_file_of_a_family_that_is_not_registered_says_so(family: Any, tmp_path: Path) -> None:
     register_backbone(family, tiny)
     path = Learner("toy:8", image_size=16, recipe=QUICK, device="cpu").save(tmp_path / "m")
     del backbones._FAMILIES[family]
@@ -49,7 +53,7 @@ def test_a_file_of_a_family_that_is_not_registered_says_so(family, tmp_path):
         Learner.load(path, "cpu")
 
 
-def test_a_family_says_how_its_images_are(family):
+def test_a_family_says_how_its_images_are(family: Any) -> None:
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     register_backbone(family, lambda name, weights: backbones.Backbone(tiny(name), mean, std, 24))
     learner = Learner("toy:8", device="cpu")
@@ -71,12 +75,12 @@ def test_a_family_says_how_its_images_are(family):
         ("toy", "resnet8", "must be a function"),
     ],
 )
-def test_families_that_cannot_be(family, family_name, build, message):
+def test_families_that_cannot_be(family: Any, family_name: Any, build: Any, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         register_backbone(family_name, build)
 
 
-def test_a_family_can_be_replaced(family):
+def test_a_family_can_be_replaced(family: Any) -> None:
     register_backbone("cifar", tiny, replace=True)
     assert isinstance(backbones.build("cifar:8"), nn.Sequential)
 
@@ -89,7 +93,7 @@ def test_a_family_can_be_replaced(family):
         (lambda name, weights: nn.Flatten(), "0 BatchNorm layers"),
     ],
 )
-def test_what_a_family_builds_wrongly_is_an_error_of_the_package(family, build, message):
+def test_what_a_family_builds_wrongly_is_an_error_of_the_package(family: Any, build: Callable[..., Any], message: str) -> None:
     register_backbone(family, build)
     with pytest.raises(BackboneError, match=message):
         Learner("toy:8", image_size=16, device="cpu")
@@ -109,12 +113,12 @@ def test_what_a_family_builds_wrongly_is_an_error_of_the_package(family, build, 
         (None, "None was given"),
     ],
 )
-def test_names_that_are_none(name, message):
+def test_names_that_are_none(name: Any, message: str) -> None:
     with pytest.raises(BackboneError, match=message):
         Learner(name, device="cpu")
 
 
-def test_short_and_full_names_are_the_same_network():
+def test_short_and_full_names_are_the_same_network() -> None:
     for short, full in (("resnet8", "cifar:resnet8"), ("mobilenet_v3_small", "torchvision:mobilenet_v3_small")):
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -127,7 +131,7 @@ def test_short_and_full_names_are_the_same_network():
     assert backbones.smaller("torchvision:mobilenet_v3_small") == []
 
 
-def test_names_are_listed_by_a_pattern():
+def test_names_are_listed_by_a_pattern() -> None:
     assert list_backbones("cifar:*") == sorted(f"cifar:{name}" for name in backbones.CIFAR_RESNETS)
     assert {"cifar:resnet20", "torchvision:resnet18"} <= set(list_backbones("resnet*"))
     assert set(backbones.names()) <= {name.partition(":")[2] for name in list_backbones()}
@@ -135,14 +139,14 @@ def test_names_are_listed_by_a_pattern():
     assert list_backbones("nothing*") == []
 
 
-def test_weights_are_for_names():
+def test_weights_are_for_names() -> None:
     with pytest.raises(SettingError, match="by name"):
         Learner(tiny("8"), image_size=16, weights="DEFAULT", device="cpu")
     with pytest.raises(BackboneError, match="weights=True"):
-        Learner("resnet18", weights=True, device="cpu")
+        Learner("resnet18", weights=True, device="cpu")  # type: ignore[arg-type]
 
 
-def test_pretrained_weights_bring_their_own_statistics(monkeypatch):
+def test_pretrained_weights_bring_their_own_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     """efficientnet_v2_l was trained with 0.5, unlike most; so was what `transform_input` of googlenet stands for."""
     from torchvision.models import _api
 
@@ -159,7 +163,7 @@ def test_pretrained_weights_bring_their_own_statistics(monkeypatch):
     assert statistics("resnet18", None) == (None, None)
 
 
-def test_a_network_of_timm_learns_and_loads_by_its_name(tmp_path):
+def test_a_network_of_timm_learns_and_loads_by_its_name(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     made = backbones.create("timm:resnet18.a1_in1k")
     assert (made.mean, made.std) == backbones.IMAGENET_STATISTICS
@@ -173,7 +177,7 @@ def test_a_network_of_timm_learns_and_loads_by_its_name(tmp_path):
     assert Learner.load(learner.save(tmp_path / "m"), "cpu").predict(x) == learner.predict(x)
 
 
-def test_timms_refusals():
+def test_timms_refusals() -> None:
     pytest.importorskip("timm")
     assert "timm:resnet18" in list_backbones("timm:resnet1*")
     for name, weights, message in (
@@ -185,12 +189,12 @@ def test_timms_refusals():
             Learner(name, weights=weights, device="cpu")
 
 
-def test_without_timm_the_error_says_how_to_get_it(monkeypatch):
+def test_without_timm_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     monkeypatch.setitem(sys.modules, "timm.data", None)
     with pytest.raises(BackboneError, match=r"pip install 'edge-dfcil\[timm\]'"):
         Learner("timm:resnet18", device="cpu")
 
 
-def test_the_calls_are_public():
+def test_the_calls_are_public() -> None:
     assert {"list_backbones", "register_backbone"} <= set(edge_dfcil.__all__)

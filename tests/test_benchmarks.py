@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,26 +18,26 @@ from torchvision.datasets import CIFAR100
 from benchmarks import accuracy, embedding, machine, memory, memory_tables, report, workshop_tables
 from benchmarks.__main__ import main
 from benchmarks.datasets import Data, class_order, load, pack
-from edge_dfcil import DataError, Recipe, SettingError
+from edge_dfcil import DataError, Learner, Recipe, SettingError
 
 
 @pytest.mark.parametrize(
     ("run", "begins"), [(0, [23, 8, 11, 7, 48, 13]), (1, [53, 37, 65, 51, 4, 20]), (2, [0, 76, 61, 63, 1, 71])]
 )
-def test_class_orders_are_the_published_ones(run, begins):
+def test_class_orders_are_the_published_ones(run: int, begins: list[Any]) -> None:
     order = class_order(100, run)
     assert order[:6] == begins
     assert sorted(order) == list(range(100))
 
 
 @pytest.fixture
-def data(tmp_path):
+def data(tmp_path: Path) -> Data:
     random = np.random.default_rng(0)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for part, per_class in (("train", 8), ("test", 4)):
         arrays[f"{part}_y"] = np.repeat(np.arange(6, dtype=np.uint8), per_class)
         arrays[f"{part}_x"] = random.integers(0, 256, (6 * per_class, 16, 16, 3), dtype=np.uint8)
-    np.savez(tmp_path / "cifar100.npz", class_names=np.array([*"abcdef"]), **arrays)
+    np.savez(tmp_path / "cifar100.npz", allow_pickle=False, class_names=np.array([*"abcdef"]), **arrays)
     return load(tmp_path)
 
 
@@ -44,20 +46,22 @@ QUICK = {"epochs": 1, "first_epochs": 1, "min_steps": 2, "generator_steps": 2, "
 
 
 @pytest.mark.parametrize("method", ["abd", "bic-8", "icarl-8", "dgr", "upper_bound"])
-def test_a_stopped_run_goes_on_and_ends_the_same(method, data, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_and_ends_the_same(
+    method: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     whole.mkdir()
     stopped.mkdir()
     expected = accuracy.run(TINY, method, 0, data, whole, "cpu", QUICK)
-    learn_task, calls = accuracy.Learner.learn_task, []
+    learn_task, calls = Learner.learn_task, list[int]()
 
-    def stops_at_the_second(self, *arguments, **settings):
+    def stops_at_the_second(self: Learner, *arguments: Any, **settings: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return learn_task(self, *arguments, **settings)
 
-    monkeypatch.setattr(accuracy.Learner, "learn_task", stops_at_the_second)
+    monkeypatch.setattr(Learner, "learn_task", stops_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         accuracy.run(TINY, method, 0, data, stopped, "cpu", QUICK)
     resumed = accuracy.run(TINY, method, 0, data, stopped, "cpu", QUICK)
@@ -69,7 +73,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(method, data, tmp_path, monkeyp
     assert json.loads(written.read_text()) == json.loads(json.dumps(expected))
 
 
-def test_a_run_says_all_that_a_reader_needs(data, tmp_path):
+def test_a_run_says_all_that_a_reader_needs(data: Data, tmp_path: Path) -> None:
     bound = accuracy.run(TINY, "upper_bound", 0, data, tmp_path, "cpu", QUICK)
     plain = accuracy.run(TINY, "finetune", 0, data, tmp_path, "cpu", QUICK)
     stored = accuracy.run(TINY, "rehearsal-8", 0, data, tmp_path, "cpu", QUICK)
@@ -88,7 +92,7 @@ def test_a_run_says_all_that_a_reader_needs(data, tmp_path):
     assert set(plain["machine"]) == {"device", "processor", "threads", "allocator"}
 
 
-def test_the_report_is_made_from_the_files(data, tmp_path):
+def test_the_report_is_made_from_the_files(data: Data, tmp_path: Path) -> None:
     found = {m: accuracy.run(TINY, m, 0, data, tmp_path, "cpu", QUICK) for m in ("upper_bound", "abd", "deep_inversion")}
     accuracy.run(TINY, "abd", 1, data, tmp_path, "cpu", QUICK)
     done = CliRunner().invoke(main, ["report", "--out", str(tmp_path)], catch_exceptions=False)
@@ -105,10 +109,10 @@ def test_the_report_is_made_from_the_files(data, tmp_path):
         assert picture in text
 
 
-def test_no_task_is_begun_that_would_not_end_in_time(data, tmp_path):
+def test_no_task_is_begun_that_would_not_end_in_time(data: Data, tmp_path: Path) -> None:
     asked = []
 
-    def never(seconds):
+    def never(seconds: Any) -> bool:
         asked.append(seconds)
         return len(asked) == 1
 
@@ -119,7 +123,7 @@ def test_no_task_is_begun_that_would_not_end_in_time(data, tmp_path):
     assert len(accuracy.run(TINY, "finetune", 0, data, tmp_path, "cpu", QUICK)["matrix"]) == 2
 
 
-def test_presets_are_the_published_protocols():
+def test_presets_are_the_published_protocols() -> None:
     for tasks in (5, 10, 20):
         preset = accuracy.PRESETS[f"paper-{tasks}"]
         assert (preset.tasks, preset.classes, preset.backbone, preset.recipe, preset.batch_size) == (
@@ -130,13 +134,13 @@ def test_presets_are_the_published_protocols():
     assert accuracy.expand("lwf,ablations")[:2] == ["lwf", "abd:published"]
 
 
-def test_mid_by_hand():
+def test_mid_by_hand() -> None:
     reference = torch.tensor([[0.0, 0.0], [2.0, 0.0]])  # mean (1, 0), every image at distance 1 from it
     assert embedding.mid(torch.tensor([[1.0, 3.0], [1.0, 1.0]]), reference) == pytest.approx(2)
     assert embedding.mid(reference, reference) == 0
 
 
-def test_a_packed_file_is_small_and_says_how_it_was_packed(data, tmp_path):
+def test_a_packed_file_is_small_and_says_how_it_was_packed(data: Data, tmp_path: Path) -> None:
     said = pack(data, tmp_path / "small.npz", limit=60_000)
     packed = load(tmp_path / "small.npz")
     assert packed.packed == said
@@ -151,7 +155,7 @@ def test_a_packed_file_is_small_and_says_how_it_was_packed(data, tmp_path):
         pack(data, tmp_path / "tiny.npz", limit=1000)
 
 
-def test_torchvisions_folder_is_a_data_set(tmp_path, monkeypatch):
+def test_torchvisions_folder_is_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files that torchvision downloads, with the checksums of ours in place of theirs."""
     (folder := tmp_path / CIFAR100.base_folder).mkdir()
     images = np.random.default_rng(0).integers(0, 256, (2, 6, 32, 32, 3), dtype=np.uint8)
@@ -168,11 +172,11 @@ def test_torchvisions_folder_is_a_data_set(tmp_path, monkeypatch):
         assert found.arrays[f"{part}_y"].tolist() == [0, 1, 2, 0, 1, 2]
 
 
-def _md5(path):
+def _md5(path: Path) -> Any:
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
-def test_folders_of_pictures_are_a_data_set(tmp_path):
+def test_folders_of_pictures_are_a_data_set(tmp_path: Path) -> None:
     for part in ("train", "test"):
         for name, shade in (("dark", 10), ("light", 200)):
             (tmp_path / part / name).mkdir(parents=True)
@@ -187,7 +191,7 @@ def test_folders_of_pictures_are_a_data_set(tmp_path):
 
 
 @pytest.mark.parametrize("preset", ["edge-5x4", "paper-10"])
-def test_the_command_runs_resumes_and_tells(preset, data, tmp_path):
+def test_the_command_runs_resumes_and_tells(preset: str, data: Data, tmp_path: Path) -> None:
     arguments = [
         "accuracy",
         "--preset",
@@ -215,7 +219,7 @@ def test_the_command_runs_resumes_and_tells(preset, data, tmp_path):
     assert "magic" in done.output
 
 
-def test_speed_checks_that_both_do_the_same_and_prints_its_ratios():
+def test_speed_checks_that_both_do_the_same_and_prints_its_ratios() -> None:
     done = CliRunner().invoke(main, ["speed", "--quick", "--json", "--device", "cpu"], catch_exceptions=False)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["losses_differ_by"] <= 1e-4
@@ -226,7 +230,7 @@ def test_speed_checks_that_both_do_the_same_and_prints_its_ratios():
 
 
 @pytest.mark.slow
-def test_the_workshop_runs_every_step_and_goes_on_where_it_stopped(data, tmp_path):
+def test_the_workshop_runs_every_step_and_goes_on_where_it_stopped(data: Data, tmp_path: Path) -> None:
     out, models = tmp_path / "out", tmp_path / "models"
     shop = ["workshop", "--data", str(tmp_path), "--quick", "--out", str(out), "--models", str(models)]
     done = CliRunner().invoke(main, [*shop, "--parts", "dreams,distill,adopt"], catch_exceptions=False)
@@ -250,8 +254,8 @@ def test_the_workshop_runs_every_step_and_goes_on_where_it_stopped(data, tmp_pat
         assert "| onnx float, distilled |" in done.stdout and "with ONNX Runtime alone" in done.stdout
 
 
-def test_the_workshop_tells_seeds_together():
-    def row(after, agreement):
+def test_the_workshop_tells_seeds_together() -> None:
+    def row(after: Any, agreement: Any) -> dict[str, Any]:
         return {"accuracy": [0.8, after], "agreement": agreement, "parameters": [2, 1], "dreams": 64, "minutes": 1.0}
 
     made = {"teacher": {"accuracy": 0.8}, "distill resnet20 noise": row(0.1, 1.0)}
@@ -264,16 +268,16 @@ def test_the_workshop_tells_seeds_together():
 
 
 @pytest.mark.slow
-def test_the_memory_benchmark_runs_each_cell_in_a_process_and_tells(tmp_path):
+def test_the_memory_benchmark_runs_each_cell_in_a_process_and_tells(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    arrays = {f"{part}_y": np.repeat(np.arange(4, dtype=np.uint8), 8) for part in ("train", "test")}
+    arrays: dict[str, Any] = {f"{part}_y": np.repeat(np.arange(4, dtype=np.uint8), 8) for part in ("train", "test")}
     arrays |= {f"{part}_x": random.integers(0, 256, (32, 32, 32, 3), dtype=np.uint8) for part in ("train", "test")}
-    np.savez(tmp_path / "cifar100.npz", class_names=np.array([*"abcd"]), **arrays)
-    small = {"images": 8, "batch_size": 8, "epochs": 1, "generator_steps": 2}
+    np.savez(tmp_path / "cifar100.npz", allow_pickle=False, class_names=np.array([*"abcd"]), **arrays)
+    small: dict[str, Any] = {"images": 8, "batch_size": 8, "epochs": 1, "generator_steps": 2}
     chosen = [memory.Cell("budget", "resnet32", 32, budget=budget, **small) for budget in ("16MB", None)]
     chosen += [memory.Cell("restarted", "resnet32", 32, **small)]
 
-    said = []
+    said: list[str] = []
     found = memory.run(chosen, tmp_path, tmp_path, said.append)
     assert said == [cell.key for cell in chosen]
     refused, free, restarted = (found["cells"][cell.key] for cell in chosen)
@@ -288,7 +292,7 @@ def test_the_memory_benchmark_runs_each_cell_in_a_process_and_tells(tmp_path):
     assert "| resnet32, 32 px, a process a task | none |" in full
 
 
-def test_a_task_that_failed_and_a_run_above_its_budget_are_told():
+def test_a_task_that_failed_and_a_run_above_its_budget_are_told() -> None:
     stage = {"name": "learn", "peak_bytes": 100, "seconds": 2.0, "steps": 4, "at_once": 8}
     task = {"kernel_peak": 130e6, "planned_peak": 100, "stages": [stage], "accuracy": 0.5}
     done = {"tasks": [task], "kept": {"model": 1, "more": 0}}
@@ -306,7 +310,7 @@ def test_a_task_that_failed_and_a_run_above_its_budget_are_told():
     assert "|  |  | 130 (1.00), 1 of 2 refused | failed |" in short, "what was not run is empty, not refused"
 
 
-def test_committed_figures_come_from_committed_files():
+def test_committed_figures_come_from_committed_files() -> None:
     """The README of the results is what the report makes of them now."""
     text = (accuracy.RESULTS / "README.md").read_text()
     for protocol, methods in report.read(accuracy.RESULTS).items():

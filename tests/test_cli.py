@@ -12,8 +12,10 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from edge_dfcil import Callback, Learner, Session, SettingError, compression, exporting
 from edge_dfcil.cli import main, predict
 from edge_dfcil.cli.options import build_module, chosen_recipe
+from edge_dfcil.demo import Batches
 from edge_dfcil.model import file
 from edge_dfcil.recipe import RECIPES
 from tests.conftest import NAMES, QUICK, quick_learner
@@ -43,7 +46,7 @@ def cli(*arguments: object, expect: int = 0) -> Result:
     return done
 
 
-def folder_of(root: Path, batches, names, per_class=12) -> Path:
+def folder_of(root: Path, batches: Any, names: Any, per_class: Any = 12) -> Path:
     for name in names:
         (root / name).mkdir(parents=True)
         for number, image in enumerate(batches.of((name,)).images[:per_class]):
@@ -52,17 +55,17 @@ def folder_of(root: Path, batches, names, per_class=12) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory, train):
+def pictures(tmp_path_factory: pytest.TempPathFactory, train: Batches) -> Any:
     root = tmp_path_factory.mktemp("pictures")
     return folder_of(root / "first", train, ("0", "1")), folder_of(root / "second", train, ("2", "3"))
 
 
 @pytest.fixture
-def model(learnt, tmp_path):
+def model(learnt: Learner, tmp_path: Path) -> Any:
     return learnt.save(tmp_path / "model.safetensors")
 
 
-def test_the_whole_story(pictures, model, tmp_path):
+def test_the_whole_story(pictures: Any, model: Path, tmp_path: Path) -> None:
     first, second = pictures
     answer = json.loads(cli("learn", second, "--model", model, "--json").stdout)
     assert answer["new_classes"] == ["2", "3"]
@@ -97,7 +100,7 @@ def test_the_whole_story(pictures, model, tmp_path):
     assert answer["bytes"] == (tmp_path / "m.onnx").stat().st_size
 
 
-def test_a_new_model_has_the_settings_given(pictures, tmp_path):
+def test_a_new_model_has_the_settings_given(pictures: Any, tmp_path: Path) -> None:
     path = tmp_path / "new.safetensors"
     cli("learn", pictures[0], "--model", path, *SETTINGS, "--method", "finetune", "--no-flip")
     learner = Learner.load(path)
@@ -107,14 +110,14 @@ def test_a_new_model_has_the_settings_given(pictures, tmp_path):
 
 
 class TestRecipe:
-    def test_a_file_and_single_settings(self, pictures, tmp_path):
+    def test_a_file_and_single_settings(self, pictures: Any, tmp_path: Path) -> None:
         path, new = tmp_path / "quick.json", tmp_path / "new"
         path.write_text(json.dumps(QUICK.to_dict()))
         settings = ["--recipe", path, "--set", "schedule.momentum=0.8", "--no-flip"]
         cli("learn", pictures[0], "--model", new, "--backbone", "resnet8", "--image-size", 16, "--method", "finetune", *settings)
         assert Learner.load(new).recipe == QUICK.changed({"schedule.momentum": 0.8})
 
-    def test_a_model_that_is_there_learns_on_with_what_is_set(self, pictures, model):
+    def test_a_model_that_is_there_learns_on_with_what_is_set(self, pictures: Any, model: Path) -> None:
         before = Learner.load(model).recipe
         cli("learn", pictures[1], "--model", model, "--set", "generator.steps=3", "--set", "remember.mu=0.5")
         assert Learner.load(model).recipe == before.changed({"generator.steps": 3, "remember.mu": 0.5})
@@ -131,7 +134,9 @@ class TestRecipe:
         ],
         ids=lambda command: command[0],
     )
-    def test_a_setting_that_cannot_be_is_refused_by_every_command(self, command, model, pictures, tmp_path):
+    def test_a_setting_that_cannot_be_is_refused_by_every_command(
+        self, command: list[Any], model: Path, pictures: Any, tmp_path: Path
+    ) -> None:
         places = {"tmp": tmp_path, "model": model, "pictures": pictures[1]}
         arguments = [part.format(**places) for part in command]
         assert "recipe.generator.width is 0" in cli(*arguments, "--set", "generator.width=0", expect=1).stderr
@@ -140,7 +145,9 @@ class TestRecipe:
         assert "GROUP.NAME=VALUE" in cli(*arguments, "--set", "width", expect=2).stderr
         assert {p.name for p in tmp_path.iterdir()} == {model.name}
 
-    def test_a_name_wins_over_a_file_and_a_file_need_not_end_in_json(self, tmp_path, monkeypatch):
+    def test_a_name_wins_over_a_file_and_a_file_need_not_end_in_json(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "edge").write_text('{"generator": {"width": 8}}')
         (tmp_path / "mine").write_text('{"generator": {"width": 8}}')
@@ -158,7 +165,7 @@ class TestOwnModules:
     """A model whose backbone is a module of the user's: every command takes what builds it."""
 
     @pytest.fixture
-    def adopted(self, tmp_path, monkeypatch):
+    def adopted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         torch.manual_seed(0)
         module = own_classifier().train()
         for _ in range(10):
@@ -174,7 +181,7 @@ class TestOwnModules:
         monkeypatch.delitem(sys.modules, "mine", raising=False)
         return learner.save(tmp_path / "adopted.safetensors")
 
-    def test_each_command(self, adopted, pictures, tmp_path):
+    def test_each_command(self, adopted: Any, pictures: Any, tmp_path: Path) -> None:
         module = ["--module", "mine:Factory.build"]
         cli("learn", pictures[0], "--model", adopted, *module)
         assert len(json.loads(cli("predict", adopted, pictures[0] / "0" / "1.png", "--json", *module).stdout)) == 1
@@ -185,7 +192,7 @@ class TestOwnModules:
         assert shown.startswith("Sequential at 16 px, abd") and "keeps no picture" in shown
         assert cli("inspect", adopted, *module).stdout == shown
 
-    def test_a_new_model_of_it(self, adopted, pictures, tmp_path):
+    def test_a_new_model_of_it(self, adopted: Any, pictures: Any, tmp_path: Path) -> None:
         path = tmp_path / "new"
         settings = ["--image-size", 16, "--method", "finetune", *SHORT, "--module", "mine:Factory.build"]
         cli("learn", pictures[0], "--model", path, *settings)
@@ -193,7 +200,7 @@ class TestOwnModules:
         refused = cli("learn", pictures[0], "--model", tmp_path / "other", "--backbone", "resnet8", *settings, expect=1)
         assert "--backbone and --module" in refused.stderr
 
-    def test_without_it_the_option_is_named(self, adopted, pictures):
+    def test_without_it_the_option_is_named(self, adopted: Any, pictures: Any) -> None:
         assert "--module" in cli("predict", adopted, pictures[0] / "0" / "1.png", expect=1).stderr
 
     @pytest.mark.parametrize(
@@ -207,14 +214,16 @@ class TestOwnModules:
             ("mine:number", "gave a int"),
         ],
     )
-    def test_what_builds_no_module_is_refused(self, adopted, name, message):
+    def test_what_builds_no_module_is_refused(self, adopted: Any, name: str, message: str) -> None:
         path = list(sys.path)
         with pytest.raises(ValueError, match=message):
             build_module(name)
         assert sys.path == path
 
 
-def test_predict_answers_the_good_pictures_and_names_the_bad(pictures, model, tmp_path, monkeypatch):
+def test_predict_answers_the_good_pictures_and_names_the_bad(
+    pictures: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(predict, "AT_ONCE", 2)
     good = [pictures[0] / "0" / f"{number}.png" for number in range(3)]
     bad = tmp_path / "bad.png"
@@ -228,7 +237,7 @@ def test_predict_answers_the_good_pictures_and_names_the_bad(pictures, model, tm
     assert [one["label"] for one in json.loads(done.stdout)] == [one["label"] for one in alone]
 
 
-def test_a_budget_is_planned_shown_and_kept_or_refused(pictures, model):
+def test_a_budget_is_planned_shown_and_kept_or_refused(pictures: Any, model: Path) -> None:
     before = model.read_bytes()
     shown = cli("learn", pictures[1], "--model", model, "--memory-budget", "300MB", "--dry-run").stdout
     assert "activations" in shown and "budget 300.0 MB" in shown
@@ -242,7 +251,7 @@ def test_a_budget_is_planned_shown_and_kept_or_refused(pictures, model):
     assert report["peak_bytes"] <= report["plan"]["budget"] == 300_000_000
 
 
-def test_damaged_pictures_are_named_skipped_and_counted_or_refused(learnt, train, tmp_path):
+def test_damaged_pictures_are_named_skipped_and_counted_or_refused(learnt: Learner, train: Batches, tmp_path: Path) -> None:
     model = learnt.save(tmp_path / "m")
     images = folder_of(tmp_path / "images", train, ("5", "6"))
     (images / "5" / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
@@ -266,13 +275,13 @@ class TestSmaller:
     """Distilled, pruned and in INT8: each a file of its own, the model as it was. The settings are made quick."""
 
     @pytest.fixture(autouse=True)
-    def _model_stays(self, model):
+    def _model_stays(self, model: Path) -> Iterator[None]:
         before = model.read_bytes()
         yield
         assert model.read_bytes() == before
 
-    def test_distilled(self, pictures, model, tmp_path, monkeypatch):
-        def quick(learner, to, settings, **more):
+    def test_distilled(self, pictures: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def quick(learner: Learner, to: Any, settings: Any, **more: Any) -> Any:
             few = replace(settings, dreams=32, generator_steps=2, steps=2, batch=16)
             return compression.distillation.distill(learner, to, settings=few, **more)
 
@@ -285,8 +294,8 @@ class TestSmaller:
         assert Learner.load(answer["model"]).backbone == "resnet14"
         assert Path(answer["model"]) == tmp_path / "model-resnet14.safetensors"
 
-    def test_pruned(self, pictures, model, tmp_path, monkeypatch):
-        def quick(learner, settings, **more):
+    def test_pruned(self, pictures: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def quick(learner: Learner, settings: Any, **more: Any) -> Any:
             return compression.pruning.prune(learner, replace(settings, dreams=32, rounds=2), **more)
 
         monkeypatch.setattr(compression, "prune", quick)
@@ -295,7 +304,7 @@ class TestSmaller:
         assert answer["filters"][1] <= 0.9 * answer["filters"][0]
         assert json.loads(cli("predict", out, pictures[0] / "0" / "1.png", "--json").stdout)[0]["label"] in ("0", "1")
 
-    def test_in_int8(self, pictures, model, tmp_path, monkeypatch):
+    def test_in_int8(self, pictures: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(exporting, "MIN_CALIBRATION", 64)
         pictured = ["--calibration", pictures[0], "--eval", pictures[0]]
         shown = cli("export", model, tmp_path / "int8.onnx", "--quantize", "int8", *pictured).stdout
@@ -306,11 +315,11 @@ class TestCheckpoint:
     """A task that was stopped goes on with the same command, and nothing is left when the model is saved."""
 
     @pytest.fixture
-    def stopped(self, monkeypatch):
+    def stopped(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         """Stops a task in the middle of a stage that has a checkpoint."""
 
         class Stop(Callback):
-            def on_step_end(self, stage, step, losses, images):
+            def on_step_end(self, stage: Any, step: Any, losses: Any, images: Any) -> None:
                 if stage.name == "learn" and step == 5:
                     raise KeyboardInterrupt
 
@@ -318,7 +327,7 @@ class TestCheckpoint:
             patched.setattr("edge_dfcil.learner.with_progress", lambda *_: [Stop()])
             yield patched
 
-    def test_the_same_command_goes_on(self, pictures, model, tmp_path, stopped):
+    def test_the_same_command_goes_on(self, pictures: Any, model: Path, tmp_path: Path, stopped: Any) -> None:
         whole = shutil.copy(model, tmp_path / "whole.safetensors")
         done = cli("learn", pictures[1], "--model", model, expect=1)
         assert "the same command goes on" in done.stderr and "the model is the one from before" in done.stderr
@@ -331,14 +340,18 @@ class TestCheckpoint:
         one, other = (file.read(path)[0] for path in (model, whole))
         assert all(torch.equal(one[name], other[name]) for name in other)
 
-    def test_another_task_begins_from_its_start(self, pictures, model, tmp_path, train, stopped):
+    def test_another_task_begins_from_its_start(
+        self, pictures: Any, model: Path, tmp_path: Path, train: Batches, stopped: Any
+    ) -> None:
         cli("learn", pictures[1], "--model", model, expect=1)
         stopped.undo()
         other = folder_of(tmp_path / "other", train, ("5", "6"))
         assert not json.loads(cli("learn", other, "--model", model, "--json").stdout)["resumed"]
         assert not [*tmp_path.glob(".*")]
 
-    def test_stopped_after_the_model_was_saved_there_is_nothing_left_to_do(self, pictures, model, tmp_path, monkeypatch):
+    def test_stopped_after_the_model_was_saved_there_is_nothing_left_to_do(
+        self, pictures: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         with monkeypatch.context() as patched:
             patched.setattr(Session, "clear_checkpoint", lambda session: (_ for _ in ()).throw(KeyboardInterrupt))
             cli("learn", pictures[1], "--model", model, expect=1)
@@ -348,20 +361,20 @@ class TestCheckpoint:
         assert model.read_bytes() == saved and not [*tmp_path.glob(".*")]
         assert "known already" in cli("learn", pictures[1], "--model", model, expect=1).stderr
 
-    def test_one_can_be_named_or_none(self, pictures, model, tmp_path, stopped):
+    def test_one_can_be_named_or_none(self, pictures: Any, model: Path, tmp_path: Path, stopped: Any) -> None:
         before = {*tmp_path.iterdir()}
         done = cli("learn", pictures[1], "--model", model, "--checkpoint", "none", expect=1)
         assert {*tmp_path.iterdir()} == before and "goes on" not in done.stderr
         cli("learn", pictures[1], "--model", model, "--checkpoint", tmp_path / "here", expect=1)
         assert {*tmp_path.iterdir()} == before | {tmp_path / "here"}
 
-    def test_a_time_budget_is_kept_in_the_report(self, pictures, model):
+    def test_a_time_budget_is_kept_in_the_report(self, pictures: Any, model: Path) -> None:
         report = json.loads(cli("learn", pictures[1], "--model", model, "--time-budget", "10min", "--json").stdout)
         assert report["fitted"]["share"] == 1
         assert "is no time" in cli("learn", pictures[0], "--model", model, "--time-budget", "soon", expect=1).stderr
 
 
-def test_classes_are_renamed_and_forgotten(pictures, model):
+def test_classes_are_renamed_and_forgotten(pictures: Any, model: Path) -> None:
     assert "cat" in cli("rename", model, "0", "cat", "1", "dog").stdout
     assert Learner.load(model).classes == ("cat", "dog")
     assert json.loads(cli("forget", model, "cat", "--json").stdout)["classes"] == ["dog"]
@@ -405,7 +418,9 @@ def test_classes_are_renamed_and_forgotten(pictures, model):
         (["learn", "{pictures2}", "--model", "{tmp}/new", "--recipe", "{pictures}/0/0.png"], "holds no recipe"),
     ],
 )
-def test_reported_errors_exit_with_one_and_change_nothing(arguments, message, pictures, model, tmp_path):
+def test_reported_errors_exit_with_one_and_change_nothing(
+    arguments: list[Any], message: str, pictures: Any, model: Path, tmp_path: Path
+) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     places = {"tmp": empty, "model": model, "pictures": pictures[0], "pictures2": pictures[1]}
@@ -420,11 +435,11 @@ def test_reported_errors_exit_with_one_and_change_nothing(arguments, message, pi
 @pytest.mark.parametrize(
     "arguments", [["learn"], ["fly"], ["predict", "model"], ["learn", "x", "--model", "m", "--batch-size", "1"]]
 )
-def test_wrong_usage_exits_with_two(arguments):
+def test_wrong_usage_exits_with_two(arguments: list[Any]) -> None:
     assert "Usage" in cli(*arguments, expect=2).stderr
 
 
-def start_learning(pictures, model):
+def start_learning(pictures: Any, model: Path) -> Any:
     """A learning process whose task takes long, once it is inside."""
     code = (
         "import signal, sys; from edge_dfcil.cli import main\n"
@@ -441,12 +456,12 @@ def start_learning(pictures, model):
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout.readline() == "step\n"
+    assert process.stdout is not None and process.stdout.readline() == "step\n"
     return process
 
 
 @pytest.fixture
-def slow_model(learnt, tmp_path):
+def slow_model(learnt: Learner, tmp_path: Path) -> Any:
     """A model whose next task would take an hour."""
 
     learnt.recipe = learnt.recipe.changed({"generator.steps": 1_000_000})
@@ -454,7 +469,7 @@ def slow_model(learnt, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_while_learning_the_old_model_is_intact(pictures, slow_model, test):
+def test_killed_while_learning_the_old_model_is_intact(pictures: Any, slow_model: Any, test: Batches) -> None:
     before = slow_model.read_bytes()
     process = start_learning(pictures[1], slow_model)
     time.sleep(0.2)
@@ -465,7 +480,7 @@ def test_killed_while_learning_the_old_model_is_intact(pictures, slow_model, tes
     assert Learner.load(slow_model).predict(test.images[:1])
 
 
-def test_ctrl_c_is_reported_and_the_old_model_is_intact(pictures, slow_model):
+def test_ctrl_c_is_reported_and_the_old_model_is_intact(pictures: Any, slow_model: Any) -> None:
     before = slow_model.read_bytes()
     process = start_learning(pictures[1], slow_model)
     process.send_signal(signal.SIGINT)
@@ -476,7 +491,7 @@ def test_ctrl_c_is_reported_and_the_old_model_is_intact(pictures, slow_model):
     assert slow_model.read_bytes() == before
 
 
-def test_killed_at_any_moment_of_writing_the_file_is_the_old_or_the_new(tmp_path):
+def test_killed_at_any_moment_of_writing_the_file_is_the_old_or_the_new(tmp_path: Path) -> None:
     """Children that save in a loop are killed at different moments; what is on disk always loads."""
     path = quick_learner().save(tmp_path / "m")
     code = (
@@ -500,11 +515,11 @@ def test_killed_at_any_moment_of_writing_the_file_is_the_old_or_the_new(tmp_path
             assert Learner.load(path, "cpu").classes == ()
 
 
-def test_progress_is_quiet_without_a_terminal(pictures, model):
+def test_progress_is_quiet_without_a_terminal(pictures: Any, model: Path) -> None:
     assert cli("learn", pictures[1], "--model", model).stderr == ""
 
 
-def test_progress_is_shown_to_a_terminal(pictures, model):
+def test_progress_is_shown_to_a_terminal(pictures: Any, model: Path) -> None:
     """On a pseudo-terminal: stage, epoch, losses, images a second."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -525,7 +540,7 @@ def test_progress_is_shown_to_a_terminal(pictures, model):
         assert word in shown.decode()
 
 
-def test_a_link_to_the_model_is_the_model_itself(model, tmp_path):
+def test_a_link_to_the_model_is_the_model_itself(model: Path, tmp_path: Path) -> None:
     (tmp_path / "link.onnx").symlink_to(model)
     before = model.read_bytes()
     assert "is the model itself" in cli("export", model, tmp_path / "link.onnx", expect=1).stderr
@@ -536,28 +551,28 @@ class TestBeforeLearning:
     """What would fail after minutes of learning is refused before."""
 
     @pytest.fixture(autouse=True)
-    def _learning_fails(self, monkeypatch):
+    def _learning_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Learner, "session", lambda *_, **__: pytest.fail("it learns"))
 
     @pytest.mark.parametrize("name", ["no/model", "x" * 300, "folder"])
-    def test_a_file_that_cannot_be_written(self, name, pictures, tmp_path):
+    def test_a_file_that_cannot_be_written(self, name: Any, pictures: Any, tmp_path: Path) -> None:
         (tmp_path / "folder").mkdir()
         done = cli("learn", pictures[0], "--model", tmp_path / name, *SETTINGS, expect=1)
         assert done.stderr.startswith("error: ") and [p.name for p in tmp_path.iterdir()] == ["folder"]
 
-    def test_a_class_folder_whose_name_is_not_utf8(self, pictures, model, tmp_path):
+    def test_a_class_folder_whose_name_is_not_utf8(self, pictures: Any, model: Path, tmp_path: Path) -> None:
         images = tmp_path / "images"
         shutil.copytree(pictures[0] / "0", images / "tea")
         shutil.copytree(pictures[0] / "1", images / os.fsdecode(b"caf\xe9"))
         assert "caf" in cli("learn", images, "--model", model, expect=1).stderr
 
-    def test_a_model_that_another_process_teaches(self, pictures, model):
+    def test_a_model_that_another_process_teaches(self, pictures: Any, model: Path) -> None:
         with file.claim(model):
             assert "in use" in cli("learn", pictures[1], "--model", model, expect=1).stderr
 
 
 class TestStreams:
-    def test_python_dash_m_is_the_command(self, model):
+    def test_python_dash_m_is_the_command(self, model: Path) -> None:
         for name in ("edge_dfcil", "edge_dfcil.cli"):
             done = subprocess.run([sys.executable, "-m", name, "--version"], capture_output=True, text=True)
             assert (done.returncode, done.stdout.split()[0]) == (0, "edge-dfcil,")
@@ -567,7 +582,7 @@ class TestStreams:
             )
 
     @pytest.mark.parametrize("closed", ["| head -1", "| true", ">&-", "2>&- >&-", "> /dev/full"])
-    def test_a_stdout_that_is_closed_or_full_ends_in_no_traceback(self, closed):
+    def test_a_stdout_that_is_closed_or_full_ends_in_no_traceback(self, closed: str) -> None:
         """A command of the same group that needs no torch, so that processes are cheap."""
         code = (
             "import click\nfrom edge_dfcil.cli.console import Commands, answer, note\n"
@@ -582,7 +597,9 @@ class TestStreams:
             assert ("done" in done.stderr) == (closed == ">&-")
 
     @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-    def test_names_that_a_terminal_cannot_show_are_written_as_codes(self, learnt, pictures, tmp_path, encoding):
+    def test_names_that_a_terminal_cannot_show_are_written_as_codes(
+        self, learnt: Learner, pictures: Any, tmp_path: Path, encoding: str
+    ) -> None:
         learnt.rename({"0": "кошка", "1": "café"})
         model, runner = learnt.save(tmp_path / "м.safetensors"), CliRunner(charset=encoding)
         done = runner.invoke(main, ["inspect", str(model)])
@@ -592,13 +609,13 @@ class TestStreams:
         missing = runner.invoke(main, ["predict", str(model), str(tmp_path / "ж.png")])
         assert missing.exit_code == 1 and r"\u0436.png" in missing.stderr
 
-    def test_json_is_one_line_and_has_no_nan(self, model, monkeypatch):
+    def test_json_is_one_line_and_has_no_nan(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read = file.read
         monkeypatch.setattr(file, "read", lambda path: (read(path)[0], {**read(path)[1], "seed": float("nan")}))
         shown = cli("inspect", model, "--json").stdout
         assert shown.count("\n") == 1 and json.loads(shown)["seed"] is None
 
-    def test_a_warning_is_one_line_without_a_place_in_the_code(self, model, monkeypatch):
+    def test_a_warning_is_one_line_without_a_place_in_the_code(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read = file.read
         monkeypatch.setattr(file, "read", lambda path: (warnings.warn("look\n  out", stacklevel=1), read(path))[1])
         with warnings.catch_warnings():
@@ -607,20 +624,20 @@ class TestStreams:
         assert done.stderr == "warning: look out\n" and "keeps no picture" in done.stdout
 
     @pytest.mark.parametrize("error", [MemoryError(), OSError(28, "No space left on device"), KeyboardInterrupt()])
-    def test_what_the_machine_raises_is_one_line(self, model, monkeypatch, error):
-        def fails(path):
+    def test_what_the_machine_raises_is_one_line(self, model: Path, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+        def fails(path: Path) -> None:
             raise error
 
         monkeypatch.setattr(file, "read", fails)
         done = cli("inspect", model, expect=1)
         assert done.stdout == "" and done.stderr.count("\n") == 1
 
-    def test_streams_are_left_as_they_were(self, model, capfd):
+    def test_streams_are_left_as_they_were(self, model: Path, capfd: pytest.CaptureFixture[str]) -> None:
         before = sys.stdout.errors, warnings.showwarning
         with pytest.raises(SystemExit):
             main(["inspect", str(model)])
         assert (sys.stdout.errors, warnings.showwarning) == before
 
 
-def test_names_are_those_of_the_folders(pictures, model):
+def test_names_are_those_of_the_folders(pictures: Any, model: Path) -> None:
     assert NAMES[:2] == list(Learner.load(model).classes)

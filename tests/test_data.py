@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,7 +25,7 @@ PLAIN = RECIPES["edge"].changed(
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(8, 70), st.integers(8, 70), st.integers(8, 40), st.booleans())
-def test_fit_gives_the_square_asked_for_within_the_old_range(height, width, size, whole):
+def test_fit_gives_the_square_asked_for_within_the_old_range(height: int, width: int, size: int, whole: bool) -> None:
     images = torch.rand(2, 3, height, width)
     images = (images * 255).to(torch.uint8) if whole else images
     out = fit(images, size)
@@ -32,21 +35,21 @@ def test_fit_gives_the_square_asked_for_within_the_old_range(height, width, size
     assert out.float().max() <= images.float().max() + 1
 
 
-def test_fit_keeps_the_centre():
+def test_fit_keeps_the_centre() -> None:
     wide = torch.zeros(1, 3, 16, 48)
     wide[..., 16:32] = 1
     assert fit(wide, 16).min() == 1
 
 
 @given(st.sampled_from([torch.float16, torch.float32, torch.float64, torch.bfloat16]))
-def test_every_float_kind_is_an_image(dtype):
+def test_every_float_kind_is_an_image(dtype: Any) -> None:
     kept = torch.float32 if dtype == torch.float64 else dtype  # MPS has no float64
     assert check_images(torch.full((1, 3, 8, 8), 0.5, dtype=dtype)).dtype == kept
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 2**31), st.floats(0, 1), st.floats(0, 1))
-def test_jitter_stays_in_range_and_differs_by_image(seed, brightness, contrast):
+def test_jitter_stays_in_range_and_differs_by_image(seed: int, brightness: float, contrast: float) -> None:
     torch.manual_seed(seed)
     images = torch.rand(1, 3, 8, 8).expand(4, -1, -1, -1)
     out = jitter(images, brightness, contrast)
@@ -56,7 +59,7 @@ def test_jitter_stays_in_range_and_differs_by_image(seed, brightness, contrast):
         assert not torch.equal(out[0], out[1])
 
 
-def test_jitter_by_hand_for_a_grey_image():
+def test_jitter_by_hand_for_a_grey_image() -> None:
     """Contrast leaves one flat grey alone, so that brightness is all there is."""
     torch.manual_seed(0)
     out = jitter(torch.full((200, 3, 4, 4), 0.5), 0.2, 0.9)
@@ -65,7 +68,7 @@ def test_jitter_by_hand_for_a_grey_image():
     assert 0.59 < out.max() <= 0.6
 
 
-def test_crop_moves_pixels_and_pads_with_zeros():
+def test_crop_moves_pixels_and_pads_with_zeros() -> None:
     torch.manual_seed(0)
     images = torch.ones(64, 3, 8, 8)
     out = crop(images, 2)
@@ -76,7 +79,7 @@ def test_crop_moves_pixels_and_pads_with_zeros():
     assert kept.max() == 64, "a centre crop keeps all"
 
 
-def test_crop_keeps_channels_together():
+def test_crop_keeps_channels_together() -> None:
     torch.manual_seed(0)
     image = torch.stack([torch.full((8, 8), 0.1), torch.full((8, 8), 0.2), torch.full((8, 8), 0.3)])[None]
     out = crop(image, 2)
@@ -84,7 +87,7 @@ def test_crop_keeps_channels_together():
     assert torch.allclose(out[0, :, inside], torch.tensor([0.1, 0.2, 0.3])[:, None].expand(-1, int(inside.sum())))
 
 
-def test_nothing_asked_for_is_nothing_done():
+def test_nothing_asked_for_is_nothing_done() -> None:
     images = torch.rand(3, 3, 8, 8)
     assert torch.equal(augment(images, PLAIN), images)
     flipped = augment(images[:1].expand(40, -1, -1, -1), PLAIN.changed({"augmentation.flip": True}))
@@ -93,7 +96,7 @@ def test_nothing_asked_for_is_nothing_done():
     assert 5 < same.sum() < 35
 
 
-def test_scan_counts_images_and_batches():
+def test_scan_counts_images_and_batches() -> None:
     batches = [(torch.rand(4, 3, 8, 8), torch.tensor([0, 0, 1, 5])), (torch.rand(2, 3, 8, 8), [5, 5])]
     scanned = scan(batches)
     assert scanned.counts == {0: 2, 1: 1, 5: 3}
@@ -102,13 +105,13 @@ def test_scan_counts_images_and_batches():
     assert scanned.counts_by_size == {4: {0: 2, 1: 1, 5: 1}, 2: {5: 2}}
 
 
-def test_scan_of_a_loader_without_end_can_be_cancelled():
+def test_scan_of_a_loader_without_end_can_be_cancelled() -> None:
     batch = (torch.rand(4, 3, 8, 8), [0, 0, 1, 1])
 
     class Endless:
         read = 0
 
-        def __iter__(self):
+        def __iter__(self) -> Iterator[Any]:
             while True:
                 self.read += 1
                 yield batch
@@ -119,13 +122,13 @@ def test_scan_of_a_loader_without_end_can_be_cancelled():
     assert endless.read == 5
 
 
-def real_batches(loader, recipe=PLAIN, names=None):
+def real_batches(loader: Any, recipe: Any = PLAIN, names: Any = None) -> RealBatches:
     scanned = scan(loader)
     network = Network(torch.nn.Flatten(), 192, 8).grown(2)
     return RealBatches(loader, scanned, {0: 0, 1: 1}, network, recipe, names)
 
 
-def batches_of(*sizes, target=lambda batch, image: image % 2):
+def batches_of(*sizes: Any, target: Any = lambda batch, image: image % 2) -> Any:
     return [(torch.rand(n, 3, 8, 8), [target(batch, image) for image in range(n)]) for batch, n in enumerate(sizes)]
 
 
@@ -133,17 +136,19 @@ class TestLeftOut:
     PAPER = PLAIN.changed({"schedule.drop_incomplete": True})
 
     @pytest.mark.parametrize(("recipe", "sizes", "left_out"), [(PLAIN, (4, 3, 1), 1), (PAPER, (4, 3, 1), 4), (PAPER, (4, 3), 3)])
-    def test_images_that_no_epoch_sees_are_counted_and_mentioned(self, recipe, sizes, left_out):
+    def test_images_that_no_epoch_sees_are_counted_and_mentioned(
+        self, recipe: Any, sizes: tuple[Any, ...], left_out: int
+    ) -> None:
         with pytest.warns(UserWarning, match=f"{left_out} of {sum(sizes)} images are left out"):
             batches = real_batches(batches_of(*sizes), recipe)
         assert batches.left_out == left_out
         assert sum(len(batch) for batch in batches) == sum(sizes) - left_out
 
     @pytest.mark.parametrize(("recipe", "sizes"), [(PLAIN, (4, 3)), (PAPER, (4, 4)), (PAPER, (3,))])
-    def test_nothing_is_said_where_all_are_seen(self, recipe, sizes):
+    def test_nothing_is_said_where_all_are_seen(self, recipe: Any, sizes: tuple[Any, ...]) -> None:
         assert real_batches(batches_of(*sizes), recipe).left_out == 0
 
-    def test_a_class_that_would_never_be_learnt_is_refused(self):
+    def test_a_class_that_would_never_be_learnt_is_refused(self) -> None:
         alone = batches_of(4, 1, target=lambda batch, image: batch)
         with pytest.raises(DataError, match=r"no image of 'dog' would be learnt from.*alone in a batch"):
             real_batches(alone, names={0: "cat", 1: "dog"})
@@ -152,23 +157,23 @@ class TestLeftOut:
             real_batches(few, self.PAPER)
         assert real_batches(few).left_out == 0
 
-    def test_a_class_left_out_by_chance_is_not_refused(self):
+    def test_a_class_left_out_by_chance_is_not_refused(self) -> None:
         class Shuffled:
             passes = 0
 
-            def __iter__(self):
+            def __iter__(self) -> Any:
                 self.passes += 1
                 return iter(batches_of(4, 1, target=lambda batch, image: (batch == 1) if self.passes == 1 else image % 2))
 
         with pytest.warns(UserWarning, match="unless the loader shuffles"):
             assert real_batches(Shuffled()).left_out == 1
 
-    def test_a_loader_known_to_shuffle_is_not_warned_of(self):
+    def test_a_loader_known_to_shuffle_is_not_warned_of(self) -> None:
         data = TensorDataset(torch.rand(9, 3, 8, 8), torch.arange(9) % 2)
         assert real_batches(DataLoader(data, batch_size=4, shuffle=True)).left_out == 1
 
 
-def test_metrics_by_hand():
+def test_metrics_by_hand() -> None:
     assert metrics.average_incremental_accuracy([0.9, 0.5]) == pytest.approx(0.7)
     assert metrics.forgetting([[0.9], [0.5, 0.8], [0.6, 0.4, 0.9]]) == pytest.approx(((0.9 - 0.6) + (0.8 - 0.4)) / 2)
     assert metrics.forgetting([[0.9]]) == 0
@@ -176,7 +181,7 @@ def test_metrics_by_hand():
 
 
 @given(st.lists(st.lists(st.integers(0, 50), min_size=4, max_size=4), min_size=4, max_size=4).filter(lambda m: sum(map(sum, m))))
-def test_evaluation_adds_up(confusion):
+def test_evaluation_adds_up(confusion: Any) -> None:
     found = metrics.evaluation(confusion, list("abcd"), [("a", "b"), ("c", "d")])
     assert 0 <= found.accuracy <= 1
     assert found.n == sum(map(sum, confusion))
@@ -185,6 +190,6 @@ def test_evaluation_adds_up(confusion):
     assert weighted / found.n == pytest.approx(found.accuracy)
 
 
-def test_an_evaluation_of_nothing_is_refused():
+def test_an_evaluation_of_nothing_is_refused() -> None:
     with pytest.raises(DataError, match="at least one"):
         metrics.evaluation([[0, 0], [0, 0]], "ab", [("a", "b")])

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,17 +15,18 @@ import pytest
 import torch
 from torch import nn
 
-from edge_dfcil import ExportError
+from edge_dfcil import ExportError, Learner
+from edge_dfcil.demo import Batches
 from exporters import OnnxClassifier, export_onnx
 
 
 @pytest.fixture(scope="module")
-def exported(_learnt, tmp_path_factory):
+def exported(_learnt: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("export") / "digits.onnx"
     return _learnt, _learnt.export(path), path
 
 
-def test_answers_as_the_model_for_any_batch(exported, test):
+def test_answers_as_the_model_for_any_batch(exported: Any, test: Batches) -> None:
     learner, report, path = exported
     classifier = OnnxClassifier(path)
     for n in (1, 2, 33):
@@ -38,13 +41,13 @@ def test_answers_as_the_model_for_any_batch(exported, test):
     assert report.bytes == path.stat().st_size
 
 
-def test_floats_in_zero_to_one_are_the_same_pixels(exported, test):
+def test_floats_in_zero_to_one_are_the_same_pixels(exported: Any, test: Batches) -> None:
     classifier = OnnxClassifier(exported[2])
     x = test.images[:5].numpy()
     assert classifier.predict(x / np.float32(255)) == classifier.predict(x)
 
 
-def test_the_file_says_what_it_is(exported):
+def test_the_file_says_what_it_is(exported: Any) -> None:
     learner, report, path = exported
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
@@ -62,7 +65,7 @@ def test_the_file_says_what_it_is(exported):
     assert metadata["version"] == learner.settings()["version"]
 
 
-def test_it_answers_without_torch(exported):
+def test_it_answers_without_torch(exported: Any) -> None:
     code = f"""
         import sys
         import numpy as np
@@ -79,16 +82,16 @@ def test_it_answers_without_torch(exported):
 class Fickle(nn.Module):
     """Answers otherwise at each call, so that no graph of it can agree."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.calls = 0
 
-    def forward(self, images):
+    def forward(self, images: Any) -> Any:
         self.calls += 1
         return images.float().mean((2, 3)) * 0.01 * self.calls
 
 
-def test_a_graph_that_disagrees_is_not_written(tmp_path):
+def test_a_graph_that_disagrees_is_not_written(tmp_path: Path) -> None:
     path = tmp_path / "x.onnx"
     path.write_bytes(b"what was there before")
     with pytest.raises(ExportError, match="disagrees"):
@@ -98,21 +101,21 @@ def test_a_graph_that_disagrees_is_not_written(tmp_path):
 
 
 class Stubborn(nn.Module):
-    def forward(self, images):
+    def forward(self, images: Any) -> Any:
         return images.float().mean((2, 3)) if float(images.float().sum()) > 3.0 else images.float().amax((2, 3))
 
 
-def test_a_network_that_cannot_be_a_graph_is_told(tmp_path):
+def test_a_network_that_cannot_be_a_graph_is_told(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="could not write this network"):
         export_onnx(Stubborn(), tmp_path / "x.onnx", classes=["a", "b", "c"], image_size=16)
 
 
-def test_no_such_folder(learnt, tmp_path):
+def test_no_such_folder(learnt: Learner, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="make it first"):
         learnt.export(tmp_path / "nowhere" / "x.onnx")
 
 
-def test_files_that_are_none(tmp_path):
+def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="is not a file"):
         OnnxClassifier(tmp_path / "nothing.onnx")
     (tmp_path / "text.onnx").write_text("hello")

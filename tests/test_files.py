@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def refuses(code: int):
-    def rename(source, target, **_):
+def refuses(code: int) -> Any:
+    def rename(source: Any, target: Any, **_: Any) -> None:
         raise OSError(code, os.strerror(code), str(target))
 
     return rename
@@ -34,7 +35,7 @@ def refuses(code: int):
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(before=st.none() | st.binary(max_size=300), content=st.binary(max_size=300), renames=st.booleans())
-def test_any_content_replaces_any_other(tmp_path, before, content, renames):
+def test_any_content_replaces_any_other(tmp_path: Path, before: Any, content: Any, renames: bool) -> None:
     path = tmp_path / "m"
     path.unlink(missing_ok=True)
     if before is not None:
@@ -47,7 +48,7 @@ def test_any_content_replaces_any_other(tmp_path, before, content, renames):
     assert names(tmp_path) == ["m"]
 
 
-def test_a_link_stays_and_its_target_is_replaced(tmp_path):
+def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "volume").mkdir()
     target, inner, link = tmp_path / "volume" / "m", tmp_path / "inner", tmp_path / "link"
     target.write_bytes(b"old")
@@ -59,21 +60,21 @@ def test_a_link_stays_and_its_target_is_replaced(tmp_path):
     assert names(tmp_path / "volume") == ["m"]
 
 
-def test_a_link_to_nothing_yet_makes_its_target(tmp_path):
+def test_a_link_to_nothing_yet_makes_its_target(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "m")
     replace_file(tmp_path / "link", b"new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "m").read_bytes() == b"new"
 
 
-def test_a_link_to_itself_is_refused(tmp_path):
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(OSError, match="symbolic links"):
         replace_file(tmp_path / "loop", b"new")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in folders here")
-def test_only_regular_files_are_replaced(tmp_path):
+def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
@@ -97,7 +98,7 @@ def test_only_regular_files_are_replaced(tmp_path):
     assert names(tmp_path) == ["folder", "link", "pipe", "socket"]
 
 
-def test_a_name_of_the_greatest_length_can_be_written(tmp_path):
+def test_a_name_of_the_greatest_length_can_be_written(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 255)
     check_writable(path)
     replace_file(path, b"new")
@@ -110,7 +111,7 @@ def test_a_name_of_the_greatest_length_can_be_written(tmp_path):
     [("x" * 256, "too long"), ("no/m", "make it first"), ("a\0b", "null"), ("\ud800", "encode")],
     ids=["long", "folder", "null", "surrogate"],
 )
-def test_a_name_that_cannot_be_is_known_before(tmp_path, name, message):
+def test_a_name_that_cannot_be_is_known_before(tmp_path: Path, name: Any, message: str) -> None:
     with pytest.raises(OSError, match=message):
         check_writable(tmp_path / name)
     with pytest.raises(ModelFileError, match=message) as caught:
@@ -121,7 +122,7 @@ def test_a_name_that_cannot_be_is_known_before(tmp_path, name, message):
     assert not names(tmp_path)
 
 
-def test_a_disk_without_room_is_known_before(tmp_path):
+def test_a_disk_without_room_is_known_before(tmp_path: Path) -> None:
     (tmp_path / "m").write_bytes(b"old")
     check_writable(tmp_path / "m", 3)
     with pytest.raises(OSError, match="the disk has") as caught:
@@ -133,7 +134,7 @@ def test_a_disk_without_room_is_known_before(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="modes are of POSIX")
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444])
 @pytest.mark.parametrize("renames", [True, False])
-def test_the_mode_of_the_replaced_file_is_kept(tmp_path, monkeypatch, mode, renames):
+def test_the_mode_of_the_replaced_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, renames: bool) -> None:
     path = tmp_path / "m"
     path.write_bytes(b"old")
     path.chmod(mode)
@@ -147,7 +148,7 @@ def test_the_mode_of_the_replaced_file_is_kept(tmp_path, monkeypatch, mode, rena
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are of POSIX")
-def test_a_new_file_follows_the_umask_which_is_not_touched(tmp_path, monkeypatch):
+def test_a_new_file_follows_the_umask_which_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = os.umask(0o027)
     try:
         monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask is one for all threads"))
@@ -159,7 +160,7 @@ def test_a_new_file_follows_the_umask_which_is_not_touched(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("code", [errno.EBUSY, errno.EXDEV, errno.EROFS, errno.EACCES])
-def test_where_no_rename_can_be_it_is_written_in_place(tmp_path, monkeypatch, code):
+def test_where_no_rename_can_be_it_is_written_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: Any) -> None:
     path = tmp_path / "m"
     path.write_bytes(b"old and longer than the new one")
     inode = path.stat().st_ino
@@ -170,13 +171,13 @@ def test_where_no_rename_can_be_it_is_written_in_place(tmp_path, monkeypatch, co
     assert names(tmp_path) == ["m"]
 
 
-def test_a_failure_in_place_restores_the_old_content(tmp_path, monkeypatch):
+def test_a_failure_in_place_restores_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m"
     path.write_bytes(b"old " * 100)
     monkeypatch.setattr(os, "replace", refuses(errno.EBUSY))
     calls, sync = [], os.fsync
 
-    def fails_after_the_write(descriptor):
+    def fails_after_the_write(descriptor: Any) -> None:
         calls.append(descriptor)
         if len(calls) == 2:  # the first is of the hidden file beside it
             raise OSError(errno.EIO, "Input/output error")
@@ -191,7 +192,7 @@ def test_a_failure_in_place_restores_the_old_content(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("renames", [True, False])
 @pytest.mark.parametrize("there", [True, False])
-def test_a_full_disk_leaves_what_was_there(tmp_path, renames, there):
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, renames: bool, there: bool) -> None:
     """A real process whose files may not grow past 1,000 bytes, as on a full disk."""
     path = tmp_path / "m"
     if there:
@@ -214,7 +215,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, renames, there):
     assert not there or path.read_bytes() == b"old" * 100
 
 
-def test_parts_of_killed_writers_are_removed_after_an_hour(tmp_path):
+def test_parts_of_killed_writers_are_removed_after_an_hour(tmp_path: Path) -> None:
     path = tmp_path / "m"
     killed = f"""
 import os

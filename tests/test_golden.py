@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from edge_dfcil import Learner
+from edge_dfcil.demo import Batches
 from exporters import OnnxClassifier
 from tests.golden.make import NAMES, own_classifier
 
@@ -28,13 +30,13 @@ def load(path: Path) -> Learner:
     return Learner.load(path, "cpu", backbone=backbone)
 
 
-def test_there_are_golden_files_of_every_kind():
+def test_there_are_golden_files_of_every_kind() -> None:
     assert {path.stem for path in MODELS} == {"cifar", "torchvision", "adopted", "pruned", "mirrored"}
     assert {path.stem for path in GRAPHS} == {"cifar", "cifar-int8"}
 
 
 @pytest.mark.parametrize("path", MODELS, ids=named)
-def test_a_model_file_answers_as_recorded(path):
+def test_a_model_file_answers_as_recorded(path: Any) -> None:
     answers = np.load(path.parent / "answers.npz")
     learner = load(path)
     images = torch.from_numpy(answers["images"])
@@ -43,7 +45,7 @@ def test_a_model_file_answers_as_recorded(path):
 
 
 @pytest.mark.parametrize("path", GRAPHS, ids=named)
-def test_an_onnx_file_answers_as_recorded(path):
+def test_an_onnx_file_answers_as_recorded(path: Any) -> None:
     answers = np.load(path.parent / "answers.npz")
     found = OnnxClassifier(path).probabilities(answers["images"])
     # A quantized graph rounds activations to 256 steps: one step more or less, by processor, moves a probability.
@@ -52,7 +54,7 @@ def test_an_onnx_file_answers_as_recorded(path):
 
 
 @pytest.mark.parametrize("path", MODELS, ids=named)
-def test_a_model_file_learns_a_further_task(path, train):
+def test_a_model_file_learns_a_further_task(path: Any, train: Batches) -> None:
     learner = load(path)
     before = learner.classes
     learner.learn_task(train.of(("6", "7")), NAMES, progress=False)

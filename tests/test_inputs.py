@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import enum
 from collections import UserDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from edge_dfcil import DataError, EdgeDfcilError
@@ -23,7 +27,7 @@ Y = torch.tensor([0, 1, 1, 0])
 
 
 class TestImages:
-    def test_what_networks_cannot_take_as_it_is(self):
+    def test_what_networks_cannot_take_as_it_is(self) -> None:
         floats = X.float() / 255
         assert check_images(floats.double()).dtype == torch.float32
         assert not check_images(floats.clone().requires_grad_()).requires_grad
@@ -32,7 +36,7 @@ class TestImages:
         assert torch.equal(check_images(list(X)), X)
         assert check_images(X[:0]).shape == (0, 3, 16, 16)
 
-    def test_arrays_that_torch_does_not_take(self):
+    def test_arrays_that_torch_does_not_take(self) -> None:
         floats = X.numpy() / np.float64(255)
         wanted = check_images(floats)
         frozen = X.numpy().copy()
@@ -64,7 +68,7 @@ class TestImages:
             (torch.nested.nested_tensor([torch.rand(3, 8, 8)], layout=torch.jagged), "nested"),
         ],
     )
-    def test_what_is_refused(self, images, message):
+    def test_what_is_refused(self, images: Any, message: str) -> None:
         with pytest.raises(DataError, match=message):
             check_images(images)
 
@@ -92,12 +96,12 @@ class TestTargets:
             [0, Fruit.APPLE, True, False],
         ],
     )
-    def test_whole_numbers_of_any_kind_are_plain_ones(self, targets):
+    def test_whole_numbers_of_any_kind_are_plain_ones(self, targets: Any) -> None:
         found = check_targets(targets, 4, "batch 1")
         assert found == [0, 1, 1, 0]
         assert {type(value) for value in found} == {int}
 
-    def test_names_and_single_values(self):
+    def test_names_and_single_values(self) -> None:
         assert check_targets(np.array(["a", "b"]), 2, "") == check_targets(("a", "b"), 2, "") == ["a", "b"]
         assert check_targets(torch.tensor(3), 1, "") == check_targets(np.int64(3), 1, "") == check_targets(3, 1, "") == [3]
         assert check_targets("cat", 1, "") == ["cat"]
@@ -128,7 +132,7 @@ class TestTargets:
             (Y.to("meta"), "meta"),
         ],
     )
-    def test_what_is_refused_says_what_to_do(self, targets, message):
+    def test_what_is_refused_says_what_to_do(self, targets: Any, message: str) -> None:
         with pytest.raises(DataError, match=message):
             check_targets(targets, 4, "batch 1")
 
@@ -141,7 +145,7 @@ class TestTargets:
             ),
         )
     )
-    def test_anything_is_a_list_of_numbers_and_names_or_a_data_error(self, targets):
+    def test_anything_is_a_list_of_numbers_and_names_or_a_data_error(self, targets: Any) -> None:
         try:
             found = check_targets(targets, 2, "batch 1")
         except DataError:
@@ -162,7 +166,7 @@ class TestLoaders:
             UserDict(images=list(X), targets=Y.tolist()),
         ],
     )
-    def test_batches_of_every_kind(self, batch):
+    def test_batches_of_every_kind(self, batch: Any) -> None:
         ((images, targets),) = read([batch])
         assert torch.equal(images, X)
         assert targets == Y.tolist()
@@ -176,12 +180,12 @@ class TestLoaders:
             ((X,), "must be a pair"),
         ],
     )
-    def test_batches_that_cannot_be_learnt_from(self, batch, message):
+    def test_batches_that_cannot_be_learnt_from(self, batch: Any, message: str) -> None:
         with pytest.raises(DataError, match=message):
             list(read([batch]))
 
-    def test_the_loader_s_own_error_is_kept_as_the_cause(self):
-        def broken():
+    def test_the_loader_s_own_error_is_kept_as_the_cause(self) -> None:
+        def broken() -> Iterator[Any]:
             yield X, Y
             raise OSError("no such disk")
 
@@ -190,7 +194,7 @@ class TestLoaders:
         assert isinstance(error.value.__cause__, OSError)
 
 
-def images_of(images, size=16):
+def images_of(images: Any, size: int = 16) -> Tensor:
     return torch.cat(list(as_images(images, size)))
 
 
@@ -218,24 +222,24 @@ class TestAsImages:
         ],
         ids=lambda images: type(images).__name__,
     )
-    def test_the_same_images_in_every_form(self, images):
+    def test_the_same_images_in_every_form(self, images: Any) -> None:
         found = images_of(images)
         assert found.dtype == torch.uint8
         assert torch.equal(found, X)
 
     @pytest.mark.parametrize("image", [X[0], X[0].permute(1, 2, 0), X[0].numpy(), Image.fromarray(X[0].permute(1, 2, 0).numpy())])
-    def test_a_single_image(self, image):
+    def test_a_single_image(self, image: Any) -> None:
         assert torch.equal(images_of(image), X[:1])
 
     @pytest.mark.parametrize("grey", [X[0, 0], X[0, :1], X[0, :1].permute(1, 2, 0), X[:1, :1], X[:1, :1].permute(0, 2, 3, 1)])
-    def test_grey_is_made_threefold(self, grey):
+    def test_grey_is_made_threefold(self, grey: Any) -> None:
         assert torch.equal(images_of(grey), X[:1, :1].expand(-1, 3, -1, -1))
 
-    def test_channels_first_where_both_could_be_meant(self):
+    def test_channels_first_where_both_could_be_meant(self) -> None:
         square = torch.arange(27, dtype=torch.uint8).view(3, 3, 3)
         assert torch.equal(images_of(square, 3)[0], square)
 
-    def test_paths_and_pictures_are_read_as_one(self, tmp_path):
+    def test_paths_and_pictures_are_read_as_one(self, tmp_path: Path) -> None:
         paths = []
         for i, size in enumerate([(40, 24), (16, 16), (9, 31)]):
             pixels = np.random.default_rng(i).integers(0, 256, (*size, 3), np.uint8)
@@ -248,12 +252,12 @@ class TestAsImages:
         assert torch.equal(images_of([Image.open(path) for path in paths]), wanted)
         assert torch.equal(images_of(paths[0]), wanted[:1])
 
-    def test_batches_keep_their_size_and_single_ones_are_fitted(self):
+    def test_batches_keep_their_size_and_single_ones_are_fitted(self) -> None:
         large = torch.rand(2, 3, 40, 24)
         assert [batch.shape for batch in as_images(large, 16)] == [(2, 3, 40, 24)]
         assert [batch.shape for batch in as_images(list(large), 16)] == [(2, 3, 16, 16)]
 
-    def test_kinds_and_orders_are_kept_apart(self):
+    def test_kinds_and_orders_are_kept_apart(self) -> None:
         batches = list(as_images([X[0], X[1].float() / 255, X[2], X[2:], X[3]], 16))
         assert [(len(batch), batch.dtype) for batch in batches] == [
             (1, torch.uint8),
@@ -264,12 +268,12 @@ class TestAsImages:
         ]
 
     @pytest.mark.parametrize("many", [torch.zeros(600, 3, 8, 8), [torch.zeros(3, 8, 8)] * 600])
-    def test_never_more_than_so_many_at_once(self, many):
+    def test_never_more_than_so_many_at_once(self, many: Any) -> None:
         sizes = [len(batch) for batch in as_images(many, 8)]
         assert sum(sizes) == 600
         assert max(sizes) == AT_ONCE
 
-    def test_nothing_gives_nothing(self):
+    def test_nothing_gives_nothing(self) -> None:
         assert list(as_images([], 16)) == []
         assert sum(len(batch) for batch in as_images(X[:0], 16)) == 0
 
@@ -294,11 +298,11 @@ class TestAsImages:
             ([{"label": Y}], "image 0: a dict"),
         ],
     )
-    def test_what_is_refused_says_where(self, images, message):
+    def test_what_is_refused_says_where(self, images: Any, message: str) -> None:
         with pytest.raises(DataError, match=message):
             list(as_images(images, 16))
 
-    def test_a_picture_that_was_closed(self, tmp_path):
+    def test_a_picture_that_was_closed(self, tmp_path: Path) -> None:
         Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
         picture = Image.open(tmp_path / "x.png")
         picture.close()
@@ -315,7 +319,7 @@ class TestAsImages:
             ),
         )
     )
-    def test_anything_is_images_or_an_error_of_this_package(self, images):
+    def test_anything_is_images_or_an_error_of_this_package(self, images: Any) -> None:
         try:
             batches = list(as_images(images, 8))
         except EdgeDfcilError:

@@ -6,19 +6,23 @@ import json
 import logging
 import threading
 import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
 
-from edge_dfcil import DataError, ExportError
+from edge_dfcil import DataError, ExportError, Learner
+from edge_dfcil.demo import Batches
 from exporters import Int8, OnnxClassifier, export, export_onnx
 from tests.conftest import NAMES, QUICK, quick_learner
 
 
 @pytest.fixture(scope="module")
-def able(train):
+def able(train: Batches) -> Any:
     """A learner that tells four digits apart, so that its answers are no accident of the last decimal."""
     learner = quick_learner(
         recipe=QUICK.changed({"schedule.min_steps": 150, "schedule.learning_rate": 0.05, "generator.steps": 40})
@@ -28,12 +32,12 @@ def able(train):
 
 
 @pytest.fixture(scope="module")
-def int8(able, test, tmp_path_factory):
+def int8(able: Learner, test: Batches, tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("int8") / "digits.onnx"
     return able.export(path, "int8", evaluation=[*test.of(("0", "1", "2", "3"))], classes=NAMES, progress=False), path
 
 
-def test_it_answers_nearly_as_the_model_in_a_third_of_the_space(able, int8, test, tmp_path):
+def test_it_answers_nearly_as_the_model_in_a_third_of_the_space(able: Learner, int8: Any, test: Batches, tmp_path: Path) -> None:
     report, path = int8
     known = test.of(("0", "1", "2", "3"))
     float_bytes = able.export(tmp_path / "float.onnx").bytes
@@ -50,7 +54,7 @@ def test_it_answers_nearly_as_the_model_in_a_third_of_the_space(able, int8, test
     assert right == pytest.approx(as_int8), "what was reported is what the file does"
 
 
-def test_the_file_says_what_it_is(able, int8):
+def test_the_file_says_what_it_is(able: Learner, int8: Any) -> None:
     model = onnx.load(int8[1])
     onnx.checker.check_model(model, full_check=True)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
@@ -66,7 +70,7 @@ def test_the_file_says_what_it_is(able, int8):
     )
 
 
-def test_ranges_can_be_wider_than_those_of_the_calibration(able, tmp_path):
+def test_ranges_can_be_wider_than_those_of_the_calibration(able: Learner, tmp_path: Path) -> None:
     scales = []
     for widening in (1.0, 1.5):
         path = tmp_path / f"{widening}.onnx"
@@ -79,12 +83,12 @@ def test_ranges_can_be_wider_than_those_of_the_calibration(able, tmp_path):
         assert scales[1][name] == pytest.approx(1.5 * scale, rel=1e-5), name
 
 
-def test_it_can_be_calibrated_on_pictures(able, train, tmp_path):
+def test_it_can_be_calibrated_on_pictures(able: Learner, train: Batches, tmp_path: Path) -> None:
     report = able.export(tmp_path / "a.onnx", "int8", calibration=[*train.of(("0", "1", "2", "3"))], progress=False)
     assert report.agreement["dreams"] >= 0.9
 
 
-def test_a_graph_that_answers_otherwise_is_not_written(able, tmp_path):
+def test_a_graph_that_answers_otherwise_is_not_written(able: Learner, tmp_path: Path) -> None:
     path = tmp_path / "x.onnx"
     path.write_bytes(b"what was there before")
     dark = np.zeros((8, 3, 16, 16), np.uint8)  # no range at all to calibrate on
@@ -96,7 +100,7 @@ def test_a_graph_that_answers_otherwise_is_not_written(able, tmp_path):
     assert path.read_bytes() == b"what was there before"
 
 
-def test_what_it_refuses(able, learnt, train, tmp_path):
+def test_what_it_refuses(able: Learner, learnt: Learner, train: Batches, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="no form of quantization"):
         learnt.export(tmp_path / "x.onnx", "int4")
     with pytest.raises(ExportError, match="for quantize='int8'"):
@@ -111,20 +115,20 @@ def test_what_it_refuses(able, learnt, train, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_exporting_leaves_the_callers_random_state_alone(able, tmp_path):
+def test_exporting_leaves_the_callers_random_state_alone(able: Learner, tmp_path: Path) -> None:
     state = torch.get_rng_state()
     able.export(tmp_path / "x.onnx", "int8", progress=False)
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_a_set_can_come_in_batches_which_are_not_kept(able, test, tmp_path):
+def test_a_set_can_come_in_batches_which_are_not_kept(able: Learner, test: Batches, tmp_path: Path) -> None:
     images = test.of(("0", "1", "2", "3")).images.numpy()
     alive, most = 0, 0
 
     class Batches:
         """Counts the batches that are in memory."""
 
-        def __iter__(self):
+        def __iter__(self) -> Iterator[Any]:
             nonlocal most
             for batch in np.array_split(images, 12):
                 copy = batch.copy()
@@ -135,12 +139,12 @@ def test_a_set_can_come_in_batches_which_are_not_kept(able, test, tmp_path):
                 yield copy
                 del copy
 
-    def gone():
+    def gone() -> None:
         nonlocal alive
         alive -= 1
 
     seen = []
-    sets = {"classes": able.classes, "image_size": 16}
+    sets: dict[str, Any] = {"classes": able.classes, "image_size": 16}
     one = export(able.network, tmp_path / "a.onnx", int8=Int8(images, {"pictures": images}), **sets)
     setting = Int8(Batches(), {"pictures": Batches()})
     two = export(able.network, tmp_path / "b.onnx", int8=setting, on_batch=lambda *state: seen.append(state), **sets)
@@ -150,10 +154,10 @@ def test_a_set_can_come_in_batches_which_are_not_kept(able, test, tmp_path):
     assert seen[-1] == (2 * len(images), None)
 
 
-def test_progress_counts_images_and_can_end_the_export(able, test, tmp_path):
+def test_progress_counts_images_and_can_end_the_export(able: Learner, test: Batches, tmp_path: Path) -> None:
     images, seen = test.of(("0", "1", "2", "3")).images.numpy(), []
 
-    def stop(done, total):
+    def stop(done: Any, total: Any) -> None:
         seen.append((done, total))
         if done >= 64:
             raise KeyError("stopped")
@@ -174,18 +178,20 @@ def test_progress_counts_images_and_can_end_the_export(able, test, tmp_path):
         (Int8(np.zeros((2, 3, 16, 16), np.uint8), {"pictures": []}), "no image in 'pictures'"),
     ],
 )
-def test_sets_that_cannot_be_used(able, tmp_path, setting, message):
+def test_sets_that_cannot_be_used(able: Learner, tmp_path: Path, setting: Any, message: str) -> None:
     with pytest.raises(ExportError, match=message):
         export(able.network, tmp_path / "x.onnx", classes=able.classes, image_size=16, int8=setting)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_the_quantizer_logs_is_dropped_and_what_others_log_is_not(able, test, tmp_path, caplog, monkeypatch):
+def test_what_the_quantizer_logs_is_dropped_and_what_others_log_is_not(
+    able: Learner, test: Batches, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from onnxruntime import quantization
 
     original = quantization.quantize_static
 
-    def logs(*args, **settings):
+    def logs(*args: Any, **settings: Any) -> Any:
         elsewhere = threading.Thread(target=lambda: logging.getLogger().warning("from another thread"))
         elsewhere.start()
         elsewhere.join()
@@ -199,16 +205,16 @@ def test_what_the_quantizer_logs_is_dropped_and_what_others_log_is_not(able, tes
     assert [record.getMessage() for record in caplog.records if record.name == "root"] == ["from another thread"]
 
 
-def test_a_set_that_knows_its_size_is_counted(able, test, tmp_path):
+def test_a_set_that_knows_its_size_is_counted(able: Learner, test: Batches, tmp_path: Path) -> None:
     images, seen = test.of(("0", "1", "2", "3")).images.numpy()[:48], []
 
     class Sized:
-        def __len__(self):
+        def __len__(self) -> int:
             return len(images)
 
-        def __iter__(self):
+        def __iter__(self) -> Any:
             return iter(np.array_split(images, 3))
 
-    settings = {"classes": able.classes, "image_size": 16}
+    settings: dict[str, Any] = {"classes": able.classes, "image_size": 16}
     export(able.network, tmp_path / "a.onnx", int8=Int8(Sized(), {}), on_batch=lambda *state: seen.append(state), **settings)
     assert seen == [(16, 48), (32, 48), (48, 48)]

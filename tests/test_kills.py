@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests import kills
 
 
 @pytest.mark.slow
-def test_nothing_is_lost_by_kills(tmp_path):
+def test_nothing_is_lost_by_kills(tmp_path: Path) -> None:
     account = kills.run(3, tmp_path)
     assert account.kills == 3 and account.same

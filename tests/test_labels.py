@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,10 +24,10 @@ class TestOneName:
     @pytest.mark.parametrize(
         "name", ["cat", "a black cat", CAFE, "\u043a\u043e\u0448\u043a\u0430 \U0001f431", FAMILY, PERSIAN, "7"]
     )
-    def test_names_of_any_script_are_kept(self, name):
+    def test_names_of_any_script_are_kept(self, name: Any) -> None:
         assert clean_name(name) == name
 
-    def test_the_composed_form_is_kept(self):
+    def test_the_composed_form_is_kept(self) -> None:
         assert clean_name(CAFE_APART) == CAFE
         assert clean_name(np.str_("cat")) == "cat"
         assert type(clean_name(np.str_("cat"))) is str
@@ -53,7 +54,7 @@ class TestOneName:
             ("\u3164", r"\\u3164.*cannot be seen"),
         ],
     )
-    def test_what_cannot_be_a_name_is_refused_and_shown(self, name, message):
+    def test_what_cannot_be_a_name_is_refused_and_shown(self, name: Any, message: str) -> None:
         with pytest.raises(ClassError, match=message) as error:
             clean_name(name)
         str(error.value).encode()
@@ -61,7 +62,7 @@ class TestOneName:
 
     @settings(deadline=None, max_examples=50)
     @given(st.text(max_size=8))
-    def test_a_name_that_passes_can_be_stored_and_stays(self, name):
+    def test_a_name_that_passes_can_be_stored_and_stays(self, name: str) -> None:
         try:
             cleaned = clean_name(name)
         except ClassError:
@@ -81,15 +82,15 @@ class TestSlips:
             (CAFE, CAFE_APART),
         ],
     )
-    def test_names_that_look_alike_have_one_key(self, a, b):
+    def test_names_that_look_alike_have_one_key(self, a: Any, b: Any) -> None:
         assert folded(a) == folded(b)
         assert folded(folded(a)) == folded(a)
 
     @pytest.mark.parametrize(("a", "b"), [("a", "A"), ("cat", "cats"), ("Ma\u00dfe", "Masse"), ("icecream", "ice cream")])
-    def test_names_that_differ_have_their_own(self, a, b):
+    def test_names_that_differ_have_their_own(self, a: str, b: str) -> None:
         assert folded(a) != folded(b)
 
-    def test_letters_of_both_cases_are_classes(self):
+    def test_letters_of_both_cases_are_classes(self) -> None:
         assert check_names([*"abcABC"]) == tuple("abcABC")
 
     @pytest.mark.parametrize(
@@ -105,35 +106,35 @@ class TestSlips:
             (None, "NoneType"),
         ],
     )
-    def test_lists_that_cannot_be(self, names, message):
+    def test_lists_that_cannot_be(self, names: Any, message: str) -> None:
         with pytest.raises(ClassError, match=message):
             check_names(names)
 
-    def test_a_known_name_is_taken_in_its_spelling_and_a_slip_is_refused(self):
+    def test_a_known_name_is_taken_in_its_spelling_and_a_slip_is_refused(self) -> None:
         assert match_known({0: CAFE, 1: "tea"}, [CAFE_APART, "milk"]) == {0: CAFE_APART, 1: "tea"}
         with pytest.raises(ClassError, match=r"'Milk' differs from the known class 'milk'"):
             match_known({0: "Milk"}, ["milk"])
         assert match_known({0: "Milk", 1: "milk"}, ["milk", "Milk"]) == {0: "Milk", 1: "milk"}, "an old model may know both"
 
-    def test_outputs_are_found_by_either_form(self):
+    def test_outputs_are_found_by_either_form(self) -> None:
         assert outputs_of({7: CAFE_APART, 8: "tea"}, ["tea", CAFE]) == {7: 1, 8: 0}
         assert outputs_of({7: CAFE_APART}, [CAFE, CAFE_APART]) == {7: 1}, "to the letter first"
         with pytest.raises(ClassError, match=r"does not know 'Tea' \(is 'tea' meant\?\); it knows 'tea'"):
             outputs_of({0: "Tea"}, ["tea"])
         with pytest.raises(ClassError, match="does not know 7"):
-            outputs_of({0: 7}, ["tea"])
+            outputs_of({0: 7}, ["tea"])  # type: ignore[dict-item]
         with pytest.raises(ClassError, match="and 80 more"):
             outputs_of({0: "x"}, [str(i) for i in range(100)])
 
 
-class Named(Dataset):
-    def __init__(self, classes=("ant", "bee")):
+class Named(Dataset[Any]):
+    def __init__(self, classes: Any = ("ant", "bee")) -> None:
         self.classes = classes
 
-    def __len__(self):
+    def __len__(self) -> int:
         return 4
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         return torch.zeros(3, 8, 8), index % 2
 
 
@@ -151,7 +152,7 @@ class TestTargets:
             {"x": 0, "y": 1, "0": 2, 0: "ant", 1: "bee"},
         ],
     )
-    def test_classes_of_any_kind(self, classes):
+    def test_classes_of_any_kind(self, classes: Any) -> None:
         if "x" in classes:
             classes = {key: name for key, name in classes.items() if isinstance(name, str)}
         assert name_targets({1, 0}, None, classes) == {0: "ant", 1: "bee"}
@@ -172,21 +173,24 @@ class TestTargets:
             (["ant", "bee "], ClassError, "target 1 is 'bee '"),
         ],
     )
-    def test_classes_that_cannot_be(self, classes, error, message):
+    def test_classes_that_cannot_be(self, classes: Any, error: Any, message: str) -> None:
         with pytest.raises(error, match=message):
             name_targets({0, 1}, None, classes)
 
-    def test_names_of_the_data_set_through_its_like(self):
-        for data in (Named(), Subset(Subset(Named(), [0, 1]), [0]), ConcatDataset([Named(), Named()])):
+    def test_names_of_the_data_set_through_its_like(self) -> None:
+        both: Dataset[Any] = ConcatDataset([Named(), Named()])
+        data: Dataset[Any]
+        for data in (Named(), Subset(Subset(Named(), [0, 1]), [0]), both):
             assert name_targets({1}, DataLoader(data), None) == {1: "bee"}
         label = type("ClassLabel", (), {"names": ["ant", "bee"]})()
         hugging_face = type("Data", (), {"features": {"image": None, "label": label}})()
         assert name_targets({1}, type("Loader", (), {"dataset": hugging_face})(), None) == {1: "bee"}
-        for data in (ConcatDataset([Named(), Named(("bee", "ant"))]), TensorDataset(torch.zeros(2))):
+        other: Dataset[Any] = ConcatDataset([Named(), Named(("bee", "ant"))])
+        for data in (other, TensorDataset(torch.zeros(2))):
             with pytest.raises(ClassError, match="pass classes="):
                 name_targets({1}, DataLoader(data), None)
 
-    def test_targets_that_are_names(self):
+    def test_targets_that_are_names(self) -> None:
         assert name_targets({"bee", "ant"}, None, None) == {"ant": "ant", "bee": "bee"}
         assert name_targets({"bee"}, None, ["ant", "bee"]) == {"bee": "bee"}
         with pytest.raises(DataError, match="target 'cow' has no name"):

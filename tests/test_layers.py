@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import grimp
 import pytest
@@ -47,6 +48,7 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
@@ -56,7 +58,7 @@ def files(package: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("package", HOUSE)
-def test_imports_point_down(package):
+def test_imports_point_down(package: Any) -> None:
     above = HOUSE[: HOUSE.index(package)]
     for path in files(package):
         for name in imports(path):
@@ -67,12 +69,12 @@ def test_imports_point_down(package):
             assert name.split(".")[0] not in above, f"{path} imports {name}, which is above it"
 
 
-def test_the_method_in_one_file_stands_alone():
+def test_the_method_in_one_file_stands_alone() -> None:
     found = imports(ROOT / f"{STANDS_ALONE.replace('.', '/')}.py")
     assert {name.split(".")[0] for name in found}.isdisjoint(HOUSE)
 
 
-def test_imports_inside_the_package_point_down():
+def test_imports_inside_the_package_point_down() -> None:
     layer = {module: depth for depth, modules in enumerate(INSIDE) for module in modules.split()}
     for path in files("edge_dfcil"):
         module = path.relative_to(ROOT / "edge_dfcil").parts[0].removesuffix(".py")
@@ -85,12 +87,12 @@ def test_imports_inside_the_package_point_down():
                 assert layer[parts[1]] >= layer[module], f"{path} imports {name}, which is above it"
 
 
-def test_no_cycle_between_the_parts_of_the_package():
+def test_no_cycle_between_the_parts_of_the_package() -> None:
     graph = grimp.build_graph("edge_dfcil", cache_dir=None)
     assert graph.nominate_cycle_breakers("edge_dfcil") == set()
 
 
-def test_exporters_share_only_light_types():
+def test_exporters_share_only_light_types() -> None:
     for path in files("exporters"):
         shared = {name for name in imports(path) if name.startswith("edge_dfcil")}
         assert all(name.startswith(LIGHT) for name in shared), path
@@ -112,11 +114,11 @@ def loaded_by(code: str) -> set[str]:
         "from edge_dfcil.cli import main; main(['learn', '--help'], standalone_mode=False)",
     ],
 )
-def test_no_torch_before_it_is_needed(code):
+def test_no_torch_before_it_is_needed(code: str) -> None:
     assert not loaded_by(code) & {"torch", "torchvision", "onnxruntime", "onnx"}
 
 
-def test_public_names_are_there_and_no_others():
+def test_public_names_are_there_and_no_others() -> None:
     assert set(edge_dfcil.__all__) == set(dir(edge_dfcil))
     for name in edge_dfcil.__all__:
         assert getattr(edge_dfcil, name) is not None
@@ -124,7 +126,7 @@ def test_public_names_are_there_and_no_others():
         _ = edge_dfcil.replay
 
 
-def test_every_error_is_public_and_in_the_family():
+def test_every_error_is_public_and_in_the_family() -> None:
     from edge_dfcil import errors
 
     family = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
@@ -132,7 +134,7 @@ def test_every_error_is_public_and_in_the_family():
     assert all(issubclass(getattr(edge_dfcil, name), edge_dfcil.EdgeDfcilError) for name in family)
 
 
-def test_nothing_here_can_pickle():
+def test_nothing_here_can_pickle() -> None:
     for package in ("edge_dfcil", "exporters"):
         for path in files(package):
             assert not imports(path) & {"pickle", "torch.save", "torch.load", "joblib", "cloudpickle"}, path

@@ -10,10 +10,11 @@ import pytest
 
 from edge_dfcil import RECIPES, Learner
 from edge_dfcil.cli import main
+from edge_dfcil.demo import Batches
 from exporters import OnnxClassifier
 
 
-def test_the_demo_remembers_what_finetuning_forgets(tmp_path, test):
+def test_the_demo_remembers_what_finetuning_forgets(tmp_path: Path, test: Batches) -> None:
     from click.testing import CliRunner
 
     done = CliRunner().invoke(main, ["demo", "--out", str(tmp_path), "--device", "cpu", "--json"], catch_exceptions=False)
@@ -36,7 +37,7 @@ PHOTOS = Path(os.environ.get("EDGE_DFCIL_DATA", "")) / "cifar100.npz"
 
 
 @pytest.mark.skipif(not PHOTOS.is_file(), reason="EDGE_DFCIL_DATA does not name a folder that holds cifar100.npz")
-def test_photographs_are_remembered_better_than_by_finetuning():
+def test_photographs_are_remembered_better_than_by_finetuning() -> None:
     from benchmarks.datasets import class_order, load
 
     data = load(PHOTOS)

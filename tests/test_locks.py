@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +20,11 @@ from edge_dfcil.model.locks import claim, lock
 A, B = {"a": torch.zeros(3)}, {"a": torch.ones(3)}
 
 
-def names(folder):
+def names(folder: Path) -> list[Any]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_that_has_changed_is_not_overwritten(tmp_path):
+def test_a_file_that_has_changed_is_not_overwritten(tmp_path: Path) -> None:
     path = storage.write(tmp_path / "m", A, {})
     seen = storage.digest_of(path)
     assert seen == storage.digest(A, {})
@@ -35,7 +37,7 @@ def test_a_file_that_has_changed_is_not_overwritten(tmp_path):
     assert torch.equal(storage.read(path)[0]["a"], B["a"])
 
 
-def test_a_file_that_came_or_went_is_noticed(tmp_path):
+def test_a_file_that_came_or_went_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "m"
     assert storage.digest_of(path) is None
     storage.write(path, A, {}, expected=None)
@@ -52,14 +54,14 @@ def test_a_file_that_came_or_went_is_noticed(tmp_path):
     assert path.read_text() == "something else"
 
 
-def test_a_busy_file_names_its_holder(tmp_path):
+def test_a_busy_file_names_its_holder(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "m")
     holder = f"process {os.getpid()} on {socket.gethostname()}"
     for hold in (lock, claim):
         with hold(tmp_path / "m", timeout=0):
-            found = []
+            found: list[Any] = []
 
-            def other(found=found, hold=hold):
+            def other(found: Any = found, hold: Any = hold) -> None:
                 try:
                     with hold(tmp_path / "link", timeout=0.02):
                         found.append("held")
@@ -77,14 +79,14 @@ def test_a_busy_file_names_its_holder(tmp_path):
     assert names(tmp_path) == ["link"], "no lock file is left"
 
 
-def test_a_claim_leaves_the_folder_alone_and_lets_others_write(tmp_path):
+def test_a_claim_leaves_the_folder_alone_and_lets_others_write(tmp_path: Path) -> None:
     with claim(tmp_path / "m"):
         assert not names(tmp_path)
         storage.write(tmp_path / "m", A, {})
     assert names(tmp_path) == ["m"]
 
 
-def test_a_killed_process_holds_nothing(tmp_path):
+def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
     path = tmp_path / "m"
     code = f"""
 import os
@@ -99,10 +101,10 @@ with lock({str(path)!r}), claim({str(path)!r}):
     assert names(tmp_path) == ["m"]
 
 
-def test_without_a_place_for_locks_it_is_written_all_the_same(tmp_path, monkeypatch):
+def test_without_a_place_for_locks_it_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import filelock
 
-    def read_only(self, *args, **settings):
+    def read_only(self: Any, *args: Any, **settings: Any) -> None:
         raise PermissionError("read-only")
 
     monkeypatch.setattr(filelock.FileLock, "acquire", read_only)
@@ -112,11 +114,11 @@ def test_without_a_place_for_locks_it_is_written_all_the_same(tmp_path, monkeypa
     storage.write(tmp_path / "m", B, {}, expected=seen)
 
 
-def test_writers_in_threads_take_turns(tmp_path):
+def test_writers_in_threads_take_turns(tmp_path: Path) -> None:
     path = storage.write(tmp_path / "m", {"n": torch.zeros(1)}, {})
     lost = []
 
-    def count():
+    def count() -> None:
         for _ in range(10):
             while True:
                 seen = storage.digest_of(path)

@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from edge_dfcil import BudgetError, Cancelled, Learner, SettingError
 from edge_dfcil.budget.allocator import capped
 from edge_dfcil.budget.meter import Meter, parse
+from edge_dfcil.demo import Batches
 from edge_dfcil.dreaming.inversion import Dream, Pool
 from edge_dfcil.methods.abd import ABD
 from edge_dfcil.model.backbones import build
@@ -26,18 +28,18 @@ from tests.conftest import NAMES, QUICK, quick_learner, same_weights, weights
 
 
 @given(st.integers(1, 10**6), st.sampled_from([("", 1), ("kB", 10**3), (" MB", 10**6), ("GiB", 2**30)]))
-def test_sizes_are_read(number, unit):
+def test_sizes_are_read(number: int, unit: Any) -> None:
     assert parse(f"{number}{unit[0]}") == number * unit[1]
 
 
 @pytest.mark.parametrize("size", ["", "MB", "-1MB", "0", "12 XB", "1e3", True, -5, 0, "1.2.3MB"])
-def test_what_is_no_size_is_refused(size):
+def test_what_is_no_size_is_refused(size: str | bool | int) -> None:
     with pytest.raises(SettingError, match="is no size"):
         parse(size)
 
 
 class TestPlan:
-    def test_says_what_each_stage_takes(self, learnt, train):
+    def test_says_what_each_stage_takes(self, learnt: Learner, train: Batches) -> None:
         plan = learnt.plan(train.of(("2", "3")), NAMES)
         assert [stage.name for stage in plan.stages] == ["dream", "learn", "refine"]
         for stage in plan.stages:
@@ -55,12 +57,12 @@ class TestPlan:
         assert json.loads(json.dumps(plan.to_dict()))["budget"] is None
         assert "activations" in str(plan)
 
-    def test_changes_nothing(self, learnt, train):
+    def test_changes_nothing(self, learnt: Learner, train: Batches) -> None:
         before = weights(learnt)
         learnt.plan(train.of(("2", "3")), NAMES)
         assert same_weights(before, learnt) and learnt.classes == ("0", "1")
 
-    def test_takes_a_batch_for_a_task(self, learnt, train):
+    def test_takes_a_batch_for_a_task(self, learnt: Learner, train: Batches) -> None:
         task = train.of(("2", "3"))
         plan = learnt.plan((task.images[:32], task.targets[:32]), NAMES)
         assert max(stage.at_once for stage in plan.stages) == 32
@@ -68,15 +70,15 @@ class TestPlan:
     @pytest.mark.parametrize(
         "settings", [{"method": "finetune"}, {"method": "lwf_mc"}, {"recipe": QUICK.changed({"remember.pool": 0})}]
     )
-    def test_other_methods_and_fresh_dreams(self, train, settings):
+    def test_other_methods_and_fresh_dreams(self, train: Batches, settings: dict[str, Any]) -> None:
         learner = quick_learner(**settings)
         for names in (("0", "1"), ("2",)):
             assert learner.plan(train.of(names), NAMES).peak_bytes > 0
             learner.learn_task(train.of(names), NAMES, progress=False)
 
-    def test_can_be_cancelled(self, learnt, train):
-        class Loader(list):
-            def __iter__(self):
+    def test_can_be_cancelled(self, learnt: Learner, train: Batches) -> None:
+        class Loader(list[Any]):
+            def __iter__(self) -> Any:
                 learnt.cancel()
                 return super().__iter__()
 
@@ -84,7 +86,7 @@ class TestPlan:
         with pytest.raises(Cancelled):
             learnt.plan(Loader([batch]), NAMES)
 
-    def test_counts_the_weights_of_a_large_network(self):
+    def test_counts_the_weights_of_a_large_network(self) -> None:
         """In a process of its own. Weights, gradients and momentum are most of what a network of 45 MB takes."""
         done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)
         weights, planned, taken = json.loads(done.stdout)
@@ -108,7 +110,7 @@ print(json.dumps([weights, report.plan.peak_bytes, report.stages[0].peak_bytes])
 
 
 class TestRefusal:
-    def test_says_what_is_needed_and_what_would_help(self, learnt, train):
+    def test_says_what_is_needed_and_what_would_help(self, learnt: Learner, train: Batches) -> None:
         before = weights(learnt)
         learnt.memory_budget = 10_000
         with pytest.raises(BudgetError, match=r"needs [\d.]+ MB even with .*weights.*What would help.*") as told:
@@ -116,7 +118,7 @@ class TestRefusal:
         assert same_weights(before, learnt) and learnt.classes == ("0", "1")
         assert "budget of" in str(told.value)
 
-    def test_names_a_smaller_image_and_backbone(self, train):
+    def test_names_a_smaller_image_and_backbone(self, train: Batches) -> None:
         learner = Learner("resnet14", image_size=32, recipe=QUICK, device="cpu", memory_budget=10_000)
         with pytest.raises(BudgetError, match=r"image_size=16 needs [\d.]+ MB; backbone='resnet8' needs [\d.]+ MB"):
             learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
@@ -147,7 +149,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's own peak can be read on Linux only")
-def test_the_budget_holds_by_the_kernels_own_count():
+def test_the_budget_holds_by_the_kernels_own_count() -> None:
     """In a process of its own; the meter's peak and the plan are near what the kernel saw."""
     done = subprocess.run([sys.executable, "-c", WITHIN, "80MB"], capture_output=True, text=True, check=True)
     for task in json.loads(done.stdout):
@@ -159,7 +161,7 @@ def test_the_budget_holds_by_the_kernels_own_count():
 
 
 class TestHolding:
-    def test_a_budget_that_is_never_met_changes_nothing_that_is_learnt(self, train):
+    def test_a_budget_that_is_never_met_changes_nothing_that_is_learnt(self, train: Batches) -> None:
         found = []
         for budget in (None, "8GB"):
             learner = quick_learner(memory_budget=budget)
@@ -169,14 +171,14 @@ class TestHolding:
             assert report.peak_bytes > 0
         assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
-    def test_a_real_lack_of_memory_halves_what_goes_through_at_once(self, train):
+    def test_a_real_lack_of_memory_halves_what_goes_through_at_once(self, train: Batches) -> None:
         learner = quick_learner(method=Greedy(8))
         report = learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
         (stage,) = report.stages
         assert stage.halvings == 2 and stage.at_once == 8  # 32, 16, 8
         assert learner.classes == ("0", "1")
 
-    def test_no_room_for_two_images_is_told_and_nothing_committed(self, train):
+    def test_no_room_for_two_images_is_told_and_nothing_committed(self, train: Batches) -> None:
         learner = quick_learner(method=Greedy(1))
         with pytest.raises(BudgetError, match="nothing was committed"):
             learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
@@ -189,7 +191,7 @@ class Greedy(ABD):
     def __init__(self, room: int) -> None:
         self.room = room
 
-    def first_loss(self, task, batch):
+    def first_loss(self, task: Any, batch: Any) -> Any:
         if len(batch) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return super().first_loss(task, batch)
@@ -197,7 +199,7 @@ class Greedy(ABD):
 
 class TestRecompute:
     @pytest.mark.parametrize("name", ["resnet8", "mobilenet_v3_small", "resnet18"])
-    def test_learns_the_same_to_the_bit(self, name):
+    def test_learns_the_same_to_the_bit(self, name: str) -> None:
         found = []
         for again in (False, True):
             torch.manual_seed(0)
@@ -212,19 +214,19 @@ class TestRecompute:
             found.append([*(p.grad for p in network.parameters() if p.grad is not None), *network.buffers()])
         assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
-    def test_leaves_the_network_as_it_was(self):
+    def test_leaves_the_network_as_it_was(self) -> None:
         network = build("resnet8")
         with recomputing([network]):
             assert all("forward" in vars(block) for block in blocks(network))
         assert not any("forward" in vars(block) for block in blocks(network))
         assert len(list(blocks(network))) == 3
 
-    def test_a_chain_of_single_operations_has_no_blocks(self):
+    def test_a_chain_of_single_operations_has_no_blocks(self) -> None:
         assert list(blocks(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))) == []
 
 
 @given(st.integers(1, 40), st.integers(0, 40), st.floats(0.1, 10))
-def test_a_pool_keeps_dreams_to_a_255th_of_their_range(front, back, scale):
+def test_a_pool_keeps_dreams_to_a_255th_of_their_range(front: int, back: int, scale: float) -> None:
     """Written from both ends, with a gap between that closes."""
     torch.manual_seed(front * 41 + back)
     network = quick_learner().network.grown(3)
@@ -242,9 +244,10 @@ def test_a_pool_keeps_dreams_to_a_255th_of_their_range(front, back, scale):
 class Allocator:
     """Stands in for CUDA's where there is none: what it reserves, the most of it, and the share that it may."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reserved = self.most = 0
-        self.cached, self.shares = 0, []
+        self.cached = 0
+        self.shares: list[Any] = []
         fakes = {
             "memory_reserved": lambda device: self.reserved + self.cached,
             "max_memory_reserved": lambda device: self.most,
@@ -256,15 +259,15 @@ class Allocator:
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
 
-    def take(self, n):
+    def take(self, n: int) -> None:
         self.reserved += n
         self.most = max(self.most, self.reserved + self.cached)
 
-    def free(self, n):
+    def free(self, n: int) -> None:
         self.reserved, self.cached = self.reserved - n, self.cached + n
 
 
-def test_on_cuda_it_is_what_the_allocator_reserves_above_the_level(monkeypatch):
+def test_on_cuda_it_is_what_the_allocator_reserves_above_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
     allocator, device = Allocator(monkeypatch), torch.device("cuda")
     allocator.take(100)
     allocator.free(30)
@@ -282,7 +285,7 @@ def test_on_cuda_it_is_what_the_allocator_reserves_above_the_level(monkeypatch):
         assert (meter.level, meter.peak) == (90, 0)
 
 
-def test_on_cuda_the_allocator_is_capped_at_the_budget_and_freed_again(monkeypatch):
+def test_on_cuda_the_allocator_is_capped_at_the_budget_and_freed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     allocator, device = Allocator(monkeypatch), torch.device("cuda")
     allocator.take(100)
     with Meter(device) as meter, suppress(torch.OutOfMemoryError), capped(meter, device, budget=400):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,11 +16,11 @@ from edge_dfcil.testing import check_method
 
 
 @pytest.mark.parametrize("name", names())
-def test_method(name):
+def test_method(name: str) -> None:
     check_method(lambda: name, exports=name in ("abd", "lda"))  # trained heads, and closed-form ones
 
 
-def test_the_published_methods_are_there():
+def test_the_published_methods_are_there() -> None:
     assert set(names()) == {"abd", "deep_inversion", "finetune", "lda", "lwf", "lwf_mc", "lwf_synthetic"}
 
 
@@ -27,7 +29,7 @@ class Hoarder(Finetune):
 
     name = "hoarder"
 
-    def loss(self, task, batch):
+    def loss(self, task: Any, batch: Any) -> Any:
         self.kept = batch.images
         return super().loss(task, batch)
 
@@ -37,7 +39,7 @@ class SecretHoarder(Finetune):
 
     name = "secret_hoarder"
 
-    def loss(self, task, batch):
+    def loss(self, task: Any, batch: Any) -> Any:
         SECRET.append(batch.images)
         return super().loss(task, batch)
 
@@ -46,7 +48,7 @@ SECRET: list[torch.Tensor] = []
 
 
 @pytest.mark.parametrize("method", [Hoarder, SecretHoarder])
-def test_the_suite_catches_a_method_that_keeps_samples(method):
+def test_the_suite_catches_a_method_that_keeps_samples(method: Any) -> None:
     with pytest.raises(AssertionError, match=r"keeps a tensor|still in memory"):
         check_method(method, exports=False)
     SECRET.clear()
@@ -54,19 +56,19 @@ def test_the_suite_catches_a_method_that_keeps_samples(method):
     SECRET.clear()
 
 
-def test_unknown_method_is_told_with_the_known_ones():
+def test_unknown_method_is_told_with_the_known_ones() -> None:
     with pytest.raises(SettingError, match=r"'magic'.*abd"):
         find_method("magic")
 
 
-def test_distillation_is_the_softened_cross_entropy_times_t_squared():
+def test_distillation_is_the_softened_cross_entropy_times_t_squared() -> None:
     logits, before = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
     p, q = torch.tensor([1.0, 2.718281828]), torch.tensor([2.718281828, 1.0])
     expected = -((p / p.sum()) * (q / q.sum()).log()).sum() * 4
     assert distil(logits, before).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_distillation_gives_new_classes_probability_zero():
+def test_distillation_gives_new_classes_probability_zero() -> None:
     logits, before = torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[1.0, 2.0]])
     expected = -(torch.tensor([0.5, 1.0]).softmax(0) * (logits[0] / 2).log_softmax(0)[:2]).sum() * 4
     assert distil(logits, before).item() == pytest.approx(expected.item(), abs=1e-5)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from edge_dfcil import ClassError, DataError, Learner, Model, NotLearnedError, SettingError, Statistic
+from edge_dfcil.demo import Batches
 from edge_dfcil.errors import ModelFileError
 from edge_dfcil.methods import Method
 from edge_dfcil.model import file, statistics
@@ -18,14 +21,14 @@ from tests.conftest import NAMES, QUICK, quick_learner
 
 
 @pytest.fixture(scope="module")
-def lda(train) -> Learner:
+def lda(train: Batches) -> Learner:
     learner = quick_learner(method="lda")
     for names in (("0", "1", "2"), ("3", "4")):
         learner.learn_task(train.of(names), NAMES, progress=False)
     return learner
 
 
-def test_it_serves_alone_and_is_the_learners_model(lda, test, tmp_path):
+def test_it_serves_alone_and_is_the_learners_model(lda: Any, test: Batches, tmp_path: Path) -> None:
     path = lda.save(tmp_path / "m")
     model = Model.load(path, "cpu")
     assert repr(model) == "Model(resnet8, 16 px, 5 classes in 2 tasks, cpu)"
@@ -34,13 +37,13 @@ def test_it_serves_alone_and_is_the_learners_model(lda, test, tmp_path):
     assert torch.equal(model.probabilities(images), lda.probabilities(images))
     assert torch.allclose(model.probabilities(images).sum(1), torch.ones(20))
     assert model.embed(images).shape == (20, 64)
-    assert model.evaluate([*test.of(NAMES[:5])], NAMES) == lda.evaluate([*test.of(NAMES[:5])], NAMES)
+    assert model.evaluate([*test.of(tuple(NAMES[:5]))], NAMES) == lda.evaluate([*test.of(tuple(NAMES[:5]))], NAMES)
     assert model.digest() == lda.model.digest()
     assert file.digest_of(model.save(tmp_path / "again")) == file.digest_of(path) == model.digest()
 
 
 @pytest.mark.parametrize("call", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
-def test_copies_answer_alike_and_learn_on(call, lda, test, train):
+def test_copies_answer_alike_and_learn_on(call: Any, lda: Any, test: Batches, train: Batches) -> None:
     images = test.images[:5]
     assert call(lda.model).predict(images) == lda.model.predict(images)
     learner = call(lda)
@@ -48,7 +51,7 @@ def test_copies_answer_alike_and_learn_on(call, lda, test, train):
     assert learner.classes[-1] == "5" and "5" not in lda.classes
 
 
-def test_forget_removes_rows_and_statistics(lda, test, tmp_path):
+def test_forget_removes_rows_and_statistics(lda: Any, test: Batches, tmp_path: Path) -> None:
     model = lda.model.forget(["1", "3"])
     assert model.classes == ("0", "2", "4") and model.tasks == (("0", "2"), ("4",))
     assert lda.classes == ("0", "1", "2", "3", "4"), "the model itself stays as it is"
@@ -64,11 +67,11 @@ def test_forget_removes_rows_and_statistics(lda, test, tmp_path):
         model.forget(("0", "2", "4"))
 
 
-def test_a_task_that_is_forgotten_whole_is_gone(lda):
+def test_a_task_that_is_forgotten_whole_is_gone(lda: Any) -> None:
     assert lda.model.forget(("3", "4")).tasks == (("0", "1", "2"),)
 
 
-def test_rename(lda, test):
+def test_rename(lda: Any, test: Batches) -> None:
     model = lda.model.rename({"0": "zero", "3": "three"})
     assert model.classes == ("zero", "1", "2", "three", "4")
     assert torch.equal(model.probabilities(test.images[:5]), lda.probabilities(test.images[:5]))
@@ -78,7 +81,7 @@ def test_rename(lda, test):
     assert lda.model.rename({"0": "1", "1": "0"}).classes == ("1", "0", "2", "3", "4"), "names may be exchanged"
 
 
-def test_merge_adds_the_probabilities(lda, test, tmp_path, train):
+def test_merge_adds_the_probabilities(lda: Any, test: Batches, tmp_path: Path, train: Batches) -> None:
     images = test.images[:20]
     model = lda.model.merge(["1", "3"], "odd")
     assert model.classes == ("0", "odd", "2", "4")
@@ -97,25 +100,25 @@ def test_merge_adds_the_probabilities(lda, test, tmp_path, train):
         lda.model.merge(["1", "3"], "0")
 
 
-def test_a_new_model_has_no_answer(test):
+def test_a_new_model_has_no_answer(test: Batches) -> None:
     with pytest.raises(NotLearnedError):
         Model.new("resnet8", image_size=16, device="cpu").predict(test.images[:1])
 
 
-def test_bad_questions_have_clear_errors(lda, test):
+def test_bad_questions_have_clear_errors(lda: Any, test: Batches) -> None:
     with pytest.raises(SettingError, match="top_k"):
         lda.predict(test.images[:1], 0)
     with pytest.raises(DataError):
         lda.predict("no such picture.png")
 
 
-def test_answers_do_not_depend_on_the_apps_autocast(lda, test):
+def test_answers_do_not_depend_on_the_apps_autocast(lda: Any, test: Batches) -> None:
     plain = lda.probabilities(test.images[:9])
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(lda.probabilities(test.images[:9]), plain)
 
 
-def test_a_recipe_that_is_set_counts_at_once(lda, test, tmp_path):
+def test_a_recipe_that_is_set_counts_at_once(lda: Any, test: Batches, tmp_path: Path) -> None:
     learner = copy.deepcopy(lda)
     learner.recipe = QUICK.changed({"augmentation.flip": True, "augmentation.mirrored_answers": True})
     mirrored = learner.probabilities(test.images[:9])
@@ -124,7 +127,7 @@ def test_a_recipe_that_is_set_counts_at_once(lda, test, tmp_path):
 
 
 class TestStatistics:
-    def test_they_are_saved_and_listed_with_their_role_and_count(self, lda, train, tmp_path):
+    def test_they_are_saved_and_listed_with_their_role_and_count(self, lda: Any, train: Batches, tmp_path: Path) -> None:
         model = Model.load(lda.save(tmp_path / "m"), "cpu")
         assert {name: found.role for name, found in model.statistics.items()} == {
             "mean": "class_mean",
@@ -140,7 +143,7 @@ class TestStatistics:
         assert kept["head.weight"].kind == "weight"
         assert not kept["backbone.bn1.num_batches_tracked"].from_data
 
-    def test_means_and_covariance_are_those_of_the_features(self, lda, train):
+    def test_means_and_covariance_are_those_of_the_features(self, lda: Any, train: Batches) -> None:
         features = {name: lda.embed(train.of((name,)).images).double() for name in NAMES[:5]}
         means = torch.stack([found.mean(0) for found in features.values()])
         assert torch.allclose(lda.model.statistics["mean"].values.double(), means, atol=1e-4)
@@ -149,7 +152,7 @@ class TestStatistics:
         ours = lda.model.statistics["covariance"].values.double()
         assert torch.allclose(ours, scatter / total, atol=0.02 * float((scatter / total).abs().max()))
 
-    def test_a_class_of_few_images_gets_a_row_and_no_statistic(self, train):
+    def test_a_class_of_few_images_gets_a_row_and_no_statistic(self, train: Batches) -> None:
         learner = quick_learner(method="lda")
         learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
         few = train.of(("2",))
@@ -161,25 +164,25 @@ class TestStatistics:
         learner.learn_task(train.of(("3",)), NAMES, progress=False)
         assert torch.equal(learner.network.head.weight[2], row), "later tasks remember it by its row"
 
-    def test_refreshing_a_class_adds_to_its_images(self, lda, train):
+    def test_refreshing_a_class_adds_to_its_images(self, lda: Any, train: Batches) -> None:
         learner = copy.deepcopy(lda)
         again = train.of(("0",))
         learner.learn_task([(again.images[:20], again.targets[:20])], NAMES, relearn=True, progress=False)
         assert learner.model.statistics["mean"].images[0] == lda.model.statistics["mean"].images[0] + 20
 
-    def test_strict_recipes_store_none(self, train):
+    def test_strict_recipes_store_none(self, train: Batches) -> None:
         learner = quick_learner(method="lda", recipe=QUICK.changed({"remember.class_statistics": False}))
         with pytest.raises(SettingError, match="does not allow"):
             learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
         assert learner.classes == ()
 
-    def test_another_method_drops_statistics_of_features_that_move(self, lda, train):
+    def test_another_method_drops_statistics_of_features_that_move(self, lda: Any, train: Batches) -> None:
         learner = copy.deepcopy(lda)
         learner.method = "abd"
         learner.learn_task(train.of(("5",)), NAMES, progress=False)
         assert learner.model.statistics == {}
 
-    def test_planning_leaves_them_alone(self, lda, train):
+    def test_planning_leaves_them_alone(self, lda: Any, train: Batches) -> None:
         learner = copy.deepcopy(lda)
         learner.memory_budget = 2 * 10**9
         before = {name: found.values.clone() for name, found in learner.model.statistics.items()}
@@ -197,18 +200,18 @@ class TestStatistics:
             (Statistic("class_mean", torch.ones(2, 3), (20, 9)), "fewer than 10"),
         ],
     )
-    def test_what_is_not_as_declared_is_refused(self, found, message):
+    def test_what_is_not_as_declared_is_refused(self, found: Any, message: str) -> None:
         with pytest.raises(SettingError, match=message):
             statistics.check({"mean": found}, {"mean": "class_mean"}, classes=2)
 
-    def test_a_method_that_keeps_what_it_did_not_declare_commits_nothing(self, train):
+    def test_a_method_that_keeps_what_it_did_not_declare_commits_nothing(self, train: Batches) -> None:
         class Hoarder(Method):
             name = "hoarder"
 
-            def loss(self, task, batch):
+            def loss(self, task: Any, batch: Any) -> Any:
                 return self.first_loss(task, batch)
 
-            def refine(self, task):
+            def refine(self, task: Any) -> Any:
                 task.kept["images"] = Statistic("class_mean", torch.ones(2, 3), (100, 100))
                 return iter(())
 
@@ -218,6 +221,6 @@ class TestStatistics:
         assert learner.classes == ()
 
 
-def test_a_file_with_a_tensor_of_no_declared_role_is_refused(lda):
+def test_a_file_with_a_tensor_of_no_declared_role_is_refused(lda: Any) -> None:
     with pytest.raises(ModelFileError, match="neither"):
         account({**lda.model.tensors(), "album": torch.zeros(3)}, lda.model.settings())

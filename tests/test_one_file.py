@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from benchmarks.steps import classifier_of, generator_of
@@ -38,7 +40,7 @@ def assert_same(
 
 
 @pytest.mark.parametrize("depth", [8, 20])
-def test_the_network_is_the_same_function_of_the_same_weights(depth):
+def test_the_network_is_the_same_function_of_the_same_weights(depth: int) -> None:
     ours, theirs = CifarResNet(depth), one_file.ResNet(depth)
     theirs.load_state_dict(ours.state_dict())
     images = torch.randn(4, 3, 16, 16)
@@ -46,7 +48,7 @@ def test_the_network_is_the_same_function_of_the_same_weights(depth):
 
 
 @pytest.mark.parametrize("image_size", [16, 32, 64])
-def test_the_generator_is_the_same_function_of_the_same_weights(image_size):
+def test_the_generator_is_the_same_function_of_the_same_weights(image_size: int) -> None:
     ours = Generator(image_size, latent=16, width=8)
     theirs = generator_of(ours)
     z = torch.randn(4, 16)
@@ -54,8 +56,9 @@ def test_the_generator_is_the_same_function_of_the_same_weights(image_size):
 
 
 @pytest.mark.parametrize(("n_old", "n_new"), CLASSES)
-def test_inversion_has_the_losses_and_gradients_of_the_package(n_old, n_new):
+def test_inversion_has_the_losses_and_gradients_of_the_package(n_old: Any, n_new: Any) -> None:
     task, _, _ = setting(PAPER, n_old, n_new)
+    assert task.teacher is not None
     dreamer = Dreamer(task.teacher, task.old, PAPER.changed({"generator.latent": 16, "generator.width": 8}))
     generator, teacher = generator_of(dreamer.generator), one_file.Teacher(classifier_of(task.teacher))
     torch.manual_seed(1)
@@ -66,15 +69,16 @@ def test_inversion_has_the_losses_and_gradients_of_the_package(n_old, n_new):
 
 
 @pytest.mark.parametrize(("n_old", "n_new"), CLASSES)
-def test_learning_has_the_losses_and_gradients_of_the_package(n_old, n_new):
+def test_learning_has_the_losses_and_gradients_of_the_package(n_old: Any, n_new: Any) -> None:
     task, batch, dream = setting(PAPER, n_old, n_new)
+    assert task.teacher is not None
     student, teacher = classifier_of(task.student), one_file.Teacher(classifier_of(task.teacher))
     ours = find_method("abd").loss(task, batch)
     theirs = one_file.learning_losses(student, teacher, batch.images, batch.targets, dream.images)
     assert_same(ours, theirs, gradients(ours, task.student), gradients(theirs, student))
 
 
-def test_its_settings_are_the_published_ones():
+def test_its_settings_are_the_published_ones() -> None:
     schedule, inversion = PAPER.schedule, PAPER.inversion
     assert schedule.learning_rate == one_file.LEARNING_RATE
     assert schedule.momentum == one_file.MOMENTUM
@@ -85,9 +89,9 @@ def test_its_settings_are_the_published_ones():
     assert find_method("abd").mu == one_file.DISTILLATION
 
 
-def test_it_is_short_and_runs(monkeypatch, capsys):
+def test_it_is_short_and_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(Path(one_file.__file__).read_text().splitlines()) < 200
-    pixels, targets = one_file.load_digits(return_X_y=True)
+    pixels, targets = load_digits(return_X_y=True)
     monkeypatch.setattr(one_file, "load_digits", lambda return_X_y: (pixels[::4], targets[::4]))  # noqa: N803
     monkeypatch.setattr(one_file, "EPOCHS", 2)
     monkeypatch.setattr(one_file, "GENERATOR_STEPS", 2)

@@ -15,12 +15,12 @@ STAGE = StageReport("learn", 1200, 12.34, 3840, {"hard": 0.25, "distill": 0.5}, 
 
 
 class TestEvaluation:
-    def test_macro_accuracy_weighs_classes_alike(self):
+    def test_macro_accuracy_weighs_classes_alike(self) -> None:
         assert EVALUATION.accuracy == pytest.approx(4 / 6)
         assert EVALUATION.macro_accuracy == pytest.approx((3 / 4 + 1 / 2) / 2)
         assert EVALUATION.to_dict()["macro_accuracy"] == EVALUATION.macro_accuracy
 
-    def test_confusion_as_a_frame(self):
+    def test_confusion_as_a_frame(self) -> None:
         pytest.importorskip("pandas")
         frame = EVALUATION.to_frame()
         assert list(frame.index) == list(frame.columns) == ["cat", "dog", "fox"]
@@ -29,12 +29,12 @@ class TestEvaluation:
         assert (frame.index.name, frame.columns.name) == ("true", "predicted")
         assert frame.to_numpy().sum() == EVALUATION.n
 
-    def test_without_pandas_the_command_is_named(self, monkeypatch):
+    def test_without_pandas_the_command_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "pandas", None)
         with pytest.raises(SettingError, match="pip install pandas"):
             EVALUATION.to_frame()
 
-    def test_text(self):
+    def test_text(self) -> None:
         assert str(EVALUATION).splitlines() == [
             "accuracy 66.7% on 6 images, mean of the classes 62.5%",
             "by task: 66.7%, -",
@@ -44,11 +44,11 @@ class TestEvaluation:
         assert str(one) == "accuracy 100.0% on 1 image, mean of the classes 100.0%"
 
 
-def test_prediction_text():
+def test_prediction_text() -> None:
     assert str(Prediction("cat", 0.934, (("cat", 0.934), ("dog", 0.05)))) == "cat 0.93, dog 0.05"
 
 
-def test_stage_text():
+def test_stage_text() -> None:
     assert str(STAGE) == (
         "learn: 1,200 steps in 12.3 s, 3,840 images, loss 0.75 (hard 0.25, distill 0.5), at most 10.5 MB, 16 images at once"
     )
@@ -56,7 +56,7 @@ def test_stage_text():
     assert str(StageReport("lda", 0, 0.0, 0, {})) == "lda: 0 steps in 0.0 s, 0 images"
 
 
-def test_task_text():
+def test_task_text() -> None:
     report = TaskReport(2, "abd", ("dog", "fox"), ("cat",), ("cat", "dog", "fox"), 64, 3.21, (STAGE,))
     assert str(report).splitlines() == [
         "task 2 (abd): learnt dog, fox and refreshed cat from 64 images in 3.2 s; 3 classes known",
@@ -74,17 +74,19 @@ def test_task_text():
     assert json.loads(json.dumps(more.to_dict()))["fitted"] == {"epochs": 7}
 
 
-def test_texts_of_compression():
+def test_texts_of_compression() -> None:
     distilled = DistillReport("resnet32", "resnet8", (460_000, 78_000), 2048, 0.95, (0.9, 0.85), 4.0, (STAGE,))
     assert "resnet8 with 78,000 parameters from resnet32 with 460,000" in str(distilled)
     assert "accuracy 90.0% as teacher, 85.0% as student" in str(distilled)
-    pruned = PruneReport((100, 80), (1000, 700), (2e6, 1.5e6), (1.5, 1.2), (1.4, 1.1), {}, (0.9, 0.5, 0.88), 0.97, 9.0, ())
+    pruned = PruneReport(
+        (100, 80), (1000, 700), (2_000_000, 1_500_000), (1.5, 1.2), (1.4, 1.1), {}, (0.9, 0.5, 0.88), 0.97, 9.0, ()
+    )
     assert "80 of 100 filters, 700 of 1,000 parameters, 1.5e+06 of 2e+06 operations" in str(pruned)
     assert "90.0% before, 50.0% pruned, 88.0% repaired" in str(pruned)
     assert "97.0% of fresh dreams" in str(pruned)
 
 
-def test_a_history_is_part_of_the_answer():
+def test_a_history_is_part_of_the_answer() -> None:
     stage = StageReport("learn", 2, 0.1, 8, {"hard": 0.5}, history=({"hard": 0.9}, {"hard": 0.5}))
     assert stage.to_dict()["history"] == ({"hard": 0.9}, {"hard": 0.5})
     assert STAGE.history == ()

@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,16 +29,16 @@ SIDE = 16
 
 
 @pytest.fixture(scope="module")
-def classifier():
+def classifier() -> OnnxClassifier:
     return OnnxClassifier(GOLDEN / "cifar.onnx", threads=1)
 
 
 @pytest.fixture(scope="module")
-def learner():
+def learner() -> Learner:
     return Learner.load(GOLDEN / "cifar.safetensors", "cpu")
 
 
-def noise(*shape, seed=0):
+def noise(*shape: Any, seed: int = 0) -> Any:
     return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
 
 
@@ -47,7 +48,7 @@ def noise(*shape, seed=0):
 @example(height=768, width=576, size=32, floats=True)
 @example(height=1, width=199, size=16, floats=False)
 @example(height=33, width=32, size=32, floats=False)
-def test_a_photo_becomes_the_square_that_the_learner_makes(height, width, size, floats):
+def test_a_photo_becomes_the_square_that_the_learner_makes(height: int, width: int, size: Any, floats: bool) -> None:
     photo = noise(2, 3, height, width, seed=height * width)
     photo = photo.astype(np.float32) / 255 if floats else photo
     expected = preprocessing.fit(torch.from_numpy(photo), size).numpy()
@@ -58,13 +59,13 @@ def test_a_photo_becomes_the_square_that_the_learner_makes(height, width, size, 
     assert np.abs(found.astype(np.float64) - expected.astype(np.float64)).max() <= 1.001 * step
 
 
-def test_a_constant_image_stays_constant():
+def test_a_constant_image_stays_constant() -> None:
     for value in (0, 1, 254, 255):
         assert (resize.fit(np.full((3, 77, 123), value, np.uint8), 16) == value).all()
 
 
 @pytest.mark.parametrize("size", [(16, 16), (48, 64), (17, 16), (200, 90), (5, 9)])
-def test_it_answers_as_the_learner_does_for_any_size(classifier, learner, size):
+def test_it_answers_as_the_learner_does_for_any_size(classifier: Any, learner: Learner, size: tuple[Any, ...]) -> None:
     photos = noise(4, 3, *size)
     theirs = learner.predict(torch.from_numpy(photos), top_k=5)
     for mine, other in zip(classifier.predict(photos, top_k=5), theirs, strict=True):
@@ -72,7 +73,7 @@ def test_it_answers_as_the_learner_does_for_any_size(classifier, learner, size):
         assert dict(mine.top) == pytest.approx(dict(other.top), abs=1e-4 if size == (16, 16) else 0.05)
 
 
-def forms_of(photo, folder):
+def forms_of(photo: Any, folder: Path) -> Any:
     """One photo (3, H, W) in every form that the public calls take."""
     upright = np.ascontiguousarray(photo.transpose(1, 2, 0))
     picture = Image.fromarray(upright)
@@ -83,7 +84,7 @@ def forms_of(photo, folder):
     return [*arrays, picture, path, str(path), [path], [picture], *loaders]
 
 
-def test_one_image_in_every_form_is_the_same_image(classifier, tmp_path):
+def test_one_image_in_every_form_is_the_same_image(classifier: Any, tmp_path: Path) -> None:
     photo = noise(3, 40, 56)
     expected = classifier.probabilities(photo[None])
     assert expected.shape == (1, 5)
@@ -93,7 +94,7 @@ def test_one_image_in_every_form_is_the_same_image(classifier, tmp_path):
         np.testing.assert_allclose(classifier.probabilities(floats), expected, atol=0.02)
 
 
-def test_it_takes_what_the_learner_takes(classifier, learner, tmp_path):
+def test_it_takes_what_the_learner_takes(classifier: Any, learner: Learner, tmp_path: Path) -> None:
     photo = noise(3, 40, 56)
     grey = [photo[0], photo[:1], photo[:1].transpose(1, 2, 0), photo[None, :1]]
     forms = [form for form in forms_of(photo, tmp_path) if not isinstance(form, Iterator)]  # which can be read once only
@@ -105,14 +106,14 @@ def test_it_takes_what_the_learner_takes(classifier, learner, tmp_path):
             assert dict(mine.top) == pytest.approx(dict(other.top), abs=0.05)
 
 
-def path_of_grey(folder):
+def path_of_grey(folder: Path) -> Any:
     """A 16-bit picture, which Pillow by itself would turn white."""
     path = folder / "grey.png"
     Image.fromarray(noise(30, 20).astype(np.uint16) * 257).save(path)
     return path
 
 
-def test_images_of_different_sizes_and_many_of_them_keep_their_order(classifier):
+def test_images_of_different_sizes_and_many_of_them_keep_their_order(classifier: Any) -> None:
     photos = [noise(3, 10 + n % 7, 20, seed=n) for n in range(150)]
     together = classifier.predict(photos)
     assert [answer.label for answer in together] == [classifier.predict(photo)[0].label for photo in photos]
@@ -142,30 +143,30 @@ def test_images_of_different_sizes_and_many_of_them_keep_their_order(classifier)
         (str(Path(__file__)), "test_runtime"),
     ],
 )
-def test_images_it_does_not_take(classifier, images, message):
+def test_images_it_does_not_take(classifier: Any, images: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         classifier.predict(images)
 
 
-def test_top_k_of_nothing(classifier):
+def test_top_k_of_nothing(classifier: Any) -> None:
     with pytest.raises(SettingError, match="top_k"):
         classifier.predict(noise(1, 3, 16, 16), top_k=0)
 
 
-def changed(tmp_path, change) -> Path:
+def changed(tmp_path: Path, change: Any) -> Path:
     model = onnx.load(GOLDEN / "cifar.onnx")
     change(model)
     onnx.save(model, tmp_path / "m.onnx")
     return tmp_path / "m.onnx"
 
 
-def test_a_file_too_new_for_the_runtime_names_both_versions(tmp_path):
+def test_a_file_too_new_for_the_runtime_names_both_versions(tmp_path: Path) -> None:
     import onnxruntime
 
-    def newer_ir(model):
+    def newer_ir(model: onnx.ModelProto) -> None:
         model.ir_version = 99
 
-    def newer_opset(model):
+    def newer_opset(model: onnx.ModelProto) -> None:
         model.opset_import[0].version = 98
 
     for change, number in ((newer_ir, "99"), (newer_opset, "98")):
@@ -174,15 +175,15 @@ def test_a_file_too_new_for_the_runtime_names_both_versions(tmp_path):
         assert "cannot be read as ONNX" not in str(caught.value)
 
 
-def test_damaged_metadata_is_reported(tmp_path):
-    def damage(model):
+def test_damaged_metadata_is_reported(tmp_path: Path) -> None:
+    def damage(model: onnx.ModelProto) -> None:
         next(entry for entry in model.metadata_props if entry.key == "classes").value = "["
 
     with pytest.raises(ExportError, match="metadata cannot be read"):
         OnnxClassifier(changed(tmp_path, damage))
 
 
-def test_a_file_whose_name_is_not_text(tmp_path):
+def test_a_file_whose_name_is_not_text(tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"caf\xe9.onnx")
     try:
         path.write_bytes((GOLDEN / "cifar.onnx").read_bytes())
@@ -200,7 +201,7 @@ def test_a_file_whose_name_is_not_text(tmp_path):
         f"latencies({{'a': open({str(GOLDEN / 'cifar.onnx')!r}, 'rb').read()}}, 16, rounds=1)",
     ],
 )
-def test_nothing_is_left_in_the_home_folder(tmp_path, code):
+def test_nothing_is_left_in_the_home_folder(tmp_path: Path, code: str) -> None:
     """ONNX Runtime would write a device id and a queue of events for its vendor there. A real process, for it does so once."""
     unset = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
     environment = {key: value for key, value in os.environ.items() if key not in unset} | {"HOME": str(tmp_path)}
@@ -208,7 +209,7 @@ def test_nothing_is_left_in_the_home_folder(tmp_path, code):
     assert not list(tmp_path.rglob("*"))
 
 
-def test_telemetry_is_the_users_choice_and_a_late_import_is_reported():
+def test_telemetry_is_the_users_choice_and_a_late_import_is_reported() -> None:
     code = """
         import logging, os, sys
         logging.basicConfig(stream=sys.stdout, format="%(name)s %(message)s")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from edge_dfcil import Callback, Cancelled, Learner, ModelFileError, SettingError
 from edge_dfcil.budget import schedule
+from edge_dfcil.demo import Batches
 from edge_dfcil.model import file
 from tests.conftest import NAMES, QUICK, quick_learner, same_weights, weights
 
@@ -21,36 +24,38 @@ class Killed(BaseException):
 
 
 class Kill(Callback):
-    def __init__(self, stage, step):
+    def __init__(self, stage: Any, step: Any) -> None:
         self.stage, self.step = stage, step
 
-    def on_step_end(self, stage, step, losses, images):
+    def on_step_end(self, stage: Any, step: Any, losses: Any, images: Any) -> None:
         if (stage.name, step) == (self.stage, self.step):
             raise Killed
 
 
-def begun(train, method="abd") -> Learner:
+def begun(train: Batches, method: Any = "abd") -> Learner:
     """A learner that knows two digits; always the same one."""
     learner = quick_learner(method=method)
     learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
     return learner
 
 
-def session(learner, train, **settings):
+def session(learner: Learner, train: Batches, **settings: Any) -> Any:
     found = learner.session(train.of(SECOND), NAMES, progress=False, **settings)
     found.checkpoint_every = 0.0  # at every step
     return found
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(train):
+def uninterrupted(train: Batches) -> Any:
     learner = begun(train)
     learner.learn_task(train.of(SECOND), NAMES, progress=False)
     return weights(learner)
 
 
 @pytest.mark.parametrize(("stage", "step"), [("dream", 3), ("learn", 1), ("learn", 7), ("learn", 12), ("refine", 2)])
-def test_a_killed_task_goes_on_to_the_same_bits(stage, step, train, tmp_path, uninterrupted):
+def test_a_killed_task_goes_on_to_the_same_bits(
+    stage: str, step: int, train: Batches, tmp_path: Path, uninterrupted: Any
+) -> None:
     path = tmp_path / "task.checkpoint"
     with pytest.raises(Killed):
         session(begun(train), train, checkpoint=path, callbacks=[Kill(stage, step)]).run()
@@ -65,14 +70,14 @@ def test_a_killed_task_goes_on_to_the_same_bits(stage, step, train, tmp_path, un
     assert not list(tmp_path.iterdir())
 
 
-def test_learn_task_removes_its_checkpoint(train, tmp_path, uninterrupted):
+def test_learn_task_removes_its_checkpoint(train: Batches, tmp_path: Path, uninterrupted: Any) -> None:
     learner = begun(train)
     learner.learn_task(train.of(SECOND), NAMES, checkpoint=tmp_path / "c", progress=False)
     assert same_weights(uninterrupted, learner)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_holds_no_image_and_is_no_model(train, tmp_path):
+def test_a_checkpoint_holds_no_image_and_is_no_model(train: Batches, tmp_path: Path) -> None:
     path = tmp_path / "task.checkpoint"
     with pytest.raises(Killed):
         session(begun(train), train, checkpoint=path, callbacks=[Kill("learn", 9)]).run()
@@ -83,7 +88,7 @@ def test_a_checkpoint_holds_no_image_and_is_no_model(train, tmp_path):
         Learner.load(path)
 
 
-def test_a_checkpoint_of_another_task_is_left_aside(train, tmp_path, caplog):
+def test_a_checkpoint_of_another_task_is_left_aside(train: Batches, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "task.checkpoint"
     with pytest.raises(Killed):
         session(begun(train), train, checkpoint=path, callbacks=[Kill("learn", 9)]).run()
@@ -94,9 +99,9 @@ def test_a_checkpoint_of_another_task_is_left_aside(train, tmp_path, caplog):
     assert "not resumed" in caplog.text and "classes" in caplog.text
 
 
-def test_a_paused_session_goes_on_to_the_same_bits(train, uninterrupted):
+def test_a_paused_session_goes_on_to_the_same_bits(train: Batches, uninterrupted: Any) -> None:
     class Pause(Callback):
-        def on_step_end(self, stage, step, losses, images):
+        def on_step_end(self, stage: Any, step: Any, losses: Any, images: Any) -> None:
             running.pause()
 
     learner = begun(train)
@@ -109,11 +114,11 @@ def test_a_paused_session_goes_on_to_the_same_bits(train, uninterrupted):
     assert same_weights(uninterrupted, learner)
 
 
-def test_a_closed_form_stage_that_is_paused_counts_each_image_once(train):
+def test_a_closed_form_stage_that_is_paused_counts_each_image_once(train: Batches) -> None:
     class Pause(Callback):
         paused = False
 
-        def on_step_end(self, stage, step, losses, images):
+        def on_step_end(self, stage: Any, step: Any, losses: Any, images: Any) -> None:
             if stage.name == "lda" and not self.paused:
                 Pause.paused = True
                 running.pause()
@@ -126,9 +131,9 @@ def test_a_closed_form_stage_that_is_paused_counts_each_image_once(train):
     assert same_weights(weights(other), learner)
 
 
-def test_state_dict_carries_a_session_over(train, uninterrupted):
+def test_state_dict_carries_a_session_over(train: Batches, uninterrupted: Any) -> None:
     class Pause(Callback):
-        def on_step_end(self, stage, step, losses, images):
+        def on_step_end(self, stage: Any, step: Any, losses: Any, images: Any) -> None:
             if (stage.name, step) == ("learn", 5):
                 first.pause()
 
@@ -141,9 +146,9 @@ def test_state_dict_carries_a_session_over(train, uninterrupted):
     assert same_weights(uninterrupted, learner)
 
 
-def test_a_state_of_another_operation_is_refused(train):
+def test_a_state_of_another_operation_is_refused(train: Batches) -> None:
     class Pause(Callback):
-        def on_step_end(self, stage, step, losses, images):
+        def on_step_end(self, stage: Any, step: Any, losses: Any, images: Any) -> None:
             first.pause()
 
     first = session(begun(train), train, callbacks=[Pause()])
@@ -156,9 +161,9 @@ def test_a_state_of_another_operation_is_refused(train):
     assert learner.classes == ("0", "1")
 
 
-def test_finish_now_commits_what_has_been_learnt(train):
+def test_finish_now_commits_what_has_been_learnt(train: Batches) -> None:
     class Enough(Callback):
-        def on_step_end(self, stage, step, losses, images):
+        def on_step_end(self, stage: Any, step: Any, losses: Any, images: Any) -> None:
             if (stage.name, step) == ("learn", 4):
                 running.finish_now()
 
@@ -169,9 +174,9 @@ def test_finish_now_commits_what_has_been_learnt(train):
     assert learner.classes == ("0", "1", "2", "3")
 
 
-def test_there_is_nothing_to_finish_before_the_first_step(train):
+def test_there_is_nothing_to_finish_before_the_first_step(train: Batches) -> None:
     class Enough(Callback):
-        def on_stage_begin(self, stage):
+        def on_stage_begin(self, stage: Any) -> None:
             running.finish_now()
 
     learner = begun(train)
@@ -181,7 +186,7 @@ def test_there_is_nothing_to_finish_before_the_first_step(train):
     assert learner.classes == ("0", "1")
 
 
-def test_two_sessions_of_one_learner_do_not_both_commit(train):
+def test_two_sessions_of_one_learner_do_not_both_commit(train: Batches) -> None:
     learner = begun(train)
     first, second = session(learner, train), session(learner, train)
     first.run()
@@ -190,9 +195,9 @@ def test_two_sessions_of_one_learner_do_not_both_commit(train):
 
 
 @pytest.mark.parametrize("verb", ["dream", "export"])
-def test_other_long_work_is_cancelled_too(verb, learnt, tmp_path):
+def test_other_long_work_is_cancelled_too(verb: str, learnt: Learner, tmp_path: Path) -> None:
     class Cancel(Callback):
-        def on_step_end(self, stage, step, losses, images):
+        def on_step_end(self, stage: Any, step: Any, losses: Any, images: Any) -> None:
             learnt.cancel()
 
     work = {
@@ -205,15 +210,15 @@ def test_other_long_work_is_cancelled_too(verb, learnt, tmp_path):
     assert learnt.running is None
 
 
-def test_losses_come_by_pass_and_hooks_with_them(train):
+def test_losses_come_by_pass_and_hooks_with_them(train: Batches) -> None:
     class Watch(Callback):
-        def __init__(self):
-            self.epochs = []
+        def __init__(self) -> None:
+            self.epochs: list[Any] = []
 
-        def on_task_begin(self, learner):
+        def on_task_begin(self, learner: Learner) -> None:
             self.learner = learner
 
-        def on_epoch_end(self, stage, epoch, losses):
+        def on_epoch_end(self, stage: Any, epoch: Any, losses: Any) -> None:
             self.epochs.append((stage.name, epoch, set(losses)))
             assert self.learner.classes == (), "the model from before answers until the commit"
 
@@ -228,7 +233,7 @@ def test_losses_come_by_pass_and_hooks_with_them(train):
 class TestHost:
     """Whatever the app has set, a task computes as it must, and leaves it as it was."""
 
-    def test_a_task_learns_the_same_wherever_it_is_called(self, train):
+    def test_a_task_learns_the_same_wherever_it_is_called(self, train: Batches) -> None:
         found = []
         regions = (
             torch.no_grad(),
@@ -244,7 +249,7 @@ class TestHost:
         plain.learn_task(train.of(("0", "1")), NAMES, progress=False)
         assert all(torch.equal(value, weights(plain)[name]) for run in found for name, value in run.items())
 
-    def test_a_default_dtype_of_the_app_is_left_alone(self, train):
+    def test_a_default_dtype_of_the_app_is_left_alone(self, train: Batches) -> None:
         torch.set_default_dtype(torch.float64)
         try:
             learner = quick_learner()
@@ -254,7 +259,7 @@ class TestHost:
         finally:
             torch.set_default_dtype(torch.float32)
 
-    def test_the_random_state_of_the_app_is_left_alone(self, train):
+    def test_the_random_state_of_the_app_is_left_alone(self, train: Batches) -> None:
         torch.manual_seed(7)
         expected = torch.rand(3)
         torch.manual_seed(7)
@@ -262,23 +267,23 @@ class TestHost:
         assert torch.equal(torch.rand(3), expected)
 
     @pytest.mark.parametrize("wrong", [Callback, "abd", 3, [object()]])
-    def test_wrong_callbacks_are_refused_and_lock_nothing(self, wrong, learnt, train):
+    def test_wrong_callbacks_are_refused_and_lock_nothing(self, wrong: Any, learnt: Learner, train: Batches) -> None:
         with pytest.raises(SettingError, match="Callback"):
             learnt.learn_task(train.of(("4",)), NAMES, callbacks=wrong, progress=False)
         learnt.learn_task(train.of(("4",)), NAMES, progress=False)
 
-    def test_a_hook_that_raises_on_exit_locks_nothing(self, learnt, train):
+    def test_a_hook_that_raises_on_exit_locks_nothing(self, learnt: Learner, train: Batches) -> None:
         class Bad(Callback):
-            def on_exit(self):
+            def on_exit(self) -> None:
                 raise RuntimeError("mine")
 
         with pytest.raises(RuntimeError, match="mine"):
             learnt.learn_task(train.of(("4",)), NAMES, callbacks=[Bad()], progress=False)
         learnt.learn_task(train.of(("5",)), NAMES, progress=False)
 
-    def test_cancel_ends_a_scan_that_would_never_end(self, learnt, train):
+    def test_cancel_ends_a_scan_that_would_never_end(self, learnt: Learner, train: Batches) -> None:
         class Endless:
-            def __iter__(self):
+            def __iter__(self) -> Iterator[Any]:
                 while True:
                     yield from train.of(("4",))
                     learnt.cancel()
@@ -289,18 +294,19 @@ class TestHost:
 
 class TestTimeBudget:
     @pytest.mark.parametrize(("given", "seconds"), [(90, 90), ("90s", 90), ("10min", 600), ("1.5 h", 5400), (None, None)])
-    def test_times_are_read(self, given, seconds):
+    def test_times_are_read(self, given: int | str | None, seconds: int | None) -> None:
         assert schedule.parse(given) == seconds
 
     @pytest.mark.parametrize("wrong", ["", "ten", "10 parsecs", -1, 0, True, "nan", "inf"])
-    def test_other_times_are_refused(self, wrong):
+    def test_other_times_are_refused(self, wrong: str | int | bool) -> None:
         with pytest.raises(SettingError, match="time_budget"):
             schedule.parse(wrong)
 
-    def test_a_schedule_is_shortened_as_a_whole(self, train):
+    def test_a_schedule_is_shortened_as_a_whole(self, train: Batches) -> None:
         learner = begun(train)
         learner.recipe = QUICK.changed({"schedule.min_steps": 20_000, "generator.steps": 10_000, "refine.min_steps": 2_000})
         report = learner.learn_task(train.of(SECOND), NAMES, time_budget="5s", progress=False)
+        assert report.fitted is not None
         share = report.fitted["share"]
         steps = {stage.name: stage.steps for stage in report.stages}
         assert 0 < share < 0.5
@@ -308,16 +314,16 @@ class TestTimeBudget:
         assert report.fitted["step_seconds"].keys() == {"dream", "learn", "refine"}
         assert learner.classes == ("0", "1", "2", "3")
 
-    def test_a_budget_that_is_long_enough_changes_nothing(self, train, uninterrupted):
+    def test_a_budget_that_is_long_enough_changes_nothing(self, train: Batches, uninterrupted: Any) -> None:
         learner = begun(train)
         report = learner.learn_task(train.of(SECOND), NAMES, time_budget="1h", progress=False)
-        assert report.fitted["share"] == 1.0
+        assert report.fitted is not None and report.fitted["share"] == 1.0
         assert same_weights(uninterrupted, learner)
 
 
-def test_two_threads_cannot_teach_one_learner(learnt, train):
+def test_two_threads_cannot_teach_one_learner(learnt: Learner, train: Batches) -> None:
     class Wait(Callback):
-        def on_stage_begin(self, stage):
+        def on_stage_begin(self, stage: Any) -> None:
             inside.set()
             go_on.wait(30)
 
@@ -332,6 +338,6 @@ def test_two_threads_cannot_teach_one_learner(learnt, train):
     assert learnt.classes[-1] == "4"
 
 
-def test_a_checkpoint_that_cannot_be_written_is_an_error_before_training(learnt, train, tmp_path):
+def test_a_checkpoint_that_cannot_be_written_is_an_error_before_training(learnt: Learner, train: Batches, tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="folder"):
         learnt.learn_task(train.of(("4",)), NAMES, checkpoint=Path(tmp_path / "no" / "c"), progress=False)

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +19,13 @@ from safetensors.torch import save_file
 
 import edge_dfcil
 from edge_dfcil import Learner, ModelFileError
+from edge_dfcil.demo import Batches
 from edge_dfcil.model import file as storage
 from edge_dfcil.privacy import account as privacy
 from tests.conftest import same_weights, weights
 
 
-def test_round_trip_to_the_bit(learnt, test, tmp_path):
+def test_round_trip_to_the_bit(learnt: Learner, test: Batches, tmp_path: Path) -> None:
     path = learnt.save(tmp_path / "model.safetensors")
     loaded = Learner.load(path, "cpu")
     assert same_weights(weights(learnt), loaded)
@@ -31,19 +34,19 @@ def test_round_trip_to_the_bit(learnt, test, tmp_path):
     assert loaded.settings() == learnt.settings()
 
 
-def test_learning_goes_on_from_a_file_as_from_memory(learnt, train, tmp_path):
+def test_learning_goes_on_from_a_file_as_from_memory(learnt: Learner, train: Batches, tmp_path: Path) -> None:
     loaded = Learner.load(learnt.save(tmp_path / "m"), "cpu")
     for learner in (learnt, loaded):
         learner.learn_task(train.of(("2", "3")), [*"0123456789"], progress=False)
     assert same_weights(weights(learnt), loaded)
 
 
-def test_an_untaught_learner_can_be_kept(tmp_path):
+def test_an_untaught_learner_can_be_kept(tmp_path: Path) -> None:
     loaded = Learner.load(Learner("resnet8", image_size=16).save(tmp_path / "m"), "cpu")
     assert loaded.classes == ()
 
 
-def test_everything_in_the_file_is_accounted_for(learnt, train, tmp_path):
+def test_everything_in_the_file_is_accounted_for(learnt: Learner, train: Batches, tmp_path: Path) -> None:
     learnt.learn_task(train.of(("2", "3")), [*"0123456789"], progress=False)
     path = learnt.save(tmp_path / "m")
     with safe_open(path, "pt") as file:
@@ -65,13 +68,13 @@ def test_everything_in_the_file_is_accounted_for(learnt, train, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def content(_learnt, tmp_path_factory):
+def content(_learnt: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return _learnt.save(tmp_path_factory.mktemp("model") / "m").read_bytes()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_flipped_byte_is_noticed(content, tmp_path, data):
+def test_any_flipped_byte_is_noticed(content: Any, tmp_path: Path, data: Any) -> None:
     header = 8 + int.from_bytes(content[:8], "little")
     # Half of the draws fall into the header, which is small but holds all the structure.
     at = data.draw(st.one_of(st.integers(0, header - 1), st.integers(header, len(content) - 1)))
@@ -84,14 +87,14 @@ def test_any_flipped_byte_is_noticed(content, tmp_path, data):
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_cut_is_noticed(content, tmp_path, data):
+def test_any_cut_is_noticed(content: Any, tmp_path: Path, data: Any) -> None:
     path = tmp_path / "m"
     path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
     with pytest.raises(ModelFileError):
         storage.read(path)
 
 
-def test_foreign_files_are_told(tmp_path):
+def test_foreign_files_are_told(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="is not a file"):
         Learner.load(tmp_path / "nothing")
     with pytest.raises(ModelFileError, match="is not a file"):
@@ -104,7 +107,9 @@ def test_foreign_files_are_told(tmp_path):
         Learner.load(tmp_path / "other")
 
 
-def test_a_later_schema_and_a_stranger_in_the_settings_are_told(learnt, tmp_path, monkeypatch):
+def test_a_later_schema_and_a_stranger_in_the_settings_are_told(
+    learnt: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(storage, "SCHEMA", 99)
     path = learnt.save(tmp_path / "m")
     monkeypatch.undo()
@@ -116,12 +121,12 @@ def test_a_later_schema_and_a_stranger_in_the_settings_are_told(learnt, tmp_path
         Learner.load(storage.write(tmp_path / "o", learnt.network.state_dict(), {**learnt.settings(), "backbone": "resnet20"}))
 
 
-def test_no_such_folder(learnt, tmp_path):
+def test_no_such_folder(learnt: Learner, tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="make it first"):
         learnt.save(tmp_path / "nowhere" / "m")
 
 
-def test_a_full_disk_leaves_the_old_file(learnt, tmp_path):
+def test_a_full_disk_leaves_the_old_file(learnt: Learner, tmp_path: Path) -> None:
     """A real process whose files may not grow past 64 KiB, as on a full disk."""
     path = learnt.save(tmp_path / "m")
     before = path.read_bytes()
@@ -143,7 +148,7 @@ def test_a_full_disk_leaves_the_old_file(learnt, tmp_path):
     assert list(tmp_path.iterdir()) == [path], "nothing is left aside"
 
 
-def test_a_checkpoint_is_no_model(tmp_path):
+def test_a_checkpoint_is_no_model(tmp_path: Path) -> None:
     path = storage.write(tmp_path / "c", {"a": torch.zeros(2)}, {}, kind="checkpoint")
     assert storage.read(path, kind="checkpoint")[1] == {}
     with pytest.raises(ModelFileError, match="is a checkpoint, not a model"):
@@ -160,7 +165,7 @@ def test_a_checkpoint_is_no_model(tmp_path):
     ),
     written=st.text(max_size=8) | st.just("[" * 100_000) | st.just("9" * 10_000),
 )
-def test_any_header_ends_in_a_message(tmp_path, about, written):
+def test_any_header_ends_in_a_message(tmp_path: Path, about: Any, written: str) -> None:
     for metadata in (
         {"edge_dfcil": json.dumps(about), "settings": written},
         {"edge_dfcil": written, "settings": "{}"},
@@ -172,14 +177,14 @@ def test_any_header_ends_in_a_message(tmp_path, about, written):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.uint8])
-def test_tensors_of_any_dtype_come_back(tmp_path, dtype):
+def test_tensors_of_any_dtype_come_back(tmp_path: Path, dtype: Any) -> None:
     tensors = {"scalar": torch.ones((), dtype=dtype), "empty": torch.ones(0, 3, dtype=dtype), "m": torch.ones(2, 3, dtype=dtype)}
     found, _ = storage.read(storage.write(tmp_path / "m", tensors, {}))
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == dtype for name in tensors)
 
 
-def test_a_later_version_is_named(tmp_path, monkeypatch):
+def test_a_later_version_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "SCHEMA", 99)
     path = storage.write(tmp_path / "m", {}, {"version": "7.8.9"})
     monkeypatch.undo()
@@ -188,14 +193,14 @@ def test_a_later_version_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{"tasks": [["caf\udce9"]]}, {"x": object()}, {"caf\udce9": 1}])
-def test_settings_that_cannot_be_stored_are_refused(tmp_path, settings):
+def test_settings_that_cannot_be_stored_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(ModelFileError, match="cannot be stored") as caught:
         storage.write(tmp_path / "m", {}, settings)
     str(caught.value).encode()
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_whose_name_is_not_text(tmp_path):
+def test_a_folder_whose_name_is_not_text(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     try:
         folder.mkdir()

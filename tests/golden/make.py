@@ -84,7 +84,7 @@ def main(folder: Path) -> None:
     found["cifar"].export(folder / "cifar-int8.onnx", "int8", calibration=[*digits()[0].of(("0", "1", "2", "3", "4"))])
     for path in sorted(folder.glob("*.onnx")):
         answers[path.name] = OnnxClassifier(path).probabilities(images.numpy())
-    np.savez_compressed(folder / "answers.npz", **answers)
+    np.savez_compressed(folder / "answers.npz", allow_pickle=False, **answers)
 
 
 if __name__ == "__main__":
