@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from edge_dfcil import BackboneError, DataError, Learner, NotLearnedError, Setti
 from edge_dfcil.compression import Distillation, Pruning, distill, prune
 from edge_dfcil.compression.latency import LatencyTable, Shape, measure_convolution
 from edge_dfcil.compression.pruning import Cutter
+from edge_dfcil.demo import Batches
 from edge_dfcil.dreaming.inversion import Dream
 from edge_dfcil.model.backbones import batchnorm_layers, build
 from exporters import OnnxClassifier
@@ -27,7 +29,7 @@ REPAIR = replace(SHORT, learning_rate=0.02)
 
 
 @pytest.fixture(scope="module")
-def able(train):
+def able(train: Batches) -> Learner:
     learner = quick_learner(
         recipe=QUICK.changed(
             {"schedule.min_steps": 120, "schedule.learning_rate": 0.05, "generator.steps": 60, "schedule.weight_decay": 1e-4}
@@ -38,7 +40,7 @@ def able(train):
 
 
 @pytest.fixture
-def known(test):
+def known(test: Batches) -> list[Any]:
     return [*test.of(KNOWN)]
 
 
@@ -48,7 +50,7 @@ def flops(shape: Shape) -> float:
 
 
 @pytest.fixture
-def table(tmp_path):
+def table(tmp_path: Path) -> LatencyTable:
     return LatencyTable(tmp_path / "latency.json", flops)
 
 
@@ -83,13 +85,13 @@ class Halved(nn.Module):
         return self.last(torch.cat([self.left(left), self.right(right)], 1)).mean((2, 3))
 
 
-def taught(backbone: nn.Module, train) -> Learner:
+def taught(backbone: nn.Module, train: Batches) -> Learner:
     learner = Learner(backbone, image_size=16, recipe=QUICK, device="cpu")
     learner.learn_task(train.of(KNOWN), NAMES, progress=False)
     return learner
 
 
-def test_a_student_learns_from_dreams_alone(able, known):
+def test_a_student_learns_from_dreams_alone(able: Learner, known: list[Any]) -> None:
     before = weights(able)
     student, report = distill(able, "resnet14", settings=SHORT, evaluation=known, classes=NAMES, progress=False)
     assert same_weights(before, able)
@@ -97,6 +99,7 @@ def test_a_student_learns_from_dreams_alone(able, known):
     assert (report.teacher, report.student) == ("resnet8", "resnet14")
     assert report.parameters[0] < report.parameters[1]
     assert report.dreams == 3 * 128
+    assert report.accuracy is not None
     teacher, learnt = report.accuracy
     assert teacher > 0.95
     assert learnt == student.evaluate(known, NAMES).accuracy > 0.6, "a third would be chance"
@@ -107,7 +110,7 @@ def test_a_student_learns_from_dreams_alone(able, known):
     assert "competition" in report.stages[2].losses
 
 
-def test_it_is_the_same_under_one_seed_and_leaves_the_callers_random_state_alone(able):
+def test_it_is_the_same_under_one_seed_and_leaves_the_callers_random_state_alone(able: Learner) -> None:
     short = replace(SHORT, rounds=1, steps=3)
     state = torch.get_rng_state()
     first, again = (distill(able, "resnet8", settings=short, progress=False)[0] for _ in range(2))
@@ -115,34 +118,35 @@ def test_it_is_the_same_under_one_seed_and_leaves_the_callers_random_state_alone
     assert same_weights(weights(first), again)
 
 
-def test_noise_teaches_less(able, known):
+def test_noise_teaches_less(able: Learner, known: list[Any]) -> None:
     scratch = replace(SHORT, inherit=False)
     _, dreamt = distill(able, "resnet8", settings=scratch, evaluation=known, classes=NAMES, progress=False)
     noise = replace(scratch, source="noise")
     _, random = distill(able, "resnet8", settings=noise, evaluation=known, classes=NAMES, progress=False)
     assert random.dreams == 0
+    assert random.accuracy is not None and dreamt.accuracy is not None
     assert random.accuracy[1] < dreamt.accuracy[1]
 
 
-def test_a_student_begins_with_what_it_shares_with_its_teacher(able):
+def test_a_student_begins_with_what_it_shares_with_its_teacher(able: Learner) -> None:
     still = replace(SHORT, rounds=1, steps=1, learning_rate=1e-9)
     for inherit, share in ((True, 0.9), (False, 0.7)):
         _, report = distill(able, "resnet8", settings=replace(still, inherit=inherit), progress=False)
         assert (report.agreement > share) == inherit
 
 
-def test_a_students_running_statistics_keep_up_with_a_short_lesson(able, known):
+def test_a_students_running_statistics_keep_up_with_a_short_lesson(able: Learner, known: list[Any]) -> None:
     """A network answers by them; torchvision's MobileNetV3 lets them follow slowly."""
     slow = build("resnet8")
     for layer in batchnorm_layers(slow):
         layer.momentum = 0.001
     scratch = replace(SHORT, inherit=False)
     _, report = distill(able, slow, settings=scratch, evaluation=known, classes=NAMES, progress=False)
-    assert report.accuracy[1] > 0.6, "a third would be chance"
+    assert report.accuracy is not None and report.accuracy[1] > 0.6, "a third would be chance"
     assert {layer.momentum for layer in batchnorm_layers(slow)} == {0.001}, "the caller's own is copied"
 
 
-def test_pixel_dreams_teach_too(able):
+def test_pixel_dreams_teach_too(able: Learner) -> None:
     short = replace(SHORT, rounds=2, dreams=32, steps=3, quality="best")
     learner = copy.deepcopy(able)
     learner.recipe = able.recipe.changed({"pixels.steps": 4, "pixels.batch": 32})
@@ -150,12 +154,12 @@ def test_pixel_dreams_teach_too(able):
     assert [stage.name for stage in report.stages][:4] == ["dream", "distil", "dream", "distil"]
 
 
-def test_a_student_goes_on(able, train, test, tmp_path):
+def test_a_student_goes_on(able: Learner, train: Batches, test: Batches, tmp_path: Path) -> None:
     student, _ = distill(able, "resnet14", settings=replace(SHORT, rounds=1, steps=5), progress=False)
     goes_on(student, train, test, tmp_path)
 
 
-def goes_on(learner, train, test, folder, export=False):
+def goes_on(learner: Learner, train: Batches, test: Batches, folder: Path, export: Any = False) -> None:
     """It predicts, is saved and loaded, exports, and learns the next task."""
     images = test.images[:8]
     loaded = Learner.load(learner.save(folder / "m"), "cpu")
@@ -169,7 +173,9 @@ def goes_on(learner, train, test, folder, export=False):
     assert Learner.load(loaded.save(folder / "n"), "cpu").predict(images) == loaded.predict(images)
 
 
-def test_pruned_by_ratio_it_is_smaller_and_repaired(able, known, table, train, test, tmp_path):
+def test_pruned_by_ratio_it_is_smaller_and_repaired(
+    able: Learner, known: list[Any], table: LatencyTable, train: Batches, test: Batches, tmp_path: Path
+) -> None:
     before = weights(able)
     setting = Pruning(ratio=0.4, group=4, repair=REPAIR)
     smaller, report = prune(able, setting, table=table, evaluation=known, classes=NAMES, timing=False, progress=False)
@@ -181,6 +187,7 @@ def test_pruned_by_ratio_it_is_smaller_and_repaired(able, known, table, train, t
     modules = dict(smaller.network.backbone.named_modules())
     assert report.channels
     assert all(modules[name].out_channels == n and n % 4 == 0 for name, n in report.channels.items())
+    assert report.accuracy is not None
     whole, broken, repaired = report.accuracy
     assert broken < whole - 0.1, "so much hurts"
     assert repaired > whole - 0.1
@@ -188,7 +195,7 @@ def test_pruned_by_ratio_it_is_smaller_and_repaired(able, known, table, train, t
     goes_on(smaller, train, test, tmp_path, export=True)
 
 
-def test_what_counts_is_what_is_measured_on_the_network(able, table):
+def test_what_counts_is_what_is_measured_on_the_network(able: Learner, table: LatencyTable) -> None:
     """Work by hand: the convolutions of a resnet8 at 16 px."""
     _, report = prune(able, Pruning(flops=0.8, group=4, repair=None), table=table, progress=False)
     expected = 0
@@ -200,10 +207,10 @@ def test_what_counts_is_what_is_measured_on_the_network(able, table):
     assert report.flops[1] <= 0.8 * report.flops[0]
     assert report.agreement is None and len(report.stages) == 1
     assert report.table_milliseconds[0] == pytest.approx(expected / 1e6)
-    assert all(value > 0 for value in report.milliseconds)
+    assert report.milliseconds is not None and all(value > 0 for value in report.milliseconds)
 
 
-def test_latency_that_counts_takes_channels_where_they_cost_time(able, tmp_path):
+def test_latency_that_counts_takes_channels_where_they_cost_time(able: Learner, tmp_path: Path) -> None:
     """With a table in which only the first stage costs anything, and great weight on it, that stage is pruned first."""
 
     def dear(shape: Shape) -> float:
@@ -218,7 +225,7 @@ def test_latency_that_counts_takes_channels_where_they_cost_time(able, tmp_path)
         assert (len(report.channels) == len(first)) == only_there
 
 
-def test_the_latency_term_sees_kernels_that_work_in_blocks(able, tmp_path):
+def test_the_latency_term_sees_kernels_that_work_in_blocks(able: Learner, tmp_path: Path) -> None:
     """Where a layer is no faster before several groups have gone, they go together, and no channel goes in vain."""
 
     def in_blocks(shape: Shape) -> float:
@@ -234,9 +241,10 @@ def test_the_latency_term_sees_kernels_that_work_in_blocks(able, tmp_path):
     assert found[1000.0].filters[1] > found[0.0].filters[1], "as fast with more filters"
 
 
-def test_channels_that_do_nothing_leave_first(able, table):
+def test_channels_that_do_nothing_leave_first(able: Learner, table: LatencyTable) -> None:
     learner = copy.deepcopy(able)
-    block = learner.network.backbone.stages[1][0]
+    backbone: Any = learner.network.backbone
+    block = backbone.stages[1][0]
     with torch.no_grad():
         for parameter in block.bn1.parameters():
             parameter[3::4] = 0  # 8 of 32
@@ -250,7 +258,9 @@ def test_channels_that_do_nothing_leave_first(able, table):
 
 
 @pytest.mark.slow
-def test_depthwise_layers_and_residuals_of_a_mobilenet(train, test, table, tmp_path):
+def test_depthwise_layers_and_residuals_of_a_mobilenet(
+    train: Batches, test: Batches, table: LatencyTable, tmp_path: Path
+) -> None:
     learner = Learner("mobilenet_v3_small", image_size=32, recipe=QUICK, device="cpu")
     learner.learn_task(train.of(KNOWN), NAMES, progress=False)
     smaller, report = prune(learner, Pruning(ratio=0.3, repair=None, rounds=3), table=table, timing=False, progress=False)
@@ -259,7 +269,7 @@ def test_depthwise_layers_and_residuals_of_a_mobilenet(train, test, table, tmp_p
     assert Learner.load(smaller.save(tmp_path / "m"), "cpu").predict(test.images[:4]) == smaller.predict(test.images[:4])
 
 
-def test_what_would_be_saved_is_what_is_saved(train, tmp_path):
+def test_what_would_be_saved_is_what_is_saved(train: Batches, tmp_path: Path) -> None:
     """The latency that a step of pruning promises, against the network that it leaves; depthwise and grouped layers among it."""
     shapes = []
 
@@ -295,7 +305,9 @@ def answers_as_masked(learner: Learner, settings: Pruning, table: LatencyTable) 
     return cutter
 
 
-def test_the_groups_of_grouped_convolutions_stay_alike(train, test, table, tmp_path):
+def test_the_groups_of_grouped_convolutions_stay_alike(
+    train: Batches, test: Batches, table: LatencyTable, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     learner = taught(Grouped(), train)
     settings = Pruning(ratio=0.3, group=4, repair=None, dreams=32, rounds=3)
@@ -310,12 +322,12 @@ def test_the_groups_of_grouped_convolutions_stay_alike(train, test, table, tmp_p
     assert loaded.predict(test.images[:4]) == smaller.predict(test.images[:4])
 
 
-def test_a_layer_that_is_cut_into_halves_is_left_alone_or_followed(train, table):
+def test_a_layer_that_is_cut_into_halves_is_left_alone_or_followed(train: Batches, table: LatencyTable) -> None:
     cutter = answers_as_masked(taught(Halved(), train), Pruning(ratio=0.2, group=4, repair=None), table)
     assert cutter.now.filters <= 0.8 * cutter.before.filters
 
 
-def test_channels_that_are_shuffled_are_refused_with_a_reason(table):
+def test_channels_that_are_shuffled_are_refused_with_a_reason(table: LatencyTable) -> None:
     network = Learner("shufflenet_v2_x0_5", image_size=32, recipe=QUICK, device="cpu").network.grown(3).eval()
     images = torch.randn(4, 3, 32, 32)
     with pytest.raises(BackboneError, match=r"shuffles channels.*distil"):
@@ -323,19 +335,19 @@ def test_channels_that_are_shuffled_are_refused_with_a_reason(table):
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_what_can_be_pruned_does_not_depend_on_the_size_of_the_logits(able, table, scale):
+def test_what_can_be_pruned_does_not_depend_on_the_size_of_the_logits(able: Learner, table: LatencyTable, scale: float) -> None:
     network, images = able.network.grown(0).eval(), torch.randn(8, 3, 16, 16)
     with torch.no_grad():
-        network.head.weight *= scale
-        network.head.bias *= scale
+        network.head.weight.mul_(scale)
+        network.head.bias.mul_(scale)
     cutter = Cutter(network, Dream(images, network.classify(images).detach()), Pruning(ratio=0.1, group=4), table)
     assert sorted(cutter._names[root] for root in cutter.roots) == ["stages.0.0.conv1", "stages.1.0.conv1", "stages.2.0.conv1"]
 
 
-def test_the_table_needs_no_home_folder(monkeypatch, tmp_path):
+def test_the_table_needs_no_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As in a container whose user has none; and a cache folder that cannot be written to is no error."""
 
-    def no_home():
+    def no_home() -> None:
         raise RuntimeError("Could not determine home directory.")
 
     shape = Shape(16, 16, 3, 1, 1, 8, 8)
@@ -356,16 +368,16 @@ def test_the_table_needs_no_home_folder(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["{damaged", "[]", "null", '{"16-16-3-1-1-8-8": "slow"}', '{"16-16-3-1-1-8-8": NaN}', "\xff"])
-def test_a_damaged_table_is_measured_again(tmp_path, damage):
+def test_a_damaged_table_is_measured_again(tmp_path: Path, damage: str) -> None:
     path, shape = tmp_path / "latency.json", Shape(16, 16, 3, 1, 1, 8, 8)
     path.write_bytes(damage.encode("latin-1"))
     assert LatencyTable(path, flops)(shape) == flops(shape)
 
 
-def test_the_table_is_measured_once_and_kept(tmp_path):
+def test_the_table_is_measured_once_and_kept(tmp_path: Path) -> None:
     asked = []
 
-    def measure(shape):
+    def measure(shape: Any) -> float:
         asked.append(shape)
         return 1.5
 
@@ -388,12 +400,12 @@ def test_the_table_is_measured_once_and_kept(tmp_path):
         ({"latency": 0.5, "group": 0}, "too small"),
     ],
 )
-def test_targets_that_are_none(settings, message):
+def test_targets_that_are_none(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         Pruning(**settings)
 
 
-def test_what_cannot_be_done_is_told(able, table):
+def test_what_cannot_be_done_is_told(able: Learner, table: LatencyTable) -> None:
     with pytest.raises(BackboneError, match=r"cannot be met.*Ask for less"):
         prune(able, Pruning(ratio=0.9, repair=None), table=table, timing=False, progress=False)
     with pytest.raises(BackboneError, match="of which some can be taken away"):
@@ -409,9 +421,9 @@ def test_what_cannot_be_done_is_told(able, table):
     with pytest.raises(SettingError, match="rounds is 0"):
         Distillation(rounds=0)
     with pytest.raises(SettingError, match="source='air'"):
-        Distillation(source="air")
+        Distillation(source="air")  # type: ignore[arg-type]
 
 
-def test_reports_are_json(able, table):
+def test_reports_are_json(able: Learner, table: LatencyTable) -> None:
     _, report = prune(able, Pruning(ratio=0.1, group=4, repair=None), table=table, timing=False, progress=False)
     assert json.loads(json.dumps(report.to_dict()))["filters"] == list(report.filters)

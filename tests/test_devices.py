@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, Literal
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +13,7 @@ from edge_dfcil import BudgetError, Learner, SettingError, devices
 from edge_dfcil.compression import Distillation, Pruning, distill, prune
 from edge_dfcil.compression.latency import LatencyTable
 from edge_dfcil.compression.pruning import Cutter
+from edge_dfcil.demo import Batches
 from edge_dfcil.dreaming.inversion import Dream
 from edge_dfcil.methods import names
 from edge_dfcil.model.backbones import build
@@ -19,14 +23,14 @@ HAS = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available
 
 
 @pytest.fixture(params=["cuda", "mps"])
-def device(request):
+def device(request: pytest.FixtureRequest) -> Any:
     if not HAS[request.param]:
         pytest.skip(f"no {request.param} here")
     return request.param
 
 
 @pytest.fixture
-def taught(device, train):
+def taught(device: str, train: Batches) -> Any:
     learner = quick_learner(
         device=device, recipe=QUICK.changed({"schedule.min_steps": 120, "pixels.steps": 4, "pixels.batch": 32})
     )
@@ -34,12 +38,14 @@ def taught(device, train):
     return learner
 
 
-def answers(learner, test):
+def answers(learner: Learner, test: Batches) -> Any:
     return [prediction.score for prediction in learner.predict(test.images[:50])]
 
 
 @pytest.mark.parametrize("method", names())
-def test_learns_answers_and_is_kept_on_an_accelerator(device, method, train, test, tmp_path):
+def test_learns_answers_and_is_kept_on_an_accelerator(
+    device: str, method: Any, train: Batches, test: Batches, tmp_path: Path
+) -> None:
     learner = quick_learner(method=method, device=device)
     for task in (("0", "1"), ("2", "3")):
         learner.learn_task(train.of(task), NAMES, progress=False)
@@ -50,7 +56,7 @@ def test_learns_answers_and_is_kept_on_an_accelerator(device, method, train, tes
     learner.export(tmp_path / "m.onnx")
 
 
-def test_remembers_through_pixel_dreams_on_an_accelerator(taught, train, test):
+def test_remembers_through_pixel_dreams_on_an_accelerator(taught: Learner, train: Batches, test: Batches) -> None:
     taught.recipe = taught.recipe.changed({"remember.dreams": "pixels", "remember.pool": 64})
     taught.learn_task(train.of(("2", "3")), NAMES, progress=False)
     assert len(taught.predict(test.images[:5], top_k=4)[0].top) == 4
@@ -58,14 +64,14 @@ def test_remembers_through_pixel_dreams_on_an_accelerator(taught, train, test):
 
 
 @pytest.mark.parametrize("quality", ["fast", "best"])
-def test_a_student_learns_on_an_accelerator(taught, quality, test):
+def test_a_student_learns_on_an_accelerator(taught: Learner, quality: Literal["fast", "best"], test: Batches) -> None:
     lesson = Distillation(rounds=2, dreams=32, generator_steps=2, steps=2, batch=16, quality=quality)
     student, report = distill(taught, "resnet14", settings=lesson, progress=False)
     assert student.device == taught.device and 0 <= report.agreement <= 1
     assert len(answers(student, test)) == 50
 
 
-def test_prunes_on_an_accelerator_what_it_prunes_on_the_cpu(taught, tmp_path):
+def test_prunes_on_an_accelerator_what_it_prunes_on_the_cpu(taught: Learner, tmp_path: Path) -> None:
     """The same channels may be taken away: rounding on an accelerator does not hide that a layer can lose some."""
     table = LatencyTable(tmp_path / "latency.json", lambda shape: shape.flops / 1e6)
     settings = Pruning(ratio=0.2, group=4, repair=Distillation(rounds=1, dreams=32, generator_steps=2, steps=2, batch=16))
@@ -77,20 +83,20 @@ def test_prunes_on_an_accelerator_what_it_prunes_on_the_cpu(taught, tmp_path):
     assert len(there.roots) == len(here.roots) > 0
 
 
-def test_int8_from_an_accelerator(taught, tmp_path):
+def test_int8_from_an_accelerator(taught: Learner, tmp_path: Path) -> None:
     report = taught.export(tmp_path / "m.onnx", "int8")
     assert report.bytes < report.float_bytes and report.agreement["dreams"] >= 0.9
 
 
 @pytest.mark.filterwarnings("ignore:.*nothing to invert")
-def test_adopts_and_relearns_on_an_accelerator(device, train):
+def test_adopts_and_relearns_on_an_accelerator(device: str, train: Batches) -> None:
     module = nn.Sequential(build("resnet8"), nn.Linear(64, 2)).eval()
     learner = Learner.from_classifier(module, ["0", "1"], image_size=16, recipe=QUICK, device=device)
     learner.learn_task(train.of(("2", "3")), NAMES, progress=False)
     assert learner.tasks == (("0", "1"), ("2", "3"))
 
 
-def test_a_budget_holds_on_an_accelerator(device, train):
+def test_a_budget_holds_on_an_accelerator(device: str, train: Batches) -> None:
     learner = quick_learner(device=device, memory_budget="400MB")
     for task in (("0", "1"), ("2", "3")):
         report = learner.learn_task(train.of(task), NAMES, progress=False)
@@ -100,7 +106,7 @@ def test_a_budget_holds_on_an_accelerator(device, train):
 
 
 @pytest.mark.parametrize("method", names())
-def test_every_loss_stands_half_precision(method, train, monkeypatch):
+def test_every_loss_stands_half_precision(method: Any, train: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's autocast, asked of the CPU: no term mixes its dtypes up, and none overflows."""
     monkeypatch.setattr(devices, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
     learner = quick_learner(method=method)
@@ -110,17 +116,17 @@ def test_every_loss_stands_half_precision(method, train, monkeypatch):
     assert all(value.dtype != torch.bfloat16 for value in learner.network.state_dict().values())
 
 
-def test_full_precision_where_half_would_hurt():
+def test_full_precision_where_half_would_hurt() -> None:
     with devices.autocast(torch.device("cpu")):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
-def test_auto_finds_what_is_there():
+def test_auto_finds_what_is_there() -> None:
     best = next((name for name in ("cuda", "mps") if HAS[name]), "cpu")
     assert devices.find_device("auto").type == best
 
 
-def test_seeded_draws_do_not_disturb_the_callers():
+def test_seeded_draws_do_not_disturb_the_callers() -> None:
     torch.manual_seed(1)
     expected = torch.rand(2)
     torch.manual_seed(1)
@@ -132,27 +138,27 @@ def test_seeded_draws_do_not_disturb_the_callers():
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**53])
-def test_seeds_are_whole_numbers(seed):
+def test_seeds_are_whole_numbers(seed: Any) -> None:
     assert devices.check_seed(seed) == seed
     torch.default_generator.clone_state().manual_seed(seed * 1009 + 1000)  # what a learner's last task would be seeded with
 
 
 @pytest.mark.parametrize("seed", [-1, 2**53 + 1, 1.0, "1", None, True])
-def test_other_seeds_are_refused(seed):
+def test_other_seeds_are_refused(seed: Any) -> None:
     with pytest.raises(SettingError, match="whole number from 0"):
         devices.check_seed(seed)
 
 
-def test_channels_last_but_on_mps():
+def test_channels_last_but_on_mps() -> None:
     formats = {name: devices.memory_format(torch.device(name)) for name in ("cpu", "cuda", "mps")}
     assert formats == {"cpu": torch.channels_last, "cuda": torch.channels_last, "mps": torch.contiguous_format}
 
 
-def test_float64_images_are_float32_before_they_move(learnt, monkeypatch):
+def test_float64_images_are_float32_before_they_move(learnt: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
     """MPS has no float64. Simulated: the move refuses it, as there."""
     move = torch.Tensor.to
 
-    def to(self, *args, **settings):
+    def to(self: Any, *args: Any, **settings: Any) -> Any:
         assert self.dtype != torch.float64, "float64 must not move to a device"
         return move(self, *args, **settings)
 

@@ -22,7 +22,7 @@ from tests.conftest import NAMES, QUICK, quick_learner
 
 
 @pytest.fixture(scope="module")
-def able(train: Batches) -> Any:
+def able(train: Batches) -> Learner:
     """A learner that tells four digits apart, so that its answers are no accident of the last decimal."""
     learner = quick_learner(
         recipe=QUICK.changed({"schedule.min_steps": 150, "schedule.learning_rate": 0.05, "generator.steps": 40})
