@@ -324,7 +324,7 @@ class TestCheckpoint:
                     raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr("edge_dfcil.learner.with_progress", lambda *_: [Stop()])
+            patched.setattr("edge_dfcil.training.running.with_progress", lambda *_: [Stop()])
             yield patched
 
     def test_the_same_command_goes_on(self, pictures: Any, model: Path, tmp_path: Path, stopped: Any) -> None:
