@@ -443,7 +443,7 @@ def start_learning(pictures: Any, model: Path) -> Any:
     """A learning process whose task takes long, once it is inside."""
     code = (
         "import signal, sys; from edge_dfcil.cli import main\n"
-        "from edge_dfcil.training import Callback; import edge_dfcil.learner as l\n"
+        "from edge_dfcil import Callback; import edge_dfcil.training.running as l\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a suite in the background of a shell ignores it
         "class Say(Callback):\n"
         "    def on_step_end(self, *a): print('step', flush=True)\n"
