@@ -55,13 +55,13 @@ def folder_of(root: Path, batches: Any, names: Any, per_class: Any = 12) -> Path
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory, train: Batches) -> Any:
+def pictures(tmp_path_factory: pytest.TempPathFactory, train: Batches) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("pictures")
     return folder_of(root / "first", train, ("0", "1")), folder_of(root / "second", train, ("2", "3"))
 
 
 @pytest.fixture
-def model(learnt: Learner, tmp_path: Path) -> Any:
+def model(learnt: Learner, tmp_path: Path) -> Path:
     return learnt.save(tmp_path / "model.safetensors")
 
 
@@ -461,7 +461,7 @@ def start_learning(pictures: Any, model: Path) -> Any:
 
 
 @pytest.fixture
-def slow_model(learnt: Learner, tmp_path: Path) -> Any:
+def slow_model(learnt: Learner, tmp_path: Path) -> Path:
     """A model whose next task would take an hour."""
 
     learnt.recipe = learnt.recipe.changed({"generator.steps": 1_000_000})

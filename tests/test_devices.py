@@ -23,14 +23,14 @@ HAS = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available
 
 
 @pytest.fixture(params=["cuda", "mps"])
-def device(request: pytest.FixtureRequest) -> Any:
+def device(request: pytest.FixtureRequest) -> str:
     if not HAS[request.param]:
         pytest.skip(f"no {request.param} here")
     return request.param
 
 
 @pytest.fixture
-def taught(device: str, train: Batches) -> Any:
+def taught(device: str, train: Batches) -> Learner:
     learner = quick_learner(
         device=device, recipe=QUICK.changed({"schedule.min_steps": 120, "pixels.steps": 4, "pixels.batch": 32})
     )

@@ -46,7 +46,7 @@ def session(learner: Learner, train: Batches, **settings: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(train: Batches) -> Any:
+def uninterrupted(train: Batches) -> dict[str, torch.Tensor]:
     learner = begun(train)
     learner.learn_task(train.of(SECOND), NAMES, progress=False)
     return weights(learner)

@@ -68,7 +68,7 @@ def test_everything_in_the_file_is_accounted_for(learnt: Learner, train: Batches
 
 
 @pytest.fixture(scope="module")
-def content(_learnt: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def content(_learnt: Learner, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return _learnt.save(tmp_path_factory.mktemp("model") / "m").read_bytes()
 
 
