@@ -83,6 +83,12 @@ class Exporting(PlainWork):
         count = max(MIN_CALIBRATION, 8 * len(model.classes))
         self._dreaming = Dreaming(model, recipe, count, None, "fast") if quantize else None
 
+    def prepare(self, session: Session[Any]) -> None:
+        for name, loader in (("calibration", self._calibration), ("evaluation", self._evaluation)):
+            with devices.seeded(None, session.device):  # a loader that shuffles draws random numbers
+                if loader is not None and next(read(loader), None) is None:
+                    raise DataError(f"the loader for the {name} gave no image")
+
     def stages(self, session: Session[Any]) -> Iterator[Stage]:
         if self._dreaming is not None:
             yield from self._dreaming.stages(session)
@@ -109,8 +115,6 @@ class Exporting(PlainWork):
         model, checks, targets = self._model, dict[str, Any](), dict[str, Any]()
         if self._evaluation is not None:
             found = [target for _, batch in read(self._evaluation) for target in batch]
-            if not found:
-                raise DataError("the loader for the evaluation gave no image")
             outputs = labels.outputs_of(labels.name_targets(set(found), self._evaluation, self._classes), model.classes)
             targets["pictures"] = np.array([outputs[target] for target in found])
             checks["pictures"] = Pictures(model, self._evaluation)

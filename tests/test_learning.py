@@ -13,6 +13,8 @@ from edge_dfcil.cli import main
 from edge_dfcil.demo import Batches
 from exporters import OnnxClassifier
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_demo_remembers_what_finetuning_forgets(tmp_path: Path, test: Batches) -> None:
     from click.testing import CliRunner
