@@ -155,7 +155,14 @@ def _traced(classifier: nn.Module, image_size: int) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ExportError(f"torch could not write this network as ONNX: {reason}") from error
     assert program is not None
-    return program.model_proto
+    return _without_traces(program.model_proto)
+
+
+def _without_traces(model: Any) -> Any:
+    """Without what torch notes of each operation: stack traces, which hold the paths of the machine that exported."""
+    for entry in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
+        del entry.metadata_props[:]
+    return model
 
 
 register_exporter("onnx", ".onnx", to_onnx)

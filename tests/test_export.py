@@ -126,3 +126,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y]), ir_version=10), tmp_path / "other.onnx")
     with pytest.raises(ExportError, match="did not write it"):
         OnnxClassifier(tmp_path / "other.onnx")
+
+
+def test_a_file_holds_no_path_of_the_machine_that_made_it(learnt: Learner, tmp_path: Path) -> None:
+    learnt.export(tmp_path / "m.onnx")
+    assert str(Path(__file__).parent.parent).encode() not in (tmp_path / "m.onnx").read_bytes()
