@@ -139,7 +139,7 @@ def learning_losses(student: Classifier, teacher: Teacher, images: Tensor, targe
     all_targets = torch.cat([targets, labels])
     weights = torch.where(all_targets < n_old, rho, 1 - rho)
     return {
-        # Eq. 6: new classes are told from each other, on real images alone.
+        # Eq. 6: separates the new classes from each other, on real images alone.
         "local": (1 - rho) * F.cross_entropy(student.head(features[:n])[:, n_old:], targets - n_old),
         # Eq. 8: only the head learns to tell old classes from new ones.
         "head": (weights * F.cross_entropy(student.head(detached), all_targets, reduction="none")).mean(),

@@ -30,12 +30,12 @@ def find_device(device: str | torch.device) -> torch.device:
 
 
 @contextmanager
-def autocast(device: torch.device, enabled: bool = True) -> Iterator[None]:
+def autocast(device: torch.device) -> Iterator[None]:
     """bf16 where it helps (CUDA cards that have it); full precision on MPS and CPU, where it costs time or accuracy.
 
     What autocast keeps of the weights is dropped at the end, also inside a region of the caller's, where torch keeps it.
     """
-    if not enabled or device.type != "cuda" or not torch.cuda.is_bf16_supported():
+    if device.type != "cuda" or not torch.cuda.is_bf16_supported():
         yield
         return
     with torch.autocast("cuda", torch.bfloat16):

@@ -39,26 +39,22 @@ class Learner(Serving, RunsSessions):
         (it is copied) from normalised images (N, 3, S, S) to features (N, F), with at least three BatchNorm layers:
         generated images are made by matching their statistics.
     image_size
-        S, the side in pixels that the network sees. Images of other sizes are scaled and cropped to it. None takes the
-        size that a `timm:` backbone was made for, else 32.
+        S, the side in pixels that the network sees; images are scaled and cropped to it. None: a `timm:` network's own, or 32.
     method
         `abd`, `lda`, a baseline (`finetune`, `lwf`, `lwf_mc`, `deep_inversion`, `lwf_synthetic`), or a `Method`.
     recipe
         "edge" (quick), "paper" (as published), "strict" (`edge` without class statistics), or a `Recipe`.
     memory_budget
-        The most that `learn_task` may add to the memory held when it is called: bytes, or text such as "128MB". On the CPU
-        that is the process's resident set, on CUDA and MPS what torch reserves; what the loader holds is not counted. A
-        plan is measured before anything is trained, and refused if it cannot be kept.
+        The most that `learn_task` may add to the memory held when it is called (the process's resident set; on CUDA and MPS
+        what torch reserves): bytes, or text such as "128MB". What the loader holds is not counted. It is planned first.
     device
         "auto" (CUDA, else MPS, else CPU) or a torch device.
     seed
-        All draws of a task follow it and the task's number; on the CPU two runs are equal to the bit, unless another
-        thread draws from torch's global generator meanwhile.
+        All draws follow it; on the CPU two runs are equal to the bit, unless another thread draws from torch's generator.
     weights
         Pretrained weights of a backbone by name, such as "DEFAULT"; torchvision or timm loads them.
     mean, std
-        What images in [0, 1] are normalised with, per channel. None takes what pretrained weights and timm's networks
-        expect; else they are measured on the first task, because generated images have mean 0 and deviation 1.
+        What images in [0, 1] are normalised with, per channel. None: what the weights expect, or measured on the first task.
 
     Raises `SettingError` and `BackboneError`.
     """
@@ -139,13 +135,22 @@ class Learner(Serving, RunsSessions):
         self._recipe = find_recipe(recipe)
         self._adopt(self._model)
 
-    def learn_task(self, loader: Any, classes: Classes | None = None, **options: Any) -> TaskReport:
+    def learn_task(
+        self,
+        loader: Any,
+        classes: Classes | None = None,
+        *,
+        relearn: bool = False,
+        time_budget: float | str | None = None,
+        checkpoint: str | Path | None = None,
+        callbacks: Sequence[Callback] = (),
+        progress: bool = True,
+    ) -> TaskReport:
         """Learns the classes of a loader and keeps those known before. All or nothing: until it returns, the model that
-        answers is the one from before, and an error or Ctrl-C leaves it so.
-
-        `options` and errors are those of `session`. A checkpoint is removed after the commit.
-        """
-        session = self.session(loader, classes, **options)
+        answers is the one from before, and an error or Ctrl-C leaves it so. Parameters and errors are those of `session`;
+        a checkpoint is removed after the commit."""
+        options: Any = {"relearn": relearn, "time_budget": time_budget, "checkpoint": checkpoint}
+        session = self.session(loader, classes, callbacks=callbacks, progress=progress, **options)
         while (report := session.run()) is None:  # a callback has paused it: there is nothing else to wait for here
             pass
         session.clear_checkpoint()
@@ -168,8 +173,8 @@ class Learner(Serving, RunsSessions):
         ----------
         loader
             Anything that can be iterated over again and again (a DataLoader, a list) and yields pairs of images
-            (N, 3, H, W), uint8 or float in [0, 1], and targets (N,), or dicts. Its batches are the real half of each step.
-            It is read once before training, to check it, and never after the task has ended.
+            (N, 3, H, W), uint8 or float in [0, 1], and targets (N,), or dicts: the real half of each step. It is checked in
+            one pass before training, and never read after the task has ended.
         classes
             Names by target value: a list, or a mapping. None takes `loader.dataset.classes`.
         relearn
@@ -178,9 +183,8 @@ class Learner(Serving, RunsSessions):
             Seconds, or text such as "10min": the schedule is fitted to the measured speed of a step so that it ends in
             time, as a whole schedule with fewer steps. The report says what it was fitted to.
         checkpoint
-            A file that is written every few seconds. After a kill the same call goes on from it; on the same CPU it ends
-            with the same weights. It holds no image and no generated image: those are made again, which takes its time.
-            `run()` leaves it: call `clear_checkpoint()` when the model has been saved.
+            A file that is written every few seconds, from which the same call goes on after a kill, to the same weights on
+            the same CPU. It holds no image; generated ones are made again. `run()` leaves it: see `clear_checkpoint()`.
         callbacks, progress
             Hooks; and whether to show progress on stderr, when that is a terminal or a notebook.
 
@@ -208,11 +212,9 @@ class Learner(Serving, RunsSessions):
         return Learning(self._model, self._method, self._recipe, loader, classes, **options)
 
     def plan(self, loader: Any, classes: Classes | None = None, *, relearn: bool = False, progress: bool = True) -> MemoryPlan:
-        """What `learn_task` would need and how it would keep the memory budget; nothing is learnt.
+        """How `learn_task` would keep the memory budget, by a rehearsal of a few steps; nothing is learnt.
 
-        It rehearses a few steps of each stage on a network that is thrown away. `loader` is as for `session`, or one batch of
-        it, a pair of images and targets. Raises `BudgetError`, and what `session` raises for its loader.
-        """
+        `loader` is as for `session`, or one batch of it. Raises `BudgetError`, and what `session` raises for its loader."""
         loader = [loader] if isinstance(loader, tuple) and len(loader) == 2 else loader
         work = self._learning(loader, classes, relearn=relearn, plan_only=True)
         self._new_session(work, (), progress, writes=True, seed=self._seed_of_task()).run()
@@ -249,11 +251,8 @@ class Learner(Serving, RunsSessions):
             self._model = model
 
     def save(self, path: str | Path) -> Path:
-        """Writes the current model to one file, all or nothing.
-
-        Raises `ModelFileError` when that fails, and when another process has changed the file since this learner read or
-        wrote it: its classes would be lost.
-        """
+        """Writes the current model to one file, all or nothing. Raises `ModelFileError` when that fails, and when another
+        process has changed the file since this learner last read or wrote it."""
         key, model = Path(path).resolve(), self._model  # read once: a task that commits meanwhile must not mix two models
         written = model.save(path, **({"expected": self._digests[key]} if key in self._digests else {}))
         self._digests[key] = model.digest()

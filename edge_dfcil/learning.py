@@ -185,7 +185,6 @@ class Learning:
             statistics=task.kept,
             learning=dict(self.model.learning) | {"last_task": task_id(self.fingerprint())},
         )
-        peaks = [*self._peaks, self._meter.peak][: len(reports)]
         report = TaskReport(
             task=len(model.tasks),
             method=self.method.name,
@@ -194,7 +193,7 @@ class Learning:
             classes=model.classes,
             images=assignment.scanned.images,
             seconds=session.seconds,
-            stages=tuple(replace(stage, peak_bytes=peak) for stage, peak in zip(reports, peaks, strict=False)),
+            stages=tuple(replace(stage, peak_bytes=peak) for stage, peak in zip(reports, self._peaks, strict=True)),
             plan=self.plan,
             peak_bytes=self._meter.highest,
             left_out=self._left_out,

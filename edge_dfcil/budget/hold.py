@@ -16,13 +16,14 @@ def hold(stages: Iterator[Stage], plan: MemoryPlan | None, meter: Meter, peaks: 
     """The stages under a plan. The peak of each is added to `peaks`, what it is made from included: a pool of generated
     images is made before the learning."""
     planned = {stage.name: stage for stage in plan.stages} if plan is not None else {}
+    budget = plan.budget if plan is not None else None
 
     def over_budget(state: StageState) -> bool:
         """Whether the step must be made again. One that came near goes through, and those after it take half the images."""
-        assert plan is not None and plan.budget is not None
-        if meter.peak <= NEAR * plan.budget:
+        assert budget is not None
+        if meter.peak <= NEAR * budget:
             return False
-        over = meter.peak > plan.budget
+        over = meter.peak > budget
         meter.reset()
         if not over and state.micro_batch is not None:
             state.micro_batch = max(2, state.micro_batch // 2)
@@ -37,7 +38,6 @@ def hold(stages: Iterator[Stage], plan: MemoryPlan | None, meter: Meter, peaks: 
             found = planned[stage.name]
             stage = replace(stage, micro_batch=found.at_once)
             if isinstance(stage, StageSpec):
-                limited = plan is not None and plan.budget is not None
-                stage = replace(stage, recompute=found.recompute, over_budget=over_budget if limited else None)
+                stage = replace(stage, recompute=found.recompute, over_budget=over_budget if budget is not None else None)
         yield stage
         peaks.append(meter.peak)

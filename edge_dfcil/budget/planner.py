@@ -271,18 +271,15 @@ class Planner:
         it belongs to the base and not to what the stage takes.
         """
         base = self.meter.now
-        peaks = self._rehearsed(way, at_once, in_whole)
+        found = self._rehearsed(way, at_once, in_whole, base)
         kept = max(0, self.meter.now - base)  # once, by the libraries
-        return {name: replace(stage, base=base + kept, peak=max(stage.peak, base + kept)) for name, stage in peaks.items()}
+        return {name: replace(stage, base=base + kept, peak=max(stage.peak, base + kept)) for name, stage in found.items()}
 
-    def _rehearsed(self, way: Way, at_once: Mapping[str, int], in_whole: bool) -> Stages:
+    def _rehearsed(self, way: Way, at_once: Mapping[str, int], in_whole: bool, base: int) -> Stages:
         """What each stage takes, in a scope of its own: its task is gone when this returns."""
-        base, task, method = self.meter.now, self.begin(), copy.deepcopy(self.method)
+        task, method = self.begin(), copy.deepcopy(self.method)
         recipe = task.recipe.changed(way.changes)
-        task.batches = task.batches.first()
-        if task.teacher is not None and task.remembers:
-            task.old = torch.arange(task.teacher.n_classes, device=task.device)  # an untrained generator may miss the others
-        task.recipe = rehearsed_recipe(recipe, STEPS, SMALL_POOL)
+        make_rehearsal(task, recipe, STEPS, SMALL_POOL)
         found: Stages = {}
         stages = method.stages(task)
         while True:
@@ -383,9 +380,12 @@ class _Watch:
         return Rehearsed(at_once, self._whole, peak, base, items, any(True for m in trained for _ in blocks(m)))
 
 
-def rehearsed_recipe(recipe: Recipe, steps: int, pool: int) -> Recipe:
-    """The recipe of a rehearsal: the same sizes, but few steps and a small pool."""
-    return recipe.changed(
+def make_rehearsal(task: Task, recipe: Recipe, steps: int, pool: int) -> None:
+    """Makes a task that is thrown away short: the sizes of `recipe`, but few batches, few steps and a small pool."""
+    task.batches = task.batches.first()
+    if task.teacher is not None and task.remembers:
+        task.old = torch.arange(task.teacher.n_classes, device=task.device)  # an untrained generator may miss the others
+    task.recipe = recipe.changed(
         {
             "schedule.epochs": 1,
             "schedule.first_epochs": 1,

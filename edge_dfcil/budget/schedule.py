@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from edge_dfcil import devices
-from edge_dfcil.budget.planner import rehearsed_recipe
+from edge_dfcil.budget.planner import make_rehearsal
 from edge_dfcil.errors import SettingError
 from edge_dfcil.methods.base import Method
 from edge_dfcil.methods.task import Task
@@ -125,10 +125,7 @@ def _steps(task: Task, recipe: Recipe, share: float) -> dict[str, int]:
 
 def _speeds(task: Task, method: Method, recipe: Recipe, check: Callable[[], object]) -> tuple[dict[str, float], float]:
     """Seconds of a step of each stage, and of one generated image, measured on a task that is thrown away."""
-    task.batches = task.batches.first()
-    task.recipe = rehearsed_recipe(recipe, STEPS + 1, POOL)
-    if task.teacher is not None and task.remembers:
-        task.old = torch.arange(task.teacher.n_classes, device=task.device)  # an untrained generator may miss the others
+    make_rehearsal(task, recipe, STEPS + 1, POOL)
     speeds: dict[str, float] = {}
     image_seconds, ended = 0.0, 0.0
     for stage in method.stages(task):

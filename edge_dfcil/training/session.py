@@ -153,6 +153,7 @@ class Session(Generic[Result]):
         self._loaded: dict[str, Any] | None = None
         self._tensors: Mapping[str, Tensor] = {}
         self._written, self._write_seconds, self._spent = 0.0, 0.0, 0.0
+        self._running, self._began = False, 0.0
         self._begun: dict[str, Tensor] | None = None  # the random state before a closed-form stage
         self._network_done = False  # whether a stage that trains the network has ended
 
@@ -182,8 +183,6 @@ class Session(Generic[Result]):
     def seconds(self) -> float:
         """Time spent in `run`, also by the process from which this session was resumed."""
         return self._spent + (time.perf_counter() - self._began if self._running else 0.0)
-
-    _running, _began = False, 0.0
 
     def check(self) -> None:
         """Called between steps: raises when the session is to stop, and writes a checkpoint when one is due."""
