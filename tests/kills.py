@@ -100,7 +100,8 @@ def run(kills: int, folder: Path, seed: int = 0) -> Account:
             continue
         assert found.classes == ("0", "1", "2", "3"), "killed between two models"
         assert found.digest() == Model.load(whole, "cpu").digest(), "not the model of a run without kills"
-        finish(learn(second, model)) if process.returncode else None  # killed after the model was saved: nothing is left to do
+        if any(path.name.endswith(".checkpoint") for path in model.parent.iterdir()):
+            finish(learn(second, model))  # killed between the save and the end: the same command says so and clears up
         account.survived += 1
         assert sorted(path.name for path in model.parent.iterdir()) == [model.name], "something is left beside the model"
         if account.kills < kills:  # once more from the first task
