@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from edge_dfcil.model.inputs import read
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.model import Model
 from edge_dfcil.recipe import Recipe
-from edge_dfcil.results import StageReport
+from edge_dfcil.results import MemoryPlan, StageReport
 from edge_dfcil.training.augment import augment
+from edge_dfcil.training.rehearsal import Rehearsal
 from edge_dfcil.training.session import PlainWork, Session
 from edge_dfcil.training.stage import Stage
 from exporters import ExportReport, Int8, registry
@@ -92,6 +93,18 @@ class Exporting(PlainWork):
     def stages(self, session: Session[Any]) -> Iterator[Stage]:
         if self._dreaming is not None:
             yield from self._dreaming.stages(session)
+
+    # For the planner
+
+    def smaller(self) -> Sequence[dict[str, int]]:
+        return [{}] if self._dreaming is None else self._dreaming.smaller()
+
+    def rehearsal(self, changes: Mapping[str, int]) -> Rehearsal:
+        return super().rehearsal(changes) if self._dreaming is None else self._dreaming.rehearsal(changes)
+
+    def keep_to(self, plan: MemoryPlan) -> None:
+        if self._dreaming is not None:
+            self._dreaming.keep_to(plan)
 
     def finish(self, session: Session[Any], reports: Sequence[StageReport]) -> ExportReport:
         model, options = self._model, dict[str, Any]()

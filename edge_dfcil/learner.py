@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from edge_dfcil import devices
-from edge_dfcil.budget import meter as memory
 from edge_dfcil.budget import schedule
 from edge_dfcil.dreaming.work import Dreaming
 from edge_dfcil.errors import ModelFileError, SettingError
@@ -23,8 +22,8 @@ from edge_dfcil.model.model import Model
 from edge_dfcil.model.serving import Serving
 from edge_dfcil.recipe import Recipe, find_recipe
 from edge_dfcil.results import MemoryPlan, TaskReport
+from edge_dfcil.running import RunsSessions
 from edge_dfcil.training.callbacks import Callback
-from edge_dfcil.training.running import RunsSessions
 from edge_dfcil.training.session import Session
 from exporters import ExportReport
 
@@ -45,8 +44,8 @@ class Learner(Serving, RunsSessions):
     recipe
         "edge" (quick), "paper" (as published), "strict" (`edge` without class statistics), or a `Recipe`.
     memory_budget
-        The most that `learn_task` may add to the memory held when it is called (the process's resident set; on CUDA and MPS
-        what torch reserves): bytes, or text such as "128MB". What the loader holds is not counted. It is planned first.
+        The most that a long operation may add to the memory held when it is called (the process's resident set; on CUDA and
+        MPS what torch reserves): bytes, or text such as "128MB". What a loader holds is not counted. It is planned first.
     device
         "auto" (CUDA, else MPS, else CPU) or a torch device.
     seed
@@ -79,7 +78,8 @@ class Learner(Serving, RunsSessions):
     def _settle(
         self, model: Model, method: Method, recipe: Recipe, memory_budget: int | str | None = None, seed: int = 0
     ) -> None:
-        self.memory_budget, self.seed = memory.parse(memory_budget), devices.check_seed(seed)
+        self.seed = devices.check_seed(seed)
+        self.memory_budget = memory_budget
         self._method, self._recipe = method, recipe
         self._digests: dict[Path, str | None] = {}  # of the model files that were read or written last, by path
         RunsSessions.__init__(self)

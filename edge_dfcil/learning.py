@@ -27,8 +27,10 @@ from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.model import Model
 from edge_dfcil.recipe import Recipe
 from edge_dfcil.results import MemoryPlan, StagePlan, StageReport, TaskReport
+from edge_dfcil.training import rehearsal
 from edge_dfcil.training.data import RealBatches, Scan, scan
 from edge_dfcil.training.loop import check_finite
+from edge_dfcil.training.rehearsal import Generated, Rehearsal
 from edge_dfcil.training.session import Session
 from edge_dfcil.training.stage import Stage
 
@@ -83,6 +85,25 @@ class Assignment:
             device=device,
             statistics=self.model.statistics,
         )
+
+    # For the planner
+
+    def smaller(self) -> list[dict[str, int]]:
+        return rehearsal.smaller(self.recipe, "remember.pool", "generator.width") if self.task().remembers else [{}]
+
+    def rehearsal(self, changes: Mapping[str, int]) -> Rehearsal:
+        task, method = self.task(), copy.deepcopy(self.method)
+        whole = task.recipe.changed(changes)
+        task.make_short(whole, rehearsal.STEPS, rehearsal.POOL)
+
+        def generated() -> Generated:
+            held = task.dreams.nbytes if task.dreams is not None else 0
+            if not whole.remember.pool:
+                return Generated("generator", held, held)
+            return Generated(now=held, whole=held * whole.remember.pool // task.recipe.remember.pool)
+
+        networks = [task.student, *([task.teacher] if task.teacher is not None else [])]
+        return Rehearsal(method.stages(task), networks, task.student, generated, task.micro_batches)
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this task from another: all but the images themselves, of which only the numbers are known."""
@@ -167,7 +188,9 @@ class Learning:
             changes |= self.fitted["changes"]
         task.recipe = task.recipe.changed(changes)
         self._begun(session)
-        yield from hold(self.method.stages(task), self.plan, self._meter, self._peaks)
+        for stage in hold(self.method.stages(task), self.plan, self._meter, self._peaks):
+            yield stage
+            task.micro_batches[stage.name] = session.reports[-1].at_once
 
     def finish(self, session: Session[Any], reports: Sequence[StageReport]) -> TaskReport | None:
         if self._plan_only:
@@ -232,7 +255,7 @@ def plan_memory(
     """A plan within the budget. Raises `BudgetError` when there is none, with what smaller models would need."""
 
     def planner(assignment: Assignment) -> Planner:
-        return Planner(assignment.task, assignment.method, meter, check)
+        return Planner(assignment, assignment.model.device, meter, check)
 
     others = ((text, planner(assignment.on(model)).least) for text, model in smaller)
     return planner(assignment).plan_or_refuse(budget, others)

@@ -324,7 +324,7 @@ class TestCheckpoint:
                     raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr("edge_dfcil.training.running.with_progress", lambda *_: [Stop()])
+            patched.setattr("edge_dfcil.running.with_progress", lambda *_: [Stop()])
             yield patched
 
     def test_the_same_command_goes_on(self, pictures: Any, model: Path, tmp_path: Path, stopped: Any) -> None:
@@ -443,7 +443,7 @@ def start_learning(pictures: Any, model: Path) -> Any:
     """A learning process whose task takes long, once it is inside."""
     code = (
         "import signal, sys; from edge_dfcil.cli import main\n"
-        "from edge_dfcil import Callback; import edge_dfcil.training.running as l\n"
+        "from edge_dfcil import Callback; import edge_dfcil.running as l\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a suite in the background of a shell ignores it
         "class Say(Callback):\n"
         "    def on_step_end(self, *a): print('step', flush=True)\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from edge_dfcil.demo import Batches
 from edge_dfcil.dreaming.inversion import Dream
 from edge_dfcil.methods import names
 from edge_dfcil.model.backbones import build
+from edge_dfcil.recipe import find_recipe
 from tests.conftest import NAMES, QUICK, quick_learner
 
 HAS = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -114,6 +116,22 @@ def test_every_loss_stands_half_precision(method: Any, train: Batches, monkeypat
         report = learner.learn_task(train.of(task), NAMES, progress=False)
     assert all(stage.steps > 0 for stage in report.stages)
     assert all(value.dtype != torch.bfloat16 for value in learner.network.state_dict().values())
+
+
+def test_the_published_recipe_computes_in_float32(train: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It claims the letter of the paper; `edge` may compute in bf16 where the device has it."""
+    regions: list[torch.device] = []
+
+    def autocast(device: torch.device) -> Any:
+        regions.append(device)
+        return nullcontext()
+
+    monkeypatch.setattr(devices, "autocast", autocast)
+    assert not find_recipe("paper").schedule.mixed_precision and find_recipe("edge").schedule.mixed_precision
+    learner = quick_learner(recipe=QUICK.changed({"schedule.mixed_precision": False}))
+    for task in (("0", "1"), ("2", "3")):
+        learner.learn_task(train.of(task), NAMES, progress=False)
+    assert not regions
 
 
 def test_full_precision_where_half_would_hurt() -> None:

@@ -25,7 +25,7 @@ INSIDE = [
     "__main__ cli",
     "demo compression testing",
     "learner",
-    "learning exporting",
+    "learning exporting running",
     "budget",
     "methods",
     "dreaming",

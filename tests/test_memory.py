@@ -19,8 +19,9 @@ from torch import nn
 from edge_dfcil import BudgetError, Cancelled, Learner, SettingError
 from edge_dfcil.budget.allocator import capped
 from edge_dfcil.budget.meter import Meter, parse
+from edge_dfcil.compression import Distillation, Pruning, distill, prune
 from edge_dfcil.demo import Batches
-from edge_dfcil.dreaming.inversion import Dream, Pool
+from edge_dfcil.dreaming.inversion import Dream, Dreamer, Pool
 from edge_dfcil.methods.abd import ABD
 from edge_dfcil.model.backbones import build
 from edge_dfcil.training.checkpointing import blocks, recomputing
@@ -36,6 +37,14 @@ def test_sizes_are_read(number: int, unit: Any) -> None:
 def test_what_is_no_size_is_refused(size: str | bool | int) -> None:
     with pytest.raises(SettingError, match="is no size"):
         parse(size)
+
+
+def test_a_budget_is_read_when_it_is_set(learnt: Learner) -> None:
+    learnt.memory_budget = "64MB"
+    assert learnt.memory_budget == 64 * 10**6
+    with pytest.raises(SettingError, match="is no size"):
+        learnt.memory_budget = "much"
+    assert learnt.memory_budget == 64 * 10**6
 
 
 class TestPlan:
@@ -68,7 +77,8 @@ class TestPlan:
         assert max(stage.at_once for stage in plan.stages) == 32
 
     @pytest.mark.parametrize(
-        "settings", [{"method": "finetune"}, {"method": "lwf_mc"}, {"recipe": QUICK.changed({"remember.pool": 0})}]
+        "settings",
+        [{"method": "finetune"}, {"method": "lwf_mc"}, {"method": "lda"}, {"recipe": QUICK.changed({"remember.pool": 0})}],
     )
     def test_other_methods_and_fresh_dreams(self, train: Batches, settings: dict[str, Any]) -> None:
         learner = quick_learner(**settings)
@@ -183,6 +193,102 @@ class TestHolding:
         with pytest.raises(BudgetError, match="nothing was committed"):
             learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
         assert learner.classes == ()
+
+    def test_the_pool_is_generated_as_few_at_once_as_the_generator_was_trained(
+        self, learnt: Learner, train: Batches, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where memory ran out with more."""
+        most: list[int] = []
+        dream, noise = Dreamer.dream, Dreamer.noise
+
+        class Wide(nn.Module):
+            def forward(self, images: torch.Tensor) -> torch.Tensor:
+                if images.requires_grad and len(images) > 8:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+                return images
+
+        def counted(self: Dreamer, n: int) -> Dream:
+            most.append(n)
+            return dream(self, n)
+
+        def wide(self: Dreamer, n: int) -> torch.Tensor:
+            if not isinstance(self.generator, nn.Sequential):
+                self.generator = nn.Sequential(self.generator, Wide())  # type: ignore[assignment]
+            return noise(self, n)
+
+        monkeypatch.setattr(Dreamer, "dream", counted)
+        monkeypatch.setattr(Dreamer, "noise", wide)
+        report = learnt.learn_task(train.of(("2", "3")), NAMES, progress=False)
+        assert report.stages[0].at_once == max(most) == 8
+
+
+class TestOtherOperations:
+    """What generates, distils, prunes and exports keeps to the budget as learning does."""
+
+    @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's own peak can be read on Linux only")
+    def test_they_hold_it_by_the_kernels_own_count(self) -> None:
+        done = subprocess.run([sys.executable, "-c", OTHERS, "64MB"], capture_output=True, text=True, check=True)
+        for name, taken in json.loads(done.stdout).items():
+            assert taken <= 64e6, name
+
+    def test_one_that_is_too_small_is_refused_and_says_what_is_needed(self, learnt: Learner, tmp_path: Path) -> None:
+        learnt.memory_budget = 10_000
+        for operation in (
+            lambda: learnt.dream(16),
+            lambda: distill(learnt, "resnet8", progress=False),
+            lambda: prune(learnt, Pruning(ratio=0.1), timing=False, progress=False),
+            lambda: learnt.export(tmp_path / "model.onnx", "int8", progress=False),
+        ):
+            with pytest.raises(BudgetError, match=r"stage '\w+' needs [\d.]+ MB even with"):
+                operation()
+        assert not list(tmp_path.iterdir())
+
+    def test_one_that_is_never_met_changes_no_image(self, learnt: Learner) -> None:
+        expected = learnt.dream(24, progress=False)
+        learnt.memory_budget = 8 * 10**9
+        assert torch.equal(learnt.dream(24, progress=False), expected)
+
+    def test_reports_have_the_peak_of_each_stage(self, learnt: Learner) -> None:
+        learnt.memory_budget = 8 * 10**9
+        settings = Distillation(rounds=2, dreams=64, steps=5, generator_steps=5)
+        _, report = distill(learnt, "resnet8", settings=settings, progress=False)
+        assert [stage.name for stage in report.stages] == ["dream", "distil"] * 2
+        assert all(stage.peak_bytes for stage in report.stages)
+
+
+OTHERS = """
+import json, sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from edge_dfcil import Learner
+from edge_dfcil.compression import Distillation, Pruning, distill, prune
+from edge_dfcil.demo import digits
+from tests.conftest import NAMES, quick_learner
+
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+train, _ = digits()
+learner = quick_learner()
+learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
+learner.memory_budget = sys.argv[1]
+short = Distillation(rounds=2, dreams=128, steps=20, generator_steps=20)
+work = {
+    "dream": lambda: learner.dream(256, progress=False),
+    "best dreams": lambda: learner.dream(32, quality="best", progress=False),
+    "distill": lambda: distill(learner, "resnet8", settings=short, progress=False),
+    "prune": lambda: prune(learner, Pruning(ratio=0.2, repair=short), timing=False, progress=False),
+}
+import torch_pruning  # its import is not what pruning takes
+found = {}
+for name, operation in work.items():
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    operation()
+    found[name] = resident("VmHWM") - before
+print(json.dumps(found))
+"""
 
 
 class Greedy(ABD):

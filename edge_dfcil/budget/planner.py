@@ -1,16 +1,14 @@
-"""Planning a task's memory: measured, not guessed.
+"""Planning the memory of a long operation: measured, not guessed.
 
-The task is rehearsed: a few steps of every stage on a network that is thrown away, with few images at once and then with
-more, until it is known how many fit. The last rehearsal, of whole batches in as many parts as they will go in, is the plan.
+It is rehearsed: a few steps of every stage on networks that are thrown away, with few images at once and then with more,
+until it is known how many fit. The last rehearsal, of whole batches in as many micro-batches as they need, is the plan.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,13 +16,11 @@ from torch import Tensor, nn
 
 from edge_dfcil.budget.meter import Meter, show
 from edge_dfcil.errors import BudgetError
-from edge_dfcil.methods import Method
-from edge_dfcil.methods.task import Task
-from edge_dfcil.recipe import Recipe
 from edge_dfcil.results import MemoryPlan, StagePlan
 from edge_dfcil.training import loop
 from edge_dfcil.training.callbacks import Callback
 from edge_dfcil.training.checkpointing import blocks
+from edge_dfcil.training.rehearsal import STEPS, Plannable, Rehearsal
 from edge_dfcil.training.stage import Stage, StageSpec, Terms
 
 MARGIN = 0.1  # of the budget, left free when choosing how many images go through at once: a heap in pieces needs it above all
@@ -33,22 +29,11 @@ FEWEST = 4  # images at once: BatchNorm learns little from fewer
 ENOUGH = 16  # with fewer at once, activations are rather recomputed: BatchNorm's batch is worth a third of the time
 GROWTH = 4  # of the images at once, at most, from one rehearsal to the next
 REHEARSALS = 8  # at most, of one choice of settings
-STEPS = 3  # of each stage in a rehearsal
-SMALL_POOL = 16  # dreams in a rehearsal's pool
-
-# The last resort, in order: what the recipe's numbers are divided by.
-SMALLER: tuple[dict[str, int], ...] = (
-    {},
-    {"remember.pool": 2},
-    {"remember.pool": 4},
-    {"remember.pool": 4, "generator.width": 2},
-    {"remember.pool": 4, "generator.width": 4},
-)
 
 
 @dataclass(frozen=True)
 class Way:
-    """How to rehearse a task.
+    """How to rehearse.
 
     Attributes
     ----------
@@ -150,18 +135,20 @@ class TooLarge(Exception):
 
 @dataclass
 class Planner:
-    """Finds the settings that keep a task within a budget.
+    """Finds the settings that keep an operation within a budget.
 
     Attributes
     ----------
-    begin
-        Makes a task that may be thrown away.
+    work
+        Gives rehearsals of the operation.
+    device
+        Where they run.
     check
         Called between steps; it may raise.
     """
 
-    begin: Callable[[], Task]
-    method: Method
+    work: Plannable
+    device: torch.device
     meter: Meter
     check: Callable[[], object]
 
@@ -174,7 +161,7 @@ class Planner:
         limit, last = room * (1 - MARGIN), room * (1 - LEAST_MARGIN)
         if not _fit(stages := self.least(), last):
             raise TooLarge(stages)
-        for changes in self._changes():
+        for changes in self.work.smaller():
             stages = self._grown(way := Way(changes, limit=limit))
             tight = frozenset(name for name, s in stages.items() if s.at_once < min(ENOUGH, s.whole) and s.can_recompute)
             if tight:
@@ -208,17 +195,7 @@ class Planner:
 
     def least(self) -> Stages:
         """The stages with the smallest settings there are."""
-        return self._begun_now(self.rehearse(Way(self._changes()[-1], recompute=None), {}))
-
-    def _changes(self) -> list[dict[str, int]]:
-        task = self.begin()
-        if not task.remembers:
-            return [{}]
-        recipe = task.recipe
-        found = [
-            {name: max(1, value // by) for name, by in way.items() if (value := attrgetter(name)(recipe))} for way in SMALLER
-        ]
-        return [changes for number, changes in enumerate(found) if changes not in found[:number]]
+        return self._begun_now(self.rehearse(Way(self.work.smaller()[-1], recompute=None), {}))
 
     def _grown(self, way: Way) -> Stages:
         """Every stage with the most images at once that stay below the limit, and the fewest if none do.
@@ -276,25 +253,36 @@ class Planner:
         return {name: replace(stage, base=base + kept, peak=max(stage.peak, base + kept)) for name, stage in found.items()}
 
     def _rehearsed(self, way: Way, at_once: Mapping[str, int], in_whole: bool, base: int) -> Stages:
-        """What each stage takes, in a scope of its own: its task is gone when this returns."""
-        task, method = self.begin(), copy.deepcopy(self.method)
-        recipe = task.recipe.changed(way.changes)
-        make_rehearsal(task, recipe, STEPS, SMALL_POOL)
+        """What each stage takes, in a scope of its own: the rehearsal's networks are gone when this returns. Of stages of
+        the same name, the one that takes most."""
+        rehearsal = self.work.rehearsal(way.changes)
         found: Stages = {}
-        stages = method.stages(task)
         while True:
             self.meter.reset()
-            stage = next(stages, None)
+            stage = next(rehearsal.stages, None)
             if stage is None:
                 return found
             few = at_once.get(stage.name, FEWEST)
-            task.micro_batches[stage.name] = few
-            watch = _Watch(stage, task, few, in_whole)
+            rehearsal.micro_batches[stage.name] = few
+            watch = _Watch(stage, rehearsal, few, in_whole)
             small = watch.stage(recompute=way.recompute is None or stage.name in way.recompute)
             made = self.meter.peak  # what the stage is made from: a pool of generated images
             with contextlib.suppress(_Enough.Reached):
-                loop.run(small, task.device, [_AfterWarmUp(self.meter), _Enough(self.meter, way.limit)], self.check)
-            found[stage.name] = watch.found(max(made, self.meter.peak), base, recipe.remember.pool)
+                self._measure(small, way.limit)
+            more = watch.found(max(made, self.meter.peak), base)
+            if stage.name not in found or more.peak > found[stage.name].peak:
+                found[stage.name] = more
+
+    def _measure(self, stage: Stage, limit: float) -> None:
+        """Runs a short stage so that its peak is in the meter, without what libraries make in the first step alone."""
+        enough = _Enough(self.meter, limit)
+        if isinstance(stage, StageSpec) and stage.steps > 1:
+            loop.run(stage, self.device, [_AfterWarmUp(self.meter), enough], self.check)
+            return
+        loop.run(stage, self.device, [enough], self.check)
+        if not isinstance(stage, StageSpec):  # one pass is a warm-up; its sums are new each time
+            self.meter.reset()
+            loop.run(stage, self.device, [enough], self.check)
 
 
 def _fit(stages: Stages, limit: float) -> bool:
@@ -305,12 +293,12 @@ class _Watch:
     """Looks on while a stage is rehearsed: shortens its largest batches to two parts, unless asked not to, and counts what is
     kept for the backward pass."""
 
-    def __init__(self, stage: Stage, task: Task, at_once: int, in_whole: bool) -> None:
-        self._spec, self._task, self._at_once, self._in_whole = stage, task, at_once, in_whole
+    def __init__(self, stage: Stage, rehearsal: Rehearsal, at_once: int, in_whole: bool) -> None:
+        self._spec, self._rehearsal, self._at_once, self._in_whole = stage, rehearsal, at_once, in_whole
         self._whole, self._activations = 0, 0
         self._trained = [*stage.trains] if isinstance(stage, StageSpec) else []
         self._optimizer: torch.optim.Optimizer | None = None
-        modules = [task.student, *([task.teacher] if task.teacher else []), *self._trained]
+        modules = [*rehearsal.networks, *self._trained]
         self._weights = {tensor.untyped_storage().data_ptr() for module in modules for tensor in module.parameters()}
 
     def stage(self, recompute: bool) -> Stage:
@@ -355,14 +343,14 @@ class _Watch:
         self._activations = max(self._activations, sum(kept.values()))
         return terms
 
-    def found(self, peak: int, base: int, pool: int) -> Rehearsed:
-        """What the stage took, by item; `pool` is how many generated images there are to be outside the rehearsal."""
-        task, optimizer = self._task, self._optimizer
-        own = [module for module in self._trained if module is not task.student and module is not task.student.head]
+    def found(self, peak: int, base: int) -> Rehearsed:
+        """What the stage took, by item, with as many generated images as there are outside the rehearsal."""
+        optimizer, student, generated = self._optimizer, self._rehearsal.student, self._rehearsal.generated()
+        own = [module for module in self._trained if not _is_of(module, student)]
         groups = optimizer.param_groups if optimizer is not None else []
         states = optimizer.state.values() if optimizer is not None else []
         items = {
-            "weights": _bytes_of([task.student]),
+            "weights": _bytes_of([student] if student is not None else []),
             "teacher": 0,  # it shares the tensors of the committed model, which are held in any case
             "generator": _bytes_of(own),
             "gradients": sum(p.nbytes for group in groups for p in group["params"]),
@@ -370,33 +358,17 @@ class _Watch:
             "pool of dreams": 0,
             "activations": self._activations,
         }
-        if task.dreams is not None and pool:
-            items["pool of dreams"] = task.dreams.nbytes * max(pool, SMALL_POOL) // min(pool, SMALL_POOL)
-            peak += items["pool of dreams"] - task.dreams.nbytes
-        elif task.dreams is not None:
-            items["generator"] = task.dreams.nbytes
+        if generated.whole:
+            items[generated.item] = generated.whole
+            peak += generated.whole - generated.now
         items["scratch"] = max(0, peak - sum(items.values()))
         at_once, trained = min(self._at_once, self._whole), own or self._trained
         return Rehearsed(at_once, self._whole, peak, base, items, any(True for m in trained for _ in blocks(m)))
 
 
-def make_rehearsal(task: Task, recipe: Recipe, steps: int, pool: int) -> None:
-    """Makes a task that is thrown away short: the sizes of `recipe`, but few batches, few steps and a small pool."""
-    task.batches = task.batches.first()
-    if task.teacher is not None and task.remembers:
-        task.old = torch.arange(task.teacher.n_classes, device=task.device)  # an untrained generator may miss the others
-    task.recipe = recipe.changed(
-        {
-            "schedule.epochs": 1,
-            "schedule.first_epochs": 1,
-            "schedule.min_steps": steps,
-            "generator.steps": steps,
-            "pixels.steps": steps,
-            "remember.pool": min(recipe.remember.pool, pool),
-            "refine.epochs": min(recipe.refine.epochs, 1),
-            "refine.min_steps": steps,
-        }
-    )
+def _is_of(module: nn.Module, network: nn.Module | None) -> bool:
+    """Whether a module is a part of a network, or the whole of it."""
+    return network is not None and any(module is part for part in network.modules())
 
 
 def _bytes_of(modules: Iterable[nn.Module]) -> int:

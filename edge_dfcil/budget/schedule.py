@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from edge_dfcil import devices
-from edge_dfcil.budget.planner import make_rehearsal
 from edge_dfcil.errors import SettingError
 from edge_dfcil.methods.base import Method
 from edge_dfcil.methods.task import Task
@@ -125,7 +124,7 @@ def _steps(task: Task, recipe: Recipe, share: float) -> dict[str, int]:
 
 def _speeds(task: Task, method: Method, recipe: Recipe, check: Callable[[], object]) -> tuple[dict[str, float], float]:
     """Seconds of a step of each stage, and of one generated image, measured on a task that is thrown away."""
-    make_rehearsal(task, recipe, STEPS + 1, POOL)
+    task.make_short(recipe, STEPS + 1, POOL)
     speeds: dict[str, float] = {}
     image_seconds, ended = 0.0, 0.0
     for stage in method.stages(task):

@@ -12,6 +12,7 @@ from edge_dfcil.cli.options import (
     DEVICE,
     EVALUATION,
     JSON,
+    MEMORY,
     MODEL,
     MODULE,
     PATH,
@@ -33,6 +34,7 @@ from edge_dfcil.cli.options import (
 @EVALUATION
 @recipe_options
 @MODULE
+@MEMORY
 @STRICT
 @DEVICE
 @JSON
@@ -46,6 +48,7 @@ def command(
     recipe: str | None,
     changes: dict[str, str],
     module: str | None,
+    memory_budget: str | None,
     strict: bool,
     device: str,
     as_json: bool,
@@ -54,7 +57,7 @@ def command(
     from edge_dfcil.compression import Distillation, distill
 
     out = smaller_model(model, to.replace(":", "-").replace("/", "-"), out)
-    learner = load_learner(model, device, module, recipe, changes)
+    learner = load_learner(model, device, module, recipe, changes, memory_budget=memory_budget)
     settings = Distillation(quality=quality, rounds=Distillation.rounds if rounds is None else rounds)
     student, report = distill(learner, to, settings=settings, evaluation=loader_of(evaluation, learner, strict))
     student.save(out)

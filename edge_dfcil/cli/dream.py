@@ -8,7 +8,7 @@ from typing import Literal
 import click
 
 from edge_dfcil.cli.console import answer
-from edge_dfcil.cli.options import DEVICE, JSON, MODEL, MODULE, PATH, QUALITY, check_out, load_learner, recipe_options
+from edge_dfcil.cli.options import DEVICE, JSON, MEMORY, MODEL, MODULE, PATH, QUALITY, check_out, load_learner, recipe_options
 
 
 @click.command("dream")
@@ -18,6 +18,7 @@ from edge_dfcil.cli.options import DEVICE, JSON, MODEL, MODULE, PATH, QUALITY, c
 @QUALITY
 @recipe_options
 @MODULE
+@MEMORY
 @DEVICE
 @JSON
 def command(
@@ -28,6 +29,7 @@ def command(
     recipe: str | None,
     changes: dict[str, str],
     module: str | None,
+    memory_budget: str | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -36,7 +38,7 @@ def command(
 
     check_drawable(out)
     check_out(out, model)
-    learner = load_learner(model, device, module, recipe, changes)
+    learner = load_learner(model, device, module, recipe, changes, memory_budget=memory_budget)
     images = learner.dream(per_class * len(learner.classes), quality=quality)
     labels = [prediction.label for prediction in learner.predict(images)]
     contact_sheet(images, labels, learner.classes, per_class).save(out)

@@ -12,6 +12,7 @@ from edge_dfcil.cli.options import (
     DEVICE,
     EVALUATION,
     JSON,
+    MEMORY,
     MODEL,
     MODULE,
     PATH,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 @EVALUATION
 @recipe_options
 @MODULE
+@MEMORY
 @STRICT
 @DEVICE
 @JSON
@@ -47,6 +49,7 @@ def command(
     recipe: str | None,
     changes: dict[str, str],
     module: str | None,
+    memory_budget: str | None,
     strict: bool,
     device: str,
     as_json: bool,
@@ -56,7 +59,7 @@ def command(
 
     find_exporter(out, form)
     check_target(out, model)
-    learner = load_learner(model, device, module, recipe, changes)
+    learner = load_learner(model, device, module, recipe, changes, memory_budget=memory_budget)
     report = learner.export(
         out,
         quantize,

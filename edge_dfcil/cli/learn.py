@@ -12,6 +12,7 @@ from edge_dfcil.cli.console import answer, note
 from edge_dfcil.cli.options import (
     DEVICE,
     JSON,
+    MEMORY,
     MODULE,
     PATH,
     STRICT,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 @recipe_options
 @MODULE
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=2), help="Pictures a step.")
-@click.option("--memory-budget", metavar="SIZE", help="The most that learning may add to memory, for example 128MB.")
+@MEMORY
 @click.option("--time-budget", metavar="TIME", help="The most that learning may take, for example 10min.")
 @click.option(
     "--checkpoint",

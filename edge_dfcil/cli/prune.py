@@ -12,6 +12,7 @@ from edge_dfcil.cli.options import (
     DEVICE,
     EVALUATION,
     JSON,
+    MEMORY,
     MODEL,
     MODULE,
     PATH,
@@ -34,6 +35,7 @@ from edge_dfcil.cli.options import (
 @EVALUATION
 @recipe_options
 @MODULE
+@MEMORY
 @STRICT
 @DEVICE
 @JSON
@@ -45,6 +47,7 @@ def command(
     recipe: str | None,
     changes: dict[str, str],
     module: str | None,
+    memory_budget: str | None,
     strict: bool,
     device: str,
     as_json: bool,
@@ -58,7 +61,7 @@ def command(
     out = smaller_model(model, "pruned", out)
     settings = Pruning(**target)
     settings = replace(settings, repair=None) if no_repair else settings
-    learner = load_learner(model, device, module, recipe, changes)
+    learner = load_learner(model, device, module, recipe, changes, memory_budget=memory_budget)
     smaller, report = prune(learner, settings, evaluation=loader_of(evaluation, learner, strict))
     smaller.save(out)
     lines = [

@@ -3,12 +3,12 @@ section 4.4), round by round; from the second round on the dreams are adaptive, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from edge_dfcil import devices
@@ -19,10 +19,11 @@ from edge_dfcil.methods._distillation import distil
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe
-from edge_dfcil.results import DistillReport, StageReport
-from edge_dfcil.training import augment
+from edge_dfcil.results import DistillReport, MemoryPlan, StageReport
+from edge_dfcil.training import augment, rehearsal
 from edge_dfcil.training.callbacks import Callback
 from edge_dfcil.training.loop import check_finite
+from edge_dfcil.training.rehearsal import Generated, Rehearsal
 from edge_dfcil.training.session import PlainWork, Session
 from edge_dfcil.training.stage import Stage, StageSpec, Terms, set_batchnorm_momentum
 
@@ -105,7 +106,8 @@ class Distilling(PlainWork):
         self, learner: Learner, to: str | nn.Module, settings: Distillation, evaluation: Any | None, classes: Classes | None
     ) -> None:
         learner.check_answering()
-        self._learner, self._settings = learner, settings
+        self._learner, self._recipe, self._settings = learner, learner.recipe, settings
+        self._at_once: int | None = None
         self._evaluation, self._classes = evaluation, classes
         self._student = learner.model.untrained(to, seed=learner.seed)
         self._before: float | None = None
@@ -120,8 +122,20 @@ class Distilling(PlainWork):
         network = self._network = self._student.network.grown(0)
         if self._settings.inherit:
             _inherit(network, learner.network)
-        lesson = self._lesson = Lesson(network, learner.network.frozen(), learner.recipe, self._settings)
+        lesson = self._lesson = Lesson(network, learner.network.frozen(), self._recipe, self._settings, self._at_once)
         yield from lesson.stages()
+
+    # For the planner
+
+    def smaller(self) -> list[dict[str, int]]:
+        return smaller_generator(self._recipe, self._settings)
+
+    def rehearsal(self, changes: Mapping[str, int]) -> Rehearsal:
+        student, teacher = self._student.network.grown(0), self._learner.network.frozen()
+        return rehearsed(student, teacher, self._recipe.changed(changes), self._settings)
+
+    def keep_to(self, plan: MemoryPlan) -> None:
+        self._recipe, self._at_once = self._recipe.changed(plan.changes), plan.at_once("dream")
 
     def finish(self, session: Session[Any], reports: Sequence[StageReport]) -> tuple[Learner, DistillReport]:
         learner, network, settings = self._learner, self._network, self._settings
@@ -153,15 +167,21 @@ def parameters(network: nn.Module) -> int:
 
 
 class Lesson:
-    """Trains a student in rounds: generated images are added to a pool, then the student learns from all of it."""
+    """Trains a student in rounds: generated images are added to a pool, then the student learns from all of it.
 
-    def __init__(self, student: Network, teacher: Network, recipe: Recipe, settings: Distillation) -> None:
+    `at_once` images are generated at a time; None for a batch of the generator's.
+    """
+
+    def __init__(
+        self, student: Network, teacher: Network, recipe: Recipe, settings: Distillation, at_once: int | None = None
+    ) -> None:
         self._student, self._teacher, self._settings, self._device = student, teacher, settings, teacher.mean.device
+        self._at_once = at_once
         total = settings.rounds * settings.dreams
         self._recipe = recipe.changed({"remember.pool": total, **OBJECTIVE})
         self._wanted = torch.arange(teacher.n_classes, device=self._device)
         self._pool, self._filled = Pool(total, teacher, self._device), 0
-        self._fresh: Dream | None = None  # what was dreamt last
+        self._fresh: Dream | Pool | None = None  # what was dreamt last
         self._dreamer = Dreamer(teacher, self._wanted, self._recipe)
         set_batchnorm_momentum(student, self._recipe)
         self._optimizer = torch.optim.SGD(
@@ -188,17 +208,19 @@ class Lesson:
                 lambda optimizer: self._scheduler,
                 trains=[self._student],
                 clip_gradient=self._recipe.schedule.clip_gradient,
+                mixed_precision=self._recipe.schedule.mixed_precision,
             )
         if settings.source != "noise" and settings.quality == "fast":
-            self._fresh = self._dreamer.dream(FRESH)
+            self._fresh = make_pool(self._dreamer, FRESH, self._at_once)
         else:
             yield from self._dream(FRESH, settings.rounds)
 
     def _dreams(self, number: int) -> Iterator[Stage]:
         """Adds a round's dreams to the pool."""
         yield from self._dream(self._settings.dreams, number)
-        assert self._fresh is not None
-        self._filled += self._pool.write(self._filled, len(self._pool), self._fresh)
+        for dream in self._batches(self._fresh):
+            self._filled += self._pool.write(self._filled, len(self._pool), dream)
+        self._fresh = None
 
     def _dream(self, n: int, number: int) -> Iterator[Stage]:
         """Leaves about `n` dreams of a round's kind in `_fresh`."""
@@ -215,8 +237,13 @@ class Lesson:
             if number > 0:
                 self._dreamer.recipe = self._recipe.changed({"generator.steps": settings.generator_steps})
             yield self._dreamer.stage()
-            few = make_pool(self._dreamer, n)
-        self._fresh = few[torch.arange(len(few), device=self._device)]
+            few = make_pool(self._dreamer, n, self._at_once)
+        self._fresh = few
+
+    def _batches(self, dreams: Dream | Pool | None) -> Iterator[Dream]:
+        """What was dreamt, a batch at a time: all of it as floats takes too much memory."""
+        assert dreams is not None, "the stages have not been run"
+        return (dreams[index] for index in torch.arange(len(dreams), device=self._device).split(self._settings.batch))
 
     @torch.no_grad()
     def _noise(self, n: int) -> Dream:
@@ -241,6 +268,36 @@ class Lesson:
     @torch.no_grad()
     def agreement(self) -> float:
         """On dreams that nobody has learnt from; on noise where there are none."""
-        assert self._fresh is not None, "the stages have not been run"
-        answers: Tensor = self._student.eval().classify(self._fresh.images).argmax(1)
-        return float((answers == self._fresh.labels).float().mean())
+        self._student.eval()
+        right = [self._student.classify(dream.images).argmax(1) == dream.labels for dream in self._batches(self._fresh)]
+        return float(torch.cat(right).float().mean())
+
+    @property
+    def nbytes(self) -> int:
+        """Of all generated images, those of a round beside them."""
+        settings = self._settings
+        return self._pool.nbytes * (settings.rounds + 1) // settings.rounds
+
+
+def smaller_generator(recipe: Recipe, settings: Distillation) -> list[dict[str, int]]:
+    """What can be made smaller to fit a memory budget, for the planner."""
+    generates = settings.source != "noise" and settings.quality == "fast"
+    return rehearsal.smaller(recipe, "generator.width") if generates else [{}]
+
+
+def rehearsed(student: Network, teacher: Network, recipe: Recipe, settings: Distillation) -> Rehearsal:
+    """A short lesson of `student`, which is thrown away, for the planner."""
+    few = replace(
+        settings,
+        rounds=min(settings.rounds, 2),  # the second dreams against the student
+        dreams=min(settings.dreams, rehearsal.POOL),
+        generator_steps=rehearsal.STEPS,
+        steps=rehearsal.STEPS,
+    )
+    lesson = Lesson(student, teacher, rehearsal.short(recipe), few)
+
+    def generated() -> Generated:
+        images, wanted = few.rounds * few.dreams, (settings.rounds + 1) * settings.dreams
+        return Generated(now=lesson.nbytes, whole=lesson.nbytes * wanted // (images + few.dreams))
+
+    return Rehearsal(lesson.stages(), [student, teacher], student, generated)

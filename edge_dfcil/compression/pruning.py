@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -22,16 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edge_dfcil.compression.distillation import REPAIR, Distillation, Lesson, parameters
+from edge_dfcil.compression.distillation import REPAIR, Distillation, Lesson, parameters, rehearsed, smaller_generator
 from edge_dfcil.compression.latency import LatencyTable, Shape
-from edge_dfcil.dreaming.inversion import Dream, Dreamer, make_pool
+from edge_dfcil.dreaming.inversion import Dream, Dreamer, Pool, make_pool
 from edge_dfcil.errors import BackboneError, SettingError
 from edge_dfcil.model.backbones import BATCHNORM
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.network import Network
-from edge_dfcil.results import PruneReport, StageReport
+from edge_dfcil.results import MemoryPlan, PruneReport, StageReport
 from edge_dfcil.training.callbacks import Callback
 from edge_dfcil.training.loop import check_finite
+from edge_dfcil.training.rehearsal import Rehearsal, short
 from edge_dfcil.training.session import PlainWork, Session
 from edge_dfcil.training.stage import Stage
 from exporters.timing import latencies
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from edge_dfcil.learner import Learner
 
 BLOCK = 4  # groups that are looked at together
+AT_ONCE = 64  # generated images that importance is read from
 # How far a pruned network's logits may be from the masked one's, as a share of the largest: zero channels are summed in
 # another order. The first check is in float64; at every cut it is in float32, on accelerators with products of ten bits.
 ALIKE, ALIKE_AT_A_CUT = 1e-6, 2e-2
@@ -139,23 +141,40 @@ class PruningWork(PlainWork):
     ) -> None:
         learner.check_answering()
         self._learner, self._settings, self._table, self._timing = learner, settings, table, timing
+        self._recipe = learner.recipe
+        self._at_once: int | None = None
         self._evaluation, self._classes = evaluation, classes
 
     def stages(self, session: Session[Any]) -> Iterator[Stage]:
-        learner, settings, device = self._learner, self._settings, session.device
-        teacher = learner.network.frozen()
-        dreamer = Dreamer(teacher, torch.arange(teacher.n_classes, device=device), learner.recipe)
+        settings, teacher = self._settings, self._learner.network.frozen()
+        dreamer = Dreamer(teacher, torch.arange(teacher.n_classes, device=session.device), self._recipe)
         yield dreamer.stage()
-        pool = make_pool(dreamer, settings.dreams)
-        self._network = learner.network.grown(0)
-        self._cutter = Cutter(self._network, pool[torch.arange(len(pool), device=device)], settings, self._table)
+        pool = make_pool(dreamer, settings.dreams, self._at_once)
+        self._network = self._learner.network.grown(0)
+        self._cutter = Cutter(self._network, pool, settings, self._table, self._at_once)
         self._cutter.cut(session.check)
         self._table.save()
         self._pruned = copy.deepcopy(self._network)
         self._lesson: Lesson | None = None
         if settings.repair is not None:
-            self._lesson = Lesson(self._network, teacher, learner.recipe, settings.repair)
+            self._lesson = Lesson(self._network, teacher, self._recipe, settings.repair, self._at_once)
             yield from self._lesson.stages()
+
+    # For the planner
+
+    def smaller(self) -> list[dict[str, int]]:
+        return smaller_generator(self._recipe, self._settings.repair or REPAIR)
+
+    def rehearsal(self, changes: Mapping[str, int]) -> Rehearsal:
+        """The whole network is rehearsed: how small the pruned one is is not known yet."""
+        teacher, recipe = self._learner.network.frozen(), self._recipe.changed(changes)
+        if self._settings.repair is not None:
+            return rehearsed(self._learner.network.grown(0), teacher, recipe, self._settings.repair)
+        dreamer = Dreamer(teacher, torch.arange(teacher.n_classes, device=teacher.mean.device), short(recipe))
+        return Rehearsal(iter([dreamer.stage()]), [teacher])
+
+    def keep_to(self, plan: MemoryPlan) -> None:
+        self._recipe, self._at_once = self._recipe.changed(plan.changes), plan.at_once("dream")
 
     def finish(self, session: Session[Any], reports: Sequence[StageReport]) -> tuple[Learner, PruneReport]:
         learner, cutter = self._learner, self._cutter
@@ -204,16 +223,28 @@ class _Size:
 
 
 class Cutter:
-    """Takes channels out of a network, in place, until it is as small as asked."""
+    """Takes channels out of a network, in place, until it is as small as asked.
 
-    def __init__(self, network: Network, dream: Dream, settings: Pruning, table: LatencyTable) -> None:
-        self._network, self._dream, self._settings, self._table = network, dream, settings, table
+    Importance is read from `dreams`, at most `at_once` of them at a time.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        dreams: Dream | Pool,
+        settings: Pruning,
+        table: LatencyTable,
+        at_once: int | None = None,
+    ) -> None:
+        self._network, self._dreams, self._settings, self._table = network, dreams, settings, table
+        self._at_once = min(at_once or AT_ONCE, AT_ONCE)
+        self._few = dreams[torch.arange(min(4, len(dreams)), device=dreams.logits.device)].images
         self._whole = nn.Sequential(network.backbone, network.head).eval()
         self._names = {module: name for name, module in network.backbone.named_modules()}
         self._shapes = _convolutions(network)
         self.before = self._size(self._shapes)
         self.channels: dict[str, int] = {}
-        self._graph = self._dependencies(self._whole, dream.images)
+        self._graph = self._dependencies(self._whole, self._few)
         candidates = self._candidates()
         self.roots = [root for root in candidates if self._answers_as_masked(root, self._trial(root))]
         self._refused = [self._names[root] for root in candidates if root not in self.roots]
@@ -253,7 +284,7 @@ class Cutter:
 
         Raises `BackboneError` when the network then does not answer as with those channels at zero.
         """
-        group, images = self.group(root, channels), self._dream.images[:4]
+        group, images = self.group(root, channels), self._few
         with torch.no_grad(), _zero(group):
             masked = self._whole(images)
         group.prune()
@@ -384,7 +415,7 @@ class Cutter:
 
     def _answers_as_masked(self, root: nn.Conv2d, channels: list[int]) -> bool:
         """Whether a network without these channels answers as the one in which all that makes them is zero."""
-        images, cut = self._dream.images[:4].cpu().double(), copy.deepcopy(self._whole).cpu().double()
+        images, cut = self._few.cpu().double(), copy.deepcopy(self._whole).cpu().double()
         place = {module: name for name, module in self._whole.named_modules()}
         try:
             graph = self._dependencies(cut, images)
@@ -407,8 +438,10 @@ class Cutter:
         is the mean square of the gradient of ln p(y), with y drawn from the answer, and that is what is taken.
         """
         members = {root: list(self._batchnorms(root)) for root in self.roots}
-        found = {root: torch.zeros(root.out_channels, device=self._dream.logits.device) for root in self.roots}
-        for images, logits in zip(self._dream.images.split(64), self._dream.logits.split(64), strict=True):
+        found = {root: torch.zeros(root.out_channels, device=self._few.device) for root in self.roots}
+        for index in torch.arange(len(self._dreams), device=self._few.device).split(self._at_once):
+            dream = self._dreams[index]
+            images, logits = dream.images, dream.logits
             outputs: dict[nn.Module, Tensor] = {}
             layers = {layer for pairs in members.values() for layer, _ in pairs}
             handles = [layer.register_forward_hook(_keep(outputs)) for layer in layers]
@@ -427,7 +460,7 @@ class Cutter:
             }
             for root, pairs in members.items():
                 found[root] += sum(change[layer][:, index] for layer, index in pairs).square().sum(0)  # type: ignore[union-attr]
-        return {root: values / len(self._dream) for root, values in found.items()}
+        return {root: values / len(self._dreams) for root, values in found.items()}
 
     def _batchnorms(self, root: nn.Conv2d) -> Iterator[tuple[nn.Module, list[int]]]:
         """The BatchNorm layers of a root's channels, and where in them each channel is."""

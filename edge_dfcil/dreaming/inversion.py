@@ -80,6 +80,7 @@ class Dreamer:
             scheduler if recipe.generator.schedule == "one_cycle" else None,
             trains=[self.generator],
             look=inversion.look,
+            mixed_precision=recipe.schedule.mixed_precision,
         )
 
     def noise(self, n: int) -> Tensor:

@@ -85,6 +85,7 @@ class Canvas:
             self.loss,
             lambda: torch.optim.Adam([self._images], self.recipe.pixels.learning_rate, betas=(0.5, 0.9)),
             lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps)),
+            mixed_precision=self.recipe.schedule.mixed_precision,
         )
 
     def loss(self, index: Tensor) -> Terms:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,13 @@ from edge_dfcil.errors import SettingError
 from edge_dfcil.model import labels
 from edge_dfcil.model.model import Model
 from edge_dfcil.recipe import Recipe
-from edge_dfcil.results import StageReport
+from edge_dfcil.results import MemoryPlan, StageReport
+from edge_dfcil.training import rehearsal
+from edge_dfcil.training.rehearsal import Generated, Rehearsal
 from edge_dfcil.training.session import PlainWork, Session
 from edge_dfcil.training.stage import Stage
+
+FEW = 64  # images that are held as floats together
 
 
 class Dreaming(PlainWork):
@@ -39,16 +44,43 @@ class Dreaming(PlainWork):
         self._model, self._recipe, self._n, self._quality = model, recipe, n, quality
         self._wanted = [output for output, name in enumerate(model.outputs) if name in chosen]
         self._pool: Pool | None = None
+        self._at_once: int | None = None
 
     def stages(self, session: Session[Any]) -> Iterator[Stage]:
-        teacher, wanted = self._model.network.frozen(), torch.tensor(self._wanted, device=session.device)
+        return self._stages(self._recipe, self._n)
+
+    def _stages(self, recipe: Recipe, n: int) -> Iterator[Stage]:
+        device, teacher = self._model.device, self._model.network.frozen()
+        wanted = torch.tensor(self._wanted, device=device)
         if self._quality == "best":
-            self._pool = Pool(self._n, teacher, session.device)
-            yield from paint(self._pool, teacher, wanted, self._recipe)
+            self._pool = Pool(n, teacher, device)
+            yield from paint(self._pool, teacher, wanted, recipe)
             return
-        dreamer = Dreamer(teacher, wanted, self._recipe)
+        dreamer = Dreamer(teacher, wanted, recipe)
         yield dreamer.stage()
-        self._pool = make_pool(dreamer, self._n)
+        self._pool = make_pool(dreamer, n, self._at_once)
+
+    # For the planner
+
+    def smaller(self) -> list[dict[str, int]]:
+        return rehearsal.smaller(self._recipe, "generator.width") if self._quality == "fast" else [{}]
+
+    def rehearsal(self, changes: Mapping[str, int]) -> Rehearsal:
+        copied, n = copy.copy(self), min(self._n, rehearsal.POOL)
+        copied._wanted = list(range(self._model.network.n_classes))  # an untrained generator may miss the others
+
+        def generated() -> Generated:
+            held = copied._pool.nbytes if copied._pool is not None else 0
+            an_image = 3 * self._model.image_size**2  # in the result, beside the pool
+            return Generated(now=held, whole=(held // n + an_image) * self._n)
+
+        return Rehearsal(
+            copied._stages(rehearsal.short(self._recipe.changed(changes)), n), [self._model.network], generated=generated
+        )
+
+    def keep_to(self, plan: MemoryPlan) -> None:
+        self._recipe = self._recipe.changed(plan.changes)
+        self._at_once = plan.at_once("dream")
 
     @property
     def pool(self) -> Pool:
@@ -58,5 +90,8 @@ class Dreaming(PlainWork):
 
     def finish(self, session: Session[Any], reports: Sequence[StageReport]) -> Tensor:
         """Images (n, 3, S, S), uint8, on the CPU, sorted by class."""
-        pool = self.pool
-        return self._model.network.denormalize(pool[pool.labels.argsort(stable=True)].images).cpu()
+        pool, side = self.pool, self._model.image_size
+        images = torch.empty(len(pool), 3, side, side, dtype=torch.uint8)
+        for place, order in zip(images.split(FEW), pool.labels.argsort(stable=True).split(FEW), strict=True):
+            place.copy_(self._model.network.denormalize(pool[order].images))
+        return images

@@ -72,5 +72,6 @@ def _refinement(task: Task) -> StageSpec:
         optimizer,
         lambda optimizer: CosineAnnealingLR(optimizer, steps),
         trains=[student.head],
+        mixed_precision=recipe.schedule.mixed_precision,
         resumable=True,
     )

@@ -93,6 +93,7 @@ def learning_stage(task: Task, method: Method) -> Stage:
         trains=[task.student],
         frozen=frozen,
         clip_gradient=recipe.schedule.clip_gradient,
+        mixed_precision=recipe.schedule.mixed_precision,
         resumable=True,
     )
 

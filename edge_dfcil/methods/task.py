@@ -13,6 +13,7 @@ from edge_dfcil.model.network import Network
 from edge_dfcil.model.statistics import Statistic
 from edge_dfcil.recipe import Recipe
 from edge_dfcil.training.data import RealBatches
+from edge_dfcil.training.rehearsal import short
 
 
 @dataclass
@@ -62,6 +63,13 @@ class Task:
     def share_of(self, steps: int) -> int:
         """So many steps of the recipe come to this many of this task."""
         return steps if self.share == 1.0 else max(1, round(self.share * steps))
+
+    def make_short(self, recipe: Recipe, steps: int, pool: int) -> None:
+        """For a task that is thrown away: the sizes of `recipe`, but few batches, few steps and a small pool."""
+        self.batches = self.batches.first()
+        if self.teacher is not None and self.remembers:
+            self.old = torch.arange(self.teacher.n_classes, device=self.device)  # an untrained generator may miss the others
+        self.recipe = short(recipe, steps, pool)
 
     @property
     def remembers(self) -> bool:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from edge_dfcil.model.backbones import batchnorm_layers
 from edge_dfcil.results import StageReport
 from edge_dfcil.training.callbacks import Callback
 from edge_dfcil.training.checkpointing import recomputing
-from edge_dfcil.training.stage import ClosedFormSpec, Stage, StageSpec, StageState, Terms, momentum_of_parts
+from edge_dfcil.training.stage import ClosedFormSpec, Stage, StageSpec, StageState, Sums, Terms, momentum_of_parts
 
 
 class StageEnded(Exception):
@@ -108,7 +109,7 @@ def solve(stage: ClosedFormSpec, callbacks: Sequence[Callback], check: Callable[
     for steps, batch in enumerate(stage.batches, start=1):
         check()
         for part in _split(batch, stage.micro_batch):
-            sums.add(part)
+            _add_within_memory(stage, sums, part)
         images += len(batch)
         for callback in callbacks:
             callback.on_step_end(stage, steps, {}, len(batch))
@@ -195,6 +196,19 @@ def _within_memory(stage: StageSpec, state: StageState, batch: Any, device: torc
         state.micro_batch, state.halvings = micro_batch // 2, state.halvings + 1
 
 
+def _add_within_memory(stage: ClosedFormSpec, sums: Sums, part: Any) -> None:
+    """Sums that have begun cannot be taken back, so that there is no second try with fewer images."""
+    try:
+        sums.add(part)
+    except (RuntimeError, MemoryError) as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        raise BudgetError(
+            f"stage {stage.name!r} took more memory than it may with {len(part)} images at once; nothing was committed. "
+            "Pass a loader with a smaller batch size"
+        ) from error
+
+
 @torch.no_grad()
 def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=False):
@@ -205,12 +219,13 @@ def _backward(stage: StageSpec, state: StageState, batch: Any, device: torch.dev
     """Gradients of a batch's loss, part by part; returns the detached terms of the whole."""
     parts = _split(batch, state.micro_batch)
     losses: Terms = {}
+    precision = partial(devices.autocast, device) if stage.mixed_precision else nullcontext
     with momentum_of_parts(stage.trains, len(parts)), recomputing(stage.trains) if stage.recompute else nullcontext():
         if len(parts) > 1 and stage.look is not None:
-            with devices.autocast(device):
+            with precision():
                 stage.look(parts)
         for part in parts:
-            with devices.autocast(device):
+            with precision():
                 terms = stage.loss(part)
             share = len(part) / len(batch)
             terms = {name: share * term.float() for name, term in terms.items()}

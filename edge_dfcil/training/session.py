@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from edge_dfcil import devices
 from edge_dfcil.errors import Cancelled, ModelFileError, SettingError
 from edge_dfcil.model import file
-from edge_dfcil.results import StageReport
+from edge_dfcil.results import MemoryPlan, StageReport
 from edge_dfcil.training import loop
 from edge_dfcil.training.callbacks import Callback
+from edge_dfcil.training.rehearsal import Rehearsal
 from edge_dfcil.training.stage import Stage, StageSpec, StageState
 
 logger = logging.getLogger("edge_dfcil")
@@ -93,6 +94,18 @@ class PlainWork:
 
     def restore(self, decided: Mapping[str, Any]) -> None:
         """Nothing was decided."""
+
+    # For the planner
+
+    def smaller(self) -> Sequence[dict[str, int]]:
+        return [{}]
+
+    def rehearsal(self, changes: Mapping[str, int]) -> Rehearsal:
+        """Nothing to plan: it has no stages."""
+        return Rehearsal(iter(()))
+
+    def keep_to(self, plan: MemoryPlan) -> None:
+        """Called before `stages`, when there is a memory budget: `plan.changes` of the recipe, and images at once."""
 
 
 class _Paused(Exception):
@@ -178,6 +191,11 @@ class Session(Generic[Result]):
     def cancelled(self) -> bool:
         """Whether `cancel` was called."""
         return self._cancelled.is_set()
+
+    @property
+    def reports(self) -> Sequence[StageReport]:
+        """Of the stages that have ended."""
+        return self._reports
 
     @property
     def seconds(self) -> float:

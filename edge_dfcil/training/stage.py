@@ -43,6 +43,8 @@ class StageSpec:
     over_budget
         Asked after the gradients of a step, before the optimizer takes it: whether the step took too much memory. It is
         then made again with half the micro-batch, as it is after a real lack of memory.
+    mixed_precision
+        Whether losses are computed under autocast where the device has bf16.
     resumable
         Whether a checkpoint can continue inside the stage: its parameters are those of the network that is learning.
         Other stages make generated images, which no checkpoint may hold; they are run again from the same random state.
@@ -62,6 +64,7 @@ class StageSpec:
     look: Callable[[Sequence[Any]], None] | None = None
     over_budget: Callable[[StageState], bool] | None = None
     resumable: bool = False
+    mixed_precision: bool = True
 
     @property
     def per_epoch(self) -> int:

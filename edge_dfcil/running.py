@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from edge_dfcil.budget.meter import parse
+from edge_dfcil.budget.within import PlannedWork, Within
 from edge_dfcil.errors import SettingError
 from edge_dfcil.training.callbacks import Callback, check_callbacks
 from edge_dfcil.training.progress import with_progress
@@ -19,6 +21,7 @@ class RunsSessions:
     """Holds one writer lock and the session that runs; both stay behind when it is copied or pickled."""
 
     _session: Session[Any] | None = None
+    _memory_budget: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -36,6 +39,15 @@ class RunsSessions:
         self._writing = threading.Lock()
 
     @property
+    def memory_budget(self) -> int | None:
+        """The most bytes that a long operation may add to memory; set it as a number, or as text such as "128MB"."""
+        return self._memory_budget
+
+    @memory_budget.setter
+    def memory_budget(self, budget: int | str | None) -> None:
+        self._memory_budget = parse(budget)
+
+    @property
     def running(self) -> Session[Any] | None:
         """The session that runs now, in any thread."""
         return self._session
@@ -46,8 +58,11 @@ class RunsSessions:
         if session is not None:
             session.cancel()
 
-    def run(self, work: Work[Any], callbacks: Sequence[Callback] = (), progress: bool = True, *, seed: int) -> Any:
-        """Runs a long operation on the current model, with progress and `cancel()`; returns its result."""
+    def run(self, work: PlannedWork, callbacks: Sequence[Callback] = (), progress: bool = True, *, seed: int) -> Any:
+        """Runs a long operation on the current model, with progress and `cancel()`, within the memory budget if there is
+        one; returns its result."""
+        if self.memory_budget is not None:
+            work = Within(work, self.memory_budget, self.device)
         return self._new_session(work, callbacks, progress, seed=seed).run()
 
     def _new_session(

@@ -1,0 +1,71 @@
+"""Any long operation under a memory budget: planned by a rehearsal, held while it runs, and reported."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+
+from edge_dfcil import devices
+from edge_dfcil.budget.allocator import capped, returned_at_once
+from edge_dfcil.budget.hold import hold
+from edge_dfcil.budget.meter import Meter, show
+from edge_dfcil.budget.planner import Planner
+from edge_dfcil.results import MemoryPlan, StageReport
+from edge_dfcil.training.rehearsal import Plannable
+from edge_dfcil.training.session import PlainWork, Session, Work
+from edge_dfcil.training.stage import Stage
+
+logger = logging.getLogger("edge_dfcil")
+
+
+class PlannedWork(Work[Any], Plannable, Protocol):
+    """What can run within a memory budget."""
+
+    def keep_to(self, plan: MemoryPlan) -> None:
+        """Called before `stages`: the changes of the recipe, and how many images go through at once."""
+
+
+class Within(PlainWork):
+    """A work whose stages take at most `budget` bytes above what is held when it starts.
+
+    Its result has the peak of each stage. What it does outside its stages (an ONNX file is written and checked) cannot be
+    planned; a warning in the log says when that took more.
+    """
+
+    def __init__(self, work: PlannedWork, budget: int, device: torch.device) -> None:
+        self.work, self._budget = work, budget
+        self._meter, self._peaks = Meter(device), list[int]()
+
+    @contextlib.contextmanager
+    def context(self, session: Session[Any]) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(returned_at_once(self._budget))
+            stack.enter_context(self._meter)
+            stack.enter_context(capped(self._meter, session.device, self._budget))
+            stack.enter_context(self.work.context(session))
+            yield
+
+    def prepare(self, session: Session[Any]) -> None:
+        self.work.prepare(session)
+        self._meter.exclude()
+
+    def stages(self, session: Session[Any]) -> Iterator[Stage]:
+        for callback in session.callbacks:
+            callback.on_plan_begin()
+        with devices.seeded(None, session.device):
+            plan = Planner(self.work, session.device, self._meter, session.check).plan_or_refuse(self._budget, ())
+        self.work.keep_to(plan)
+        yield from hold(self.work.stages(session), plan, self._meter, self._peaks)
+
+    def finish(self, session: Session[Any], reports: Sequence[StageReport]) -> Any:
+        with_peaks = [replace(report, peak_bytes=peak) for report, peak in zip(reports, self._peaks, strict=True)]
+        result = self.work.finish(session, with_peaks)
+        highest = self._meter.highest
+        say = logger.info if highest <= self._budget else logger.warning
+        say("took at most %s, of a memory budget of %s", show(highest), show(self._budget))
+        return result

@@ -1,0 +1,97 @@
+"""Rehearsals: a long operation made short, on copies that are thrown away, for the planner to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Protocol
+
+from torch import nn
+
+from edge_dfcil.recipe import Recipe
+from edge_dfcil.training.stage import Stage
+
+STEPS = 3  # of each stage
+POOL = 16  # generated images
+
+# The last resort, in order: what the recipe's numbers are divided by.
+SMALLER: tuple[dict[str, int], ...] = (
+    {},
+    {"remember.pool": 2},
+    {"remember.pool": 4},
+    {"remember.pool": 4, "generator.width": 2},
+    {"remember.pool": 4, "generator.width": 4},
+)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Bytes of the generated images that a stage works with: those of the rehearsal, and those of the whole operation.
+
+    `item` is the line of the plan that they are counted in.
+    """
+
+    item: str = "pool of dreams"
+    now: int = 0
+    whole: int = 0
+
+
+@dataclass
+class Rehearsal:
+    """A short version of an operation.
+
+    Attributes
+    ----------
+    stages
+        A few steps each, with batches of the whole size.
+    networks
+        Those whose weights are held anyway, so that they are not counted as activations.
+    student
+        Of these, the copy that becomes the model; None where the operation makes no model.
+    generated
+        Called after each stage.
+    micro_batches
+        Filled by the planner: images that go through at once in each stage, by its name.
+    """
+
+    stages: Iterator[Stage]
+    networks: Sequence[nn.Module] = ()
+    student: nn.Module | None = None
+    generated: Callable[[], Generated] = Generated
+    micro_batches: dict[str, int | None] = field(default_factory=dict)
+
+
+class Plannable(Protocol):
+    """What the planner can keep within a memory budget."""
+
+    def smaller(self) -> Sequence[dict[str, int]]:
+        """Changes of the recipe to try in order, the first of them none."""
+
+    def rehearsal(self, changes: Mapping[str, int]) -> Rehearsal:
+        """The operation with these changes of its recipe, made short."""
+
+
+def short(recipe: Recipe, steps: int = STEPS, pool: int = POOL) -> Recipe:
+    """A recipe with the same sizes, and few steps and generated images."""
+    return recipe.changed(
+        {
+            "schedule.epochs": 1,
+            "schedule.first_epochs": 1,
+            "schedule.min_steps": steps,
+            "generator.steps": steps,
+            "pixels.steps": steps,
+            "remember.pool": min(recipe.remember.pool, pool),
+            "refine.epochs": min(recipe.refine.epochs, 1),
+            "refine.min_steps": steps,
+        }
+    )
+
+
+def smaller(recipe: Recipe, *names: str) -> list[dict[str, int]]:
+    """What of a recipe can be made smaller: a step of `SMALLER` each, of these settings alone."""
+    found = [
+        {name: max(1, value // by) for name, by in step.items() if name in names and (value := attrgetter(name)(recipe))}
+        for step in SMALLER
+    ]
+    return [changes for number, changes in enumerate(found) if changes not in found[:number]]
