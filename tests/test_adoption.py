@@ -378,6 +378,7 @@ def test_a_module_is_loaded_by_the_name_of_its_callable(tmp_path: Path, monkeypa
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="how torch's threads behave elsewhere is another matter")
+@pytest.mark.slow
 def test_a_forked_worker_answers() -> None:
     """Where a server loads the model and forks its workers. In a process of its own: a fork copies pytest's threads."""
     done = subprocess.run(

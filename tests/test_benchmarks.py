@@ -219,6 +219,7 @@ def test_the_command_runs_resumes_and_tells(preset: str, data: Data, tmp_path: P
     assert "magic" in done.output
 
 
+@pytest.mark.slow
 def test_speed_checks_that_both_do_the_same_and_prints_its_ratios() -> None:
     done = CliRunner().invoke(main, ["speed", "--quick", "--json", "--device", "cpu"], catch_exceptions=False)
     found = json.loads(done.stdout.splitlines()[-1])

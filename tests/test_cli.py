@@ -206,12 +206,12 @@ class TestOwnModules:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("mine", "PACKAGE.MODULE:CALLABLE"),
-            (":build", "PACKAGE.MODULE:CALLABLE"),
+            ("mine", "package.module:callable"),
+            (":build", "package.module:callable"),
             ("nowhere:build", "No module named 'nowhere'"),
             ("mine:nothing", "nothing"),
             ("mine:fails", "no weights here"),
-            ("mine:number", "gave a int"),
+            ("mine:number", "a int was given"),
         ],
     )
     def test_what_builds_no_module_is_refused(self, adopted: Any, name: str, message: str) -> None:
@@ -294,6 +294,7 @@ class TestSmaller:
         assert Learner.load(answer["model"]).backbone == "resnet14"
         assert Path(answer["model"]) == tmp_path / "model-resnet14.safetensors"
 
+    @pytest.mark.slow
     def test_pruned(self, pictures: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def quick(learner: Learner, settings: Any, **more: Any) -> Any:
             return compression.pruning.prune(learner, replace(settings, dreams=32, rounds=2), **more)
@@ -304,6 +305,7 @@ class TestSmaller:
         assert answer["filters"][1] <= 0.9 * answer["filters"][0]
         assert json.loads(cli("predict", out, pictures[0] / "0" / "1.png", "--json").stdout)[0]["label"] in ("0", "1")
 
+    @pytest.mark.slow
     def test_in_int8(self, pictures: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(exporting, "MIN_CALIBRATION", 64)
         pictured = ["--calibration", pictures[0], "--eval", pictures[0]]

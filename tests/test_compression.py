@@ -91,6 +91,7 @@ def taught(backbone: nn.Module, train: Batches) -> Learner:
     return learner
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_dreams_alone(able: Learner, known: list[Any]) -> None:
     before = weights(able)
     student, report = distill(able, "resnet14", settings=SHORT, evaluation=known, classes=NAMES, progress=False)
@@ -118,6 +119,7 @@ def test_it_is_the_same_under_one_seed_and_leaves_the_callers_random_state_alone
     assert same_weights(weights(first), again)
 
 
+@pytest.mark.slow
 def test_noise_teaches_less(able: Learner, known: list[Any]) -> None:
     scratch = replace(SHORT, inherit=False)
     _, dreamt = distill(able, "resnet8", settings=scratch, evaluation=known, classes=NAMES, progress=False)
@@ -135,6 +137,7 @@ def test_a_student_begins_with_what_it_shares_with_its_teacher(able: Learner) ->
         assert (report.agreement > share) == inherit
 
 
+@pytest.mark.slow
 def test_a_students_running_statistics_keep_up_with_a_short_lesson(able: Learner, known: list[Any]) -> None:
     """A network answers by them; torchvision's MobileNetV3 lets them follow slowly."""
     slow = build("resnet8")
@@ -154,6 +157,7 @@ def test_pixel_dreams_teach_too(able: Learner) -> None:
     assert [stage.name for stage in report.stages][:4] == ["dream", "distil", "dream", "distil"]
 
 
+@pytest.mark.slow
 def test_a_student_goes_on(able: Learner, train: Batches, test: Batches, tmp_path: Path) -> None:
     student, _ = distill(able, "resnet14", settings=replace(SHORT, rounds=1, steps=5), progress=False)
     goes_on(student, train, test, tmp_path)
@@ -173,6 +177,7 @@ def goes_on(learner: Learner, train: Batches, test: Batches, folder: Path, expor
     assert Learner.load(loaded.save(folder / "n"), "cpu").predict(images) == loaded.predict(images)
 
 
+@pytest.mark.slow
 def test_pruned_by_ratio_it_is_smaller_and_repaired(
     able: Learner, known: list[Any], table: LatencyTable, train: Batches, test: Batches, tmp_path: Path
 ) -> None:
@@ -195,6 +200,7 @@ def test_pruned_by_ratio_it_is_smaller_and_repaired(
     goes_on(smaller, train, test, tmp_path, export=True)
 
 
+@pytest.mark.slow
 def test_what_counts_is_what_is_measured_on_the_network(able: Learner, table: LatencyTable) -> None:
     """Work by hand: the convolutions of a resnet8 at 16 px."""
     _, report = prune(able, Pruning(flops=0.8, group=4, repair=None), table=table, progress=False)
@@ -225,6 +231,7 @@ def test_latency_that_counts_takes_channels_where_they_cost_time(able: Learner, 
         assert (len(report.channels) == len(first)) == only_there
 
 
+@pytest.mark.slow
 def test_the_latency_term_sees_kernels_that_work_in_blocks(able: Learner, tmp_path: Path) -> None:
     """Where a layer is no faster before several groups have gone, they go together, and no channel goes in vain."""
 

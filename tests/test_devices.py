@@ -108,6 +108,7 @@ def test_a_budget_holds_on_an_accelerator(device: str, train: Batches) -> None:
 
 
 @pytest.mark.parametrize("method", names())
+@pytest.mark.slow
 def test_every_loss_stands_half_precision(method: Any, train: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's autocast, asked of the CPU: no term mixes its dtypes up, and none overflows."""
     monkeypatch.setattr(devices, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))

@@ -20,6 +20,8 @@ from edge_dfcil.demo import Batches
 from exporters import Int8, OnnxClassifier, export, export_onnx
 from tests.conftest import NAMES, QUICK, quick_learner
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def able(train: Batches) -> Learner:

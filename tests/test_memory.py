@@ -80,6 +80,7 @@ class TestPlan:
         "settings",
         [{"method": "finetune"}, {"method": "lwf_mc"}, {"method": "lda"}, {"recipe": QUICK.changed({"remember.pool": 0})}],
     )
+    @pytest.mark.slow
     def test_other_methods_and_fresh_dreams(self, train: Batches, settings: dict[str, Any]) -> None:
         learner = quick_learner(**settings)
         for names in (("0", "1"), ("2",)):
@@ -96,6 +97,7 @@ class TestPlan:
         with pytest.raises(Cancelled):
             learnt.plan(Loader([batch]), NAMES)
 
+    @pytest.mark.slow
     def test_counts_the_weights_of_a_large_network(self) -> None:
         """In a process of its own. Weights, gradients and momentum are most of what a network of 45 MB takes."""
         done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)
@@ -159,6 +161,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's own peak can be read on Linux only")
+@pytest.mark.slow
 def test_the_budget_holds_by_the_kernels_own_count() -> None:
     """In a process of its own; the meter's peak and the plan are near what the kernel saw."""
     done = subprocess.run([sys.executable, "-c", WITHIN, "80MB"], capture_output=True, text=True, check=True)
@@ -171,6 +174,7 @@ def test_the_budget_holds_by_the_kernels_own_count() -> None:
 
 
 class TestHolding:
+    @pytest.mark.slow
     def test_a_budget_that_is_never_met_changes_nothing_that_is_learnt(self, train: Batches) -> None:
         found = []
         for budget in (None, "8GB"):
@@ -226,6 +230,7 @@ class TestOtherOperations:
     """What generates, distils, prunes and exports keeps to the budget as learning does."""
 
     @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's own peak can be read on Linux only")
+    @pytest.mark.slow
     def test_they_hold_it_by_the_kernels_own_count(self) -> None:
         done = subprocess.run([sys.executable, "-c", OTHERS, "64MB"], capture_output=True, text=True, check=True)
         for name, taken in json.loads(done.stdout).items():

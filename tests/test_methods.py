@@ -48,6 +48,7 @@ SECRET: list[torch.Tensor] = []
 
 
 @pytest.mark.parametrize("method", [Hoarder, SecretHoarder])
+@pytest.mark.slow
 def test_the_suite_catches_a_method_that_keeps_samples(method: Any) -> None:
     with pytest.raises(AssertionError, match=r"keeps a tensor|still in memory"):
         check_method(method, exports=False)

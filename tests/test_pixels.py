@@ -20,6 +20,8 @@ from edge_dfcil.training.augment import views
 from edge_dfcil.training.loop import fit
 from tests.conftest import NAMES, QUICK, quick_learner
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 PIXELS = QUICK.changed({"pixels.steps": 100, "pixels.batch": 32})
 

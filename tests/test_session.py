@@ -53,6 +53,7 @@ def uninterrupted(train: Batches) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("stage", "step"), [("dream", 3), ("learn", 1), ("learn", 7), ("learn", 12), ("refine", 2)])
+@pytest.mark.slow
 def test_a_killed_task_goes_on_to_the_same_bits(
     stage: str, step: int, train: Batches, tmp_path: Path, uninterrupted: Any
 ) -> None:
@@ -99,6 +100,7 @@ def test_a_checkpoint_of_another_task_is_left_aside(train: Batches, tmp_path: Pa
     assert "not resumed" in caplog.text and "classes" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_paused_session_goes_on_to_the_same_bits(train: Batches, uninterrupted: Any) -> None:
     class Pause(Callback):
         def on_step_end(self, stage: Any, step: Any, losses: Any, images: Any) -> None:

@@ -126,6 +126,7 @@ def test_no_such_folder(learnt: Learner, tmp_path: Path) -> None:
         learnt.save(tmp_path / "nowhere" / "m")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_file(learnt: Learner, tmp_path: Path) -> None:
     """A real process whose files may not grow past 64 KiB, as on a full disk."""
     path = learnt.save(tmp_path / "m")

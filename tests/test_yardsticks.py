@@ -22,6 +22,8 @@ from edge_dfcil.testing import check_method
 from edge_dfcil.training.stage import Stage
 from tests.conftest import NAMES, quick_learner
 
+pytestmark = pytest.mark.slow
+
 CORESETS = sorted(set(YARDSTICKS) - {"dgr", "upper_bound", "rehearsal_jpeg"})
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from edge_dfcil.cli.console import note
-from edge_dfcil.errors import BackboneError, EdgeDfcilError, SettingError
+from edge_dfcil.errors import BackboneError, SettingError
 from edge_dfcil.recipe import RECIPES, Recipe, find_recipe, read_recipe
 
 if TYPE_CHECKING:
@@ -106,30 +104,13 @@ def load_learner(
 
 
 def build_module(name: str) -> nn.Module:
-    """The network that `package.module:callable` builds, or is. The current folder is looked in first.
+    """The network that `--module` names: what `package.module:callable` builds, or is. Raises `BackboneError`."""
+    from edge_dfcil.model.adoption import load_callable
 
-    Raises `SettingError` when there is no such callable or it fails, `BackboneError` when it builds no network.
-    """
-    package, colon, attribute = name.partition(":")
-    if not colon or not package or not attribute:
-        raise SettingError(f"--module {name} is not PACKAGE.MODULE:CALLABLE, such as my_app.networks:build")
-    from torch import nn
-
-    sys.path.insert(0, os.getcwd())
     try:
-        build: Any = importlib.import_module(package)
-        for part in attribute.split("."):
-            build = getattr(build, part)
-        built = build if isinstance(build, nn.Module) else build()
-    except EdgeDfcilError:
-        raise
-    except Exception as error:
-        raise SettingError(f"--module {name} cannot be imported and called: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    if not isinstance(built, nn.Module):
-        raise BackboneError(f"--module {name} gave a {type(built).__name__}; it must build a torch.nn.Module")
-    return built
+        return load_callable(name)
+    except BackboneError as error:
+        raise BackboneError(f"--module {error}") from error
 
 
 def open_pictures(images: Path, learner: Learner, strict: bool, batch_size: int = 64) -> PictureFolder:
