@@ -64,6 +64,7 @@ def main() -> None:
 @click.option("--recipe")
 @click.option("--image-size", type=int)
 @click.option("--batch-size", type=int)
+@click.option("--multiscale/--no-multiscale", default=None, help="Whether features are of several scales.")
 @click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change a number of the recipe; kept in the result.")
 @click.option("--minutes", type=float, help="Begin no task that would not end in this time.")
 @RESULTS

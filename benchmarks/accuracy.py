@@ -37,6 +37,7 @@ class Protocol:
     mean: tuple[float, float, float] | None = None  # None: measured on the first task
     std: tuple[float, float, float] | None = None
     changes: dict[str, Any] = field(default_factory=dict)  # of the recipe's numbers
+    multiscale: bool = False
 
 
 # As published (ABD, supplement; REFERENCE: 250 epochs, batch 128, CIFAR-100's own mean and deviation).
@@ -189,6 +190,7 @@ def _learner(
         seed=seed,
         mean=protocol.mean,
         std=protocol.std,
+        multiscale=protocol.multiscale,
     )
     return learner, state
 

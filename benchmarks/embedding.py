@@ -90,7 +90,7 @@ def _features(network: Network, part: Part) -> Tensor:
 
 @torch.no_grad()
 def _embed(network: Network, images: Tensor) -> Tensor:
-    return torch.cat([network.backbone(chunk).float().cpu() for chunk in images.split(500)])
+    return torch.cat([network.features(chunk).float().cpu() for chunk in images.split(500)])
 
 
 def draw(files: dict[str, Path], path: Path) -> None:

@@ -103,7 +103,7 @@ class Bench:
         network.train()
         with torch.no_grad():
             for _ in range(20):
-                network.backbone(torch.randn(32, 3, 32, 32, device=self.device))
+                network.features(torch.randn(32, 3, 32, 32, device=self.device))
 
     def _task(self, student: Network, dreams: Dreams) -> Task:
         s = self.setting

@@ -71,8 +71,10 @@ class Learner(Serving, RunsSessions):
         weights: str | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        multiscale: bool = False,
     ) -> None:
-        model = Model.new(backbone, image_size=image_size, device=device, seed=seed, weights=weights, mean=mean, std=std)
+        images: Any = {"image_size": image_size, "mean": mean, "std": std}
+        model = Model.new(backbone, device=device, seed=seed, weights=weights, multiscale=multiscale, **images)
         self._settle(model, find_method(method), find_recipe(recipe), memory_budget, seed)
 
     def _settle(

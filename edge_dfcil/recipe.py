@@ -119,6 +119,9 @@ class Schedule:
     # Ours: the share of the backbone's layers, counted from the image, that stay as the first task left them. They need no
     # backward pass and keep no activations, and what they give cannot be forgotten.
     freeze: ShareBelowOne = 0.0
+    # Ours: running statistics of BatchNorm stay as the first task left them, and normalise in training too.
+    freeze_batchnorm: bool = False
+    later_learning_rate: Positive | None = None  # ours: after the first task; None: as `learning_rate`
     drop_incomplete: bool = True  # skip batches smaller than the largest one
     # Ours: bf16 autocast in every stage, on CUDA devices that have it. Elsewhere it costs time or accuracy and is not used.
     mixed_precision: bool = False
@@ -227,6 +230,9 @@ class Refine:
     # Ours, after "Maintaining discrimination and fairness" (Zhao et al., CVPR 2020): at the end, the head's rows of the
     # current classes are scaled down to this share of the old ones' mean norm, for which there were only dreams; 0: not.
     align_head: Weight = 0.0
+    # Ours: the head in the end. "lda" is a closed form from class statistics, which follow the backbone through a drift map; of
+    # classes without any, from generated images.
+    head: Literal["trained", "lda"] = "trained"
 
 
 GROUPS: dict[str, type] = {

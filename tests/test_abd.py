@@ -70,20 +70,20 @@ def transcription(task: Task, batch: Batch, dream: Dream) -> torch.Tensor:
         return f @ network.head.weight.T + network.head.bias
 
     # Eq. 6: local cross-entropy, softmax over the new classes alone, real images only.
-    o = head(task.student, task.student.backbone(both))[:n]
+    o = head(task.student, task.student.features(both))[:n]
     local = 0.0
     for i in range(n):
         new = o[i, n_old:].exp()
         local = local - (1 - rho) * (new[batch.targets[i] - n_old] / new.sum()).log() / n
     # Eq. 8: the head alone, over all seen classes, on both.
-    o = head(task.student, task.student.backbone(both).detach())
+    o = head(task.student, task.student.features(both).detach())
     targets = [*batch.targets.tolist(), *dream.logits.argmax(1).tolist()]
     tuning = 0.0
     for i, y in enumerate(targets):
         tuning = tuning - (rho if y < n_old else 1 - rho) * o[i].softmax(0)[y].log() / (2 * n)
     # Eq. 7: what the old head sees in the features.
     w = task.teacher.head.weight
-    now, before = task.student.backbone(both) @ w.T, task.teacher.backbone(both) @ w.T
+    now, before = task.student.features(both) @ w.T, task.teacher.features(both) @ w.T
     distillation = mu * (now - before).square().sum() / now.numel()
     return local + tuning + distillation
 
@@ -121,7 +121,7 @@ def test_ablation_distils_one_part_only(part: str) -> None:
     assert task.teacher is not None
     w = task.teacher.head.weight
     both = torch.cat([batch.images, dream.images])
-    difference = (task.student.backbone(both) - task.teacher.backbone(both)) @ w.T
+    difference = (task.student.features(both) - task.teacher.features(both)) @ w.T
     chosen = difference[: len(batch)] if part == "real" else difference[len(batch) :]
     assert term.item() == pytest.approx(0.1 * chosen.square().mean().item(), rel=1e-4)
 
@@ -130,7 +130,7 @@ def test_ablation_of_the_importance_compares_features() -> None:
     task, batch, dream = setting(RECIPES["paper"].changed({"remember.importance": False}))
     both = torch.cat([batch.images, dream.images])
     assert task.teacher is not None
-    expected = 0.1 * F.mse_loss(task.student.backbone(both), task.teacher.backbone(both))
+    expected = 0.1 * F.mse_loss(task.student.features(both), task.teacher.features(both))
     assert find_method("abd").loss(task, batch)["distillation"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 

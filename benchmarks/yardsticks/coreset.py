@@ -71,7 +71,7 @@ class Images(RealBatches):
     def features(self) -> Tensor:
         """Of the network as it is now, (N, F) on the CPU."""
         with torch.no_grad():
-            return torch.cat([self.network.backbone(batch.images).float().cpu() for batch in self.plain()])
+            return torch.cat([self.network.features(batch.images).float().cpu() for batch in self.plain()])
 
     @property
     def _fewest(self) -> int:

@@ -43,7 +43,7 @@ class E2E(CoresetMethod):
 
         def loss(batch: Batch) -> Terms:
             with torch.no_grad():
-                features = student.backbone(batch.images)
+                features = student.features(batch.images)
             return {"balanced": F.cross_entropy(student.head(features), batch.targets)}
 
         def optimizer() -> torch.optim.Optimizer:

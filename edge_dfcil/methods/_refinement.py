@@ -50,7 +50,7 @@ def _refinement(task: Task) -> StageSpec:
     def loss(batch: Batch) -> Terms:
         dream = dreams.sample(len(batch))
         with torch.no_grad():
-            features = student.backbone(torch.cat([batch.images, dream.images]))
+            features = student.features(torch.cat([batch.images, dream.images]))
         targets = torch.cat([batch.targets, dream.labels])
         return {"refine": F.cross_entropy(student.head(features), targets, weights)}
 

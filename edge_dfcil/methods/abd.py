@@ -15,6 +15,7 @@ from torch import Tensor
 
 from edge_dfcil.dreaming.inversion import Dream
 from edge_dfcil.methods._dreaming import DreamingMethod
+from edge_dfcil.methods._lda_head import STATE, lda_stage
 from edge_dfcil.methods._refinement import refine_head
 from edge_dfcil.methods.task import Task
 from edge_dfcil.training.data import Batch
@@ -24,14 +25,15 @@ from edge_dfcil.training.stage import Stage, Terms
 class ABD(DreamingMethod):
     name = "abd"
     mu = 0.1  # published weight of the distillation
+    state = STATE  # kept where the recipe asks for an LDA head
 
     def loss(self, task: Task, batch: Batch) -> Terms:
         teacher, dreams = task.memory
         recipe, student, n = task.recipe, task.student, len(batch)
         dream = dreams.sample(n)
         with torch.no_grad():
-            features_before = teacher.backbone(batch.images)  # (B, F)
-        features = student.backbone(torch.cat([batch.images, dream.images]))  # (2B, F)
+            features_before = teacher.features(batch.images)  # (B, F)
+        features = student.features(torch.cat([batch.images, dream.images]))  # (2B, F)
         targets = torch.cat([batch.targets, dream.labels])  # (2B,)
 
         terms = {}
@@ -57,11 +59,13 @@ class ABD(DreamingMethod):
             before = torch.cat([head(features_before), dream.logits])  # (2B, K)
             return F.mse_loss(head(features)[part], before[part])
         with torch.no_grad():
-            before = torch.cat([features_before, task.teacher.backbone(dream.images)])
+            before = torch.cat([features_before, task.teacher.features(dream.images)])
         return F.mse_loss(features[part], before[part])
 
     def refine(self, task: Task) -> Iterator[Stage]:
         yield from refine_head(task)
+        if task.recipe.refine.head == "lda":
+            yield from lda_stage(task, moves=True)
 
 
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, task: Task) -> Tensor:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
 from edge_dfcil.methods.task import Task
+from edge_dfcil.model.backbones import batchnorm_layers
 from edge_dfcil.training.data import Batch
 from edge_dfcil.training.stage import Stage, StageSpec, Terms, set_batchnorm_momentum
 
@@ -63,19 +64,22 @@ def learning_stage(task: Task, method: Method) -> Stage:
     frozen = _first_layers(task.student.backbone, recipe.schedule.freeze) if task.teacher is not None else []
     for layer in frozen:
         layer.requires_grad_(False)
+    if task.teacher is not None and recipe.schedule.freeze_batchnorm:
+        frozen = [*frozen, *batchnorm_layers(task.student)]
+    rate = recipe.schedule.learning_rate
+    if task.teacher is not None and recipe.schedule.later_learning_rate is not None:
+        rate = recipe.schedule.later_learning_rate
     trained = [p for p in task.student.parameters() if p.requires_grad]
 
     def optimizer() -> Optimizer:
-        return torch.optim.SGD(
-            trained, recipe.schedule.learning_rate, recipe.schedule.momentum, weight_decay=recipe.schedule.weight_decay
-        )
+        return torch.optim.SGD(trained, rate, recipe.schedule.momentum, weight_decay=recipe.schedule.weight_decay)
 
     def scheduler(optimizer: Optimizer) -> LRScheduler:
         if recipe.schedule.shape == "step":
             return MultiStepLR(
                 optimizer, [task.share_of(round(share * epochs) * per_epoch) for share in recipe.schedule.milestones]
             )
-        return OneCycleLR(optimizer, recipe.schedule.learning_rate, total_steps=max(2, steps), cycle_momentum=False)
+        return OneCycleLR(optimizer, rate, total_steps=max(2, steps), cycle_momentum=False)
 
     set_batchnorm_momentum(task.student, recipe)
     term = method.loss if task.remembers else method.first_loss

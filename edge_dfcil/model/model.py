@@ -16,10 +16,11 @@ from edge_dfcil import devices, metrics
 from edge_dfcil._version import __version__
 from edge_dfcil.errors import BackboneError, ClassError, DataError, ModelFileError, NotLearnedError, SettingError
 from edge_dfcil.model import adoption, backbones, file, labels, statistics
-from edge_dfcil.model.contract import check_image_size
+from edge_dfcil.model.contract import check_image_size, probe
 from edge_dfcil.model.inputs import as_images, read
 from edge_dfcil.model.labels import Classes
-from edge_dfcil.model.network import Network, check_statistics
+from edge_dfcil.model.network import Network, check_statistics, linear_head
+from edge_dfcil.model.scales import find_layers
 from edge_dfcil.model.statistics import Statistic
 from edge_dfcil.results import Evaluation, Prediction
 
@@ -64,6 +65,7 @@ class Model:
         weights: str | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        multiscale: bool = False,
     ) -> Model:
         """A model that knows no class yet; the parameters are those of `Learner`."""
         found, seed = devices.find_device(device), devices.check_seed(seed)
@@ -71,7 +73,7 @@ class Model:
         with devices.own_context(found), devices.seeded(seed, found):
             made = backbones.create_or_copy(backbone, weights)
             size = check_image_size(made.default_image_size if image_size is None else image_size)
-            network = Network(made.module, backbones.check_backbone(made.module, size), size)
+            network = _network(made.module, size, multiscale)
         given = check_statistics(mean, std) or check_statistics(made.mean, made.std)
         if given is not None:
             network.set_statistics(*given)
@@ -92,6 +94,7 @@ class Model:
         head: str | None = None,
         backbone: str | None = None,
         device: str | torch.device = "auto",
+        multiscale: bool = False,
     ) -> Model:
         """A model of a trained classifier. The module is copied, not changed.
 
@@ -105,6 +108,8 @@ class Model:
             What its images were normalised with, for images in [0, 1]; None takes ImageNet's.
         head
             The dotted name of the final linear layer; None takes the last one there is.
+        multiscale
+            As for `Learner`; the classifier answers as before until it learns.
         backbone
             The registered name of the module's architecture, if it has one: its file then loads by itself, while that of
             a nameless module needs `load(path, backbone=module)`.
@@ -122,17 +127,19 @@ class Model:
         found = devices.find_device(device)
         with devices.own_context(found):
             parts = adoption.adopt(module, classes, image_size=image_size, mean=mean, std=std, head=head, backbone=backbone)
-            empty = cls.new(parts.backbone, image_size=parts.image_size, device=found, mean=parts.mean, std=parts.std)
+            options: dict[str, Any] = {"mean": parts.mean, "std": parts.std, "multiscale": multiscale}
+            empty = cls.new(parts.backbone, image_size=parts.image_size, device=found, **options)
             network = empty.network.grown(len(parts.classes)).requires_grad_(False)
         with torch.no_grad():
-            network.head.weight.copy_(parts.head.weight)
+            network.head.weight.zero_()[:, : parts.head.in_features].copy_(parts.head.weight)
             network.head.bias.copy_(parts.head.bias if parts.head.bias is not None else torch.zeros(len(parts.classes)))
         return replace(empty, network=network, tasks=(parts.classes,), backbone=parts.name, normalizes=True)
 
     def untrained(self, backbone: str | nn.Module, *, image_size: int | None = None, seed: int = 0) -> Model:
         """A model with another backbone, untrained, and all else alike, the classes included."""
         size = image_size or self.image_size
-        empty = Model.new(backbone, image_size=size, device=self.device, seed=seed)
+        multiscale = bool(self.network.scales.layers)
+        empty = Model.new(backbone, image_size=size, device=self.device, seed=seed, multiscale=multiscale)
         with devices.seeded(seed, self.device):
             network = empty.network.grown(len(self.outputs)).requires_grad_(False)
         network.set_statistics(self.network.mean.flatten().tolist(), self.network.std.flatten().tolist())
@@ -225,7 +232,7 @@ class Model:
         """Features (N, F), float32, on the CPU: what the head sees. They are not stored; `images` as for `probabilities`."""
         network = self.network
         with devices.plain_precision(self.device):
-            found = (network.backbone(network.normalize(network.pixels(c))) for c in as_images(images, self.image_size))
+            found = (network.features(network.normalize(network.pixels(c))) for c in as_images(images, self.image_size))
             chunks = [features.float().cpu() for features in found]
         return torch.cat(chunks).clone() if chunks else torch.zeros(0, network.head.in_features)
 
@@ -324,6 +331,7 @@ class Model:
             "mean": network.mean.flatten().tolist() if self.normalizes else None,
             "std": network.std.flatten().tolist() if self.normalizes else None,
             "mirrored": network.mirrored,
+            "scales": list(network.scales.layers),
             "tasks": [list(task) for task in self.tasks],
             "statistics": statistics.packed(self.statistics)[1],
             **self.learning,
@@ -360,7 +368,9 @@ class Model:
             inside = {name.removeprefix("backbone."): t for name, t in weights.items() if name.startswith("backbone.")}
             module = _module(path, settings, backbone, inside)
             tasks = tuple(tuple(task) for task in settings["tasks"])
-            network = Network(module, weights["head.weight"].shape[1], settings["image_size"]).grown(sum(map(len, tasks)))
+            scales = settings.get("scales", ())  # files of before have none
+            network = Network(module, weights["head.weight"].shape[1], settings["image_size"], scales)
+            network = network.grown(sum(map(len, tasks)))
             network.load_state_dict(weights)
             if settings["mean"] is not None:
                 network.set_statistics(settings["mean"], settings["std"])
@@ -381,6 +391,18 @@ class Model:
         found = devices.find_device(device)
         network.to(found, memory_format=devices.memory_format(found))  # type: ignore[call-overload]
         return model
+
+
+def _network(backbone: nn.Module, image_size: int, multiscale: bool) -> Network:
+    """A network without a class over a backbone, which is checked."""
+    features = backbones.check_backbone(backbone, image_size)
+    if not multiscale:
+        return Network(backbone, features, image_size)
+    network = Network(backbone, features, image_size, find_layers(backbone, image_size))
+    with torch.no_grad():
+        features = network.eval().features(probe(backbone, image_size)).shape[1]
+    network.head = linear_head(features, 0)
+    return network
 
 
 def _module(

@@ -15,6 +15,7 @@ from edge_dfcil import devices
 from edge_dfcil.errors import SettingError
 from edge_dfcil.model.contract import with_versions
 from edge_dfcil.model.preprocessing import fit
+from edge_dfcil.model.scales import Scales
 
 
 class Network(nn.Module):
@@ -28,6 +29,8 @@ class Network(nn.Module):
         F.
     image_size
         S, in pixels. Other sizes are scaled and cropped to it.
+    scales
+        Layers of the backbone whose feature maps are features too (`model/scales.py`); `features` counts them.
 
     Attributes
     ----------
@@ -41,11 +44,12 @@ class Network(nn.Module):
     std: Tensor
     mirrored = False
 
-    def __init__(self, backbone: nn.Module, features: int, image_size: int) -> None:
+    def __init__(self, backbone: nn.Module, features: int, image_size: int, scales: Sequence[str] = ()) -> None:
         super().__init__()
         self.image_size = image_size
         self.backbone = backbone
-        self.head = _linear(features, 0)
+        self.scales = Scales(backbone, scales)
+        self.head = linear_head(features, 0)
         # Settings, not weights: they are stored with the learner's settings.
         self.register_buffer("mean", torch.zeros(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.ones(3, 1, 1), persistent=False)
@@ -75,9 +79,13 @@ class Network(nn.Module):
         """What the backbone sees, as uint8 images."""
         return ((images.float() * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
+    def features(self, images: Tensor) -> Tensor:
+        """What the head sees of normalised images (N, 3, S, S): the backbone's features, and those of the other scales."""
+        return self.scales.features(self.backbone, images)
+
     def classify(self, images: Tensor) -> Tensor:
         """Logits (N, n_classes) of normalised images (N, 3, S, S)."""
-        logits: Tensor = self.head(self.backbone(images))
+        logits: Tensor = self.head(self.features(images))
         return logits
 
     def forward(self, images: Tensor) -> Tensor:
@@ -96,7 +104,7 @@ class Network(nn.Module):
         """A copy with `n_new` more classes; the rows of known classes are kept to the bit."""
         network = copy.deepcopy(self)
         old = self.head
-        head = _linear(old.in_features, old.out_features + n_new).to(old.weight.device)
+        head = linear_head(old.in_features, old.out_features + n_new).to(old.weight.device)
         with torch.no_grad():
             head.weight[: old.out_features] = old.weight
             head.bias[: old.out_features] = old.bias
@@ -105,7 +113,7 @@ class Network(nn.Module):
 
     def head_of(self, outputs: Sequence[int]) -> nn.Linear:
         """A copy of the head with the rows of these outputs, in this order."""
-        old, head = self.head, _linear(self.head.in_features, len(outputs)).to(self.head.weight.device)
+        old, head = self.head, linear_head(self.head.in_features, len(outputs)).to(self.head.weight.device)
         with torch.no_grad():
             head.weight.copy_(old.weight[list(outputs)])
             head.bias.copy_(old.bias[list(outputs)])
@@ -135,7 +143,7 @@ def check_statistics(mean: Any, std: Any) -> tuple[tuple[float, float, float], t
     return (m0, m1, m2), (s0, s1, s2)
 
 
-def _linear(features: int, classes: int) -> nn.Linear:
+def linear_head(features: int, classes: int) -> nn.Linear:
     """A new head; where no class is known yet, torch would warn that there is nothing to initialise."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,0 +1,73 @@
+"""Drift compensation: class statistics of an old backbone, moved to where a new one puts the same images.
+
+A linear map from old to new features is fitted on images that both backbones see, and statistics are moved through it (LDC,
+Gomez-Villa et al., ECCV 2024; DPCR, He et al., 2025). Here it is a ridge regression that shrinks to the identity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RIDGE = 0.1  # weight of the identity, as a share of the features' mean variance
+
+
+@dataclass(frozen=True)
+class DriftMap:
+    """f -> f M + b, for rows of features.
+
+    Attributes
+    ----------
+    matrix
+        M, (F, F).
+    offset
+        b, (F,).
+    """
+
+    matrix: Tensor
+    offset: Tensor
+
+    def means(self, means: Tensor) -> Tensor:
+        """Class means (C, F), moved."""
+        return means @ self.matrix + self.offset
+
+    def covariance(self, covariance: Tensor) -> Tensor:
+        """A covariance (F, F), moved."""
+        return self.matrix.T @ covariance @ self.matrix
+
+
+class DriftSums:
+    """The sums that a drift map follows from: pairs of old and new features are added batch by batch, none is kept."""
+
+    def __init__(self, features: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._within = torch.zeros(features, features, dtype=dtype, device=device)  # sum of x x'
+        self._across = torch.zeros(features, features, dtype=dtype, device=device)  # sum of x y'
+        self._before = torch.zeros(features, dtype=dtype, device=device)
+        self._after = torch.zeros(features, dtype=dtype, device=device)
+        self._count = 0
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Features (B, F) of the same images, by the old backbone and by the new one."""
+        before, after = before.to(self._within.dtype), after.to(self._within.dtype)
+        self._within += before.T @ before
+        self._across += before.T @ after
+        self._before += before.sum(0)
+        self._after += after.sum(0)
+        self._count += len(before)
+
+    def solve(self, ridge: float = RIDGE) -> DriftMap:
+        """argmin over M and b of sum |x M + b - y|^2 + r |M - I|^2, with r a share `ridge` of the mean of sum (x - mean)^2.
+
+        Without any pair, the identity.
+        """
+        identity = torch.eye(len(self._before), dtype=self._within.dtype, device=self._within.device)
+        if not self._count:
+            return DriftMap(identity, torch.zeros_like(self._before))
+        x, y = self._before / self._count, self._after / self._count
+        within = self._within - self._count * torch.outer(x, x)
+        across = self._across - self._count * torch.outer(x, y)
+        r = (ridge * within.diagonal().mean()).clamp_min(torch.finfo(within.dtype).tiny)
+        matrix = identity + torch.linalg.solve(within + r * identity, across - within)
+        return DriftMap(matrix, y - x @ matrix)

@@ -1,0 +1,104 @@
+"""Drift compensation: statistics follow the backbone, and an LDA head from them serves as a plain linear layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_dfcil import SettingError
+from edge_dfcil.demo import Batches
+from edge_dfcil.heads.drift import DriftSums
+from edge_dfcil.heads.lda import lda_head
+from tests.conftest import NAMES, QUICK, quick_learner
+
+LDA_HEAD = {"refine.head": "lda", "refine.epochs": 0, "refine.align_head": 0.0}
+
+
+def sums_of(before: torch.Tensor, after: torch.Tensor, parts: int = 1) -> DriftSums:
+    sums = DriftSums(before.shape[1], torch.float64, torch.device("cpu"))
+    for x, y in zip(before.chunk(parts), after.chunk(parts), strict=True):
+        sums.add(x, y)
+    return sums
+
+
+@given(st.integers(0, 10**6), st.integers(1, 5))
+@settings(deadline=None)
+def test_an_affine_drift_is_found_from_any_parts(seed: int, parts: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    before = torch.randn(60, 4, generator=draw, dtype=torch.float64)
+    matrix = torch.randn(4, 4, generator=draw, dtype=torch.float64)
+    after = before @ matrix + torch.randn(4, generator=draw, dtype=torch.float64)
+    drift = sums_of(before, after, parts).solve(ridge=1e-9)
+    assert torch.allclose(drift.matrix, matrix, atol=1e-5)
+    assert torch.allclose(drift.means(before), after, atol=1e-5)
+    assert torch.allclose(drift.covariance(before.T.cov()), after.T.cov(), atol=1e-4)
+
+
+def test_it_shrinks_to_the_identity() -> None:
+    torch.manual_seed(0)
+    before = torch.randn(60, 4, dtype=torch.float64)
+    drift = sums_of(before, before @ torch.randn(4, 4, dtype=torch.float64)).solve(ridge=1e9)
+    assert torch.allclose(drift.matrix, torch.eye(4, dtype=torch.float64), atol=1e-5)
+
+
+def test_nothing_seen_moves_nothing() -> None:
+    drift = DriftSums(3, torch.float64, torch.device("cpu")).solve()
+    means = torch.randn(2, 3, dtype=torch.float64)
+    assert torch.equal(drift.means(means), means)
+
+
+def test_an_lda_head_from_moved_statistics_remembers_better(train: Batches, test: Batches) -> None:
+    found = []
+    for changes in ({}, LDA_HEAD):
+        learner = quick_learner(recipe=QUICK.changed({"schedule.min_steps": 60, "generator.steps": 40, **changes}))
+        for names in (("0", "1"), ("2", "3"), ("4", "5")):
+            learner.learn_task(train.of(names), NAMES, progress=False)
+        found.append(learner.evaluate(test.of(learner.classes), NAMES).accuracy)
+    assert found[1] > found[0]
+
+
+def test_its_statistics_are_kept_and_moved_with_the_backbone(train: Batches) -> None:
+    """Those of the old classes lie nearer to where the new backbone puts their images than the ones of before."""
+    learner = quick_learner(recipe=QUICK.changed({"schedule.min_steps": 60, "generator.steps": 40, **LDA_HEAD}))
+    learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
+    stale = learner.model.statistics["mean"].values
+    learner.learn_task(train.of(("2", "3")), NAMES, progress=False)
+    moved = learner.model.statistics["mean"].values[:2]
+    real = torch.stack([learner.embed(train.of((name,)).images).mean(0) for name in ("0", "1")])
+    assert (moved - real).norm() < (stale - real).norm()
+    assert learner.model.statistics["count"].images[0] == len(train.of(("0",)).images)
+
+
+def test_without_statistics_old_classes_are_estimated_from_generated_images(train: Batches) -> None:
+    learner = quick_learner(recipe=QUICK.changed(LDA_HEAD | {"remember.class_statistics": False}))
+    for names in (("0", "1"), ("2", "3")):
+        learner.learn_task(train.of(names), NAMES, progress=False)
+    assert not learner.model.statistics
+    assert set(learner.model.outputs) == {"0", "1", "2", "3"}
+
+
+def test_the_head_is_as_sure_as_the_trained_one(train: Batches, test: Batches) -> None:
+    """Its scale is the trained head's: an LDA head's own logits would make every answer certain."""
+    sure = []
+    for changes in ({}, LDA_HEAD):
+        learner = quick_learner(recipe=QUICK.changed(changes | {"schedule.min_steps": 60}))
+        learner.learn_task(train.of(("0", "1", "2")), NAMES, progress=False)
+        head = learner.network.head.weight
+        sure.append((head - head.mean(0)).norm())
+    assert sure[1] == pytest.approx(float(sure[0]), rel=0.2)
+
+
+def test_lda_is_the_same_for_features_in_another_basis() -> None:
+    torch.manual_seed(0)
+    means, turn = torch.randn(3, 5, dtype=torch.float64), torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
+    covariance = torch.randn(40, 5, dtype=torch.float64).T.cov()
+    weight, bias = lda_head(means, covariance)
+    turned, same = lda_head(means @ turn, turn.T @ covariance @ turn)
+    assert torch.allclose(turned, weight @ turn) and torch.allclose(same, bias)
+
+
+def test_a_head_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"refine\.head"):
+        QUICK.changed({"refine.head": "svm"})
