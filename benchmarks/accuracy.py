@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import embedding, machine, yardsticks
+from benchmarks import embedding, machine, pretrained, yardsticks  # noqa: F401  # pretrained registers its backbones
 from benchmarks.datasets import Data, class_order
 from edge_dfcil import Learner, metrics
 from edge_dfcil.errors import SettingError
@@ -37,12 +37,32 @@ class Protocol:
     mean: tuple[float, float, float] | None = None  # None: measured on the first task
     std: tuple[float, float, float] | None = None
     changes: dict[str, Any] = field(default_factory=dict)  # of the recipe's numbers
-    multiscale: bool = False
+    multiscale: bool | None = None  # as for `Learner`
+    weights: str | None = None
+    per_class: int | None = None  # training images of a class, drawn by the seed; None: all
+    seen_before: str = ""  # which data the backbone has been trained on
 
 
 # As published (ABD, supplement; REFERENCE: 250 epochs, batch 128, CIFAR-100's own mean and deviation).
 PAPER = Protocol("paper-5", 100, 5, "resnet32", "paper", mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
-SMALL_STEPS = {"schedule.learning_rate": 0.05, "generator.batch": 32}
+# Photographs of hands, which ImageNet has none of; tiny-ImageNet's classes are among those that the backbone knows.
+PRETRAINED = Protocol(
+    "pretrained-signs",
+    10,
+    5,
+    "lite:efficientnet_lite0",
+    "edge",
+    dataset="sign_digits",
+    image_size=96,
+    batch_size=16,
+    changes={"augmentation.flip": False},
+    weights="imagenet",
+    per_class=150,
+    seen_before="ImageNet",
+)
+# Methods that train are compared here, so that `abd` trains at every task as published; what `edge` does now is `abd:default`.
+TRAINED = {"schedule.adapt": "always", "refine.head": "trained"}
+SMALL_STEPS = TRAINED | {"schedule.learning_rate": 0.05, "generator.batch": 32}
 PRESETS = {
     p.name: p
     for p in (
@@ -59,7 +79,8 @@ PRESETS = {
             "resnet32",
             "edge",
             batch_size=16,
-            changes={
+            changes=TRAINED
+            | {
                 "schedule.learning_rate": 0.05,
                 "schedule.epochs": 14,
                 "schedule.first_epochs": 18,
@@ -67,6 +88,10 @@ PRESETS = {
                 "remember.pool": 10240,
             },
         ),
+        PRETRAINED,
+        replace(PRETRAINED, name="pretrained-signs-20", per_class=20),
+        replace(PRETRAINED, name="pretrained-cifar", dataset="cifar100", classes=20, per_class=100),
+        replace(PRETRAINED, name="pretrained-tiny", dataset="tiny_imagenet_50", classes=20, per_class=100),
     )
 }
 
@@ -80,6 +105,18 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "abd:plain_distillation": UNREFINED | {"remember.importance": False},
     "abd:standard_cross_entropy": UNREFINED | {"remember.local_cross_entropy": False},
 }
+
+
+# A closed-form head over features of several scales, where the backbone is trained in the first task alone, if at all.
+DEFAULT: dict[str, Any] = {"schedule.adapt": "first", "refine.head": "lda"}
+CLOSED_FORM: dict[str, dict[str, Any]] = {
+    "abd:default": DEFAULT,
+    "abd:rotations": DEFAULT | {"augmentation.rotations": True},
+    "abd:rotations_mirrored": DEFAULT | {"augmentation.rotations": True, "augmentation.mirrored_answers": True},
+    "abd:untrained": DEFAULT | {"schedule.adapt": "never"},
+    "abd:drift": DEFAULT | {"schedule.adapt": "always", "schedule.later_learning_rate": 0.01},
+}
+VARIANTS = ABLATIONS | CLOSED_FORM
 
 
 def expand(methods: str) -> list[str]:
@@ -119,7 +156,7 @@ def run(
     in_time
         Asked before each task, with the seconds of the longest so far; False raises `Stopped`.
     """
-    name, parts = (method.split(":")[0], ABLATIONS[method]) if method in ABLATIONS else (method, {})
+    name, parts = (method.split(":")[0], VARIANTS[method]) if method in VARIANTS else (method, {})
     recipe = find_recipe(protocol.recipe).changed(dotted(protocol.changes) | parts | dotted(changes or {}))
     tag = "".join(f"-{key}={value}" for key, value in (changes or {}).items())
     path = out / f"{protocol.name}-{method.replace(':', '.')}{tag}-seed{seed}.json"
@@ -140,7 +177,10 @@ def run(
         probe = embedding.Probe(data.part("test", seen[: task * size], 500), data.part("test", new, 500))
         machine.reset_peak(learner.device)
         begin = time.perf_counter()
-        report = learner.learn_task(data.part("train", new, protocol.batch_size), data.names, callbacks=[probe])
+        train = data.part("train", new, protocol.batch_size)
+        if protocol.per_class is not None:
+            train = train.few(protocol.per_class, seed)
+        report = learner.learn_task(train, data.names, callbacks=[probe])
         seconds = time.perf_counter() - begin - probe.seconds
         found = learner.evaluate(data.part("test", seen, 500), data.names)
         result["accuracy"].append(found.accuracy)
@@ -191,6 +231,7 @@ def _learner(
         mean=protocol.mean,
         std=protocol.std,
         multiscale=protocol.multiscale,
+        weights=protocol.weights,
     )
     return learner, state
 

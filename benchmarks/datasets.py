@@ -18,7 +18,7 @@ from torch import Tensor
 from edge_dfcil.errors import DataError
 from edge_dfcil.model.pictures import open_folder
 
-DATASETS = ("cifar100", "tiny_imagenet_50", "folder")
+DATASETS = ("cifar100", "tiny_imagenet_50", "sign_digits", "folder")
 PARTS = ("train", "test")
 
 
@@ -30,6 +30,14 @@ class Part:
     targets: Tensor
     batch_size: int
     shuffle: bool
+
+    def few(self, n: int, seed: int) -> Part:
+        """At most `n` images of each class, drawn by a seed."""
+        draw = torch.Generator().manual_seed(seed)
+        shuffled = torch.randperm(len(self.targets), generator=draw)
+        chosen = [shuffled[self.targets[shuffled] == target][:n] for target in self.targets.unique()]
+        index = torch.cat(chosen).sort().values
+        return Part(self.images[index], self.targets[index], self.batch_size, self.shuffle)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.images)) if self.shuffle else torch.arange(len(self.images))
@@ -75,8 +83,9 @@ def load(path: Path, dataset: str = "cifar100", image_size: int = 32) -> Data:
         return _npz(path / f"{dataset}.npz")
     if dataset == "cifar100" and (path / "cifar-100-python").is_dir():
         return _torchvision(path)
-    if all((path / part).is_dir() for part in PARTS):
-        return _folders(path, image_size)
+    for folder in (path / dataset, path):
+        if all((folder / part).is_dir() for part in PARTS):
+            return _folders(folder, image_size)
     raise DataError(
         f"{path} holds no {dataset}.npz, no folder of torchvision's CIFAR-100 and no folders train/ and test/ with a folder "
         "of pictures a class"

@@ -52,6 +52,9 @@ class Learner(Serving, RunsSessions):
         All draws follow it; on the CPU two runs are equal to the bit, unless another thread draws from torch's generator.
     weights
         Pretrained weights of a backbone by name, such as "DEFAULT"; torchvision or timm loads them.
+    multiscale
+        Whether features are of several scales of the backbone and not of its last layer alone. None: where the head is
+        closed-form, which they make more accurate.
     mean, std
         What images in [0, 1] are normalised with, per channel. None: what the weights expect, or measured on the first task.
 
@@ -71,11 +74,13 @@ class Learner(Serving, RunsSessions):
         weights: str | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        multiscale: bool = False,
+        multiscale: bool | None = None,
     ) -> None:
+        method, recipe = find_method(method), find_recipe(recipe)
+        scales = method.closed_form(recipe) if multiscale is None else multiscale
         images: Any = {"image_size": image_size, "mean": mean, "std": std}
-        model = Model.new(backbone, device=device, seed=seed, weights=weights, multiscale=multiscale, **images)
-        self._settle(model, find_method(method), find_recipe(recipe), memory_budget, seed)
+        model = Model.new(backbone, device=device, seed=seed, weights=weights, multiscale=scales, **images)
+        self._settle(model, method, recipe, memory_budget, seed)
 
     def _settle(
         self, model: Model, method: Method, recipe: Recipe, memory_budget: int | str | None = None, seed: int = 0

@@ -84,6 +84,7 @@ class Assignment:
             recipe=self.recipe,
             device=device,
             statistics=self.model.statistics,
+            pretrained=self.model.pretrained,
         )
 
     # For the planner

@@ -476,7 +476,7 @@ def test_killed_while_learning_the_old_model_is_intact(pictures: Any, slow_model
     process = start_learning(pictures[1], slow_model)
     time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert slow_model.read_bytes() == before
     assert [p.name for p in slow_model.parent.iterdir()] == [slow_model.name]
     assert Learner.load(slow_model).predict(test.images[:1])

@@ -22,7 +22,7 @@ from tests.conftest import NAMES, QUICK, quick_learner
 
 @pytest.fixture(scope="module")
 def lda(train: Batches) -> Learner:
-    learner = quick_learner(method="lda")
+    learner = quick_learner(method="lda", multiscale=False)
     for names in (("0", "1", "2"), ("3", "4")):
         learner.learn_task(train.of(names), NAMES, progress=False)
     return learner

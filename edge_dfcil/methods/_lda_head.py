@@ -1,7 +1,10 @@
 """The closing stage of a closed-form head: LDA from class statistics that follow the backbone as it changes.
 
-One pass over a task's images adds up their features. The statistics of earlier tasks are moved through a drift map, fitted
-on the same images and on the task's generated ones, which the backbone before and after the task have both seen.
+One pass over a task's images adds up their features, of all scales. The statistics of earlier tasks are moved through a drift
+map, fitted on the same images and on the task's generated ones, which the backbone before and after the task have both seen.
+
+The backbone itself is trained under a head over its own features alone: with a head over all scales it learns less (CIFAR-100,
+four classes, resnet20: 83.0 instead of 85.5 %, and 47.6 instead of 56.2 % of 20 classes when it is frozen after them).
 """
 
 from __future__ import annotations
@@ -25,6 +28,57 @@ GENERATED_AT_ONCE = 64
 SHRINKAGE = 0.4
 
 
+def train_own_features(task: Task) -> None:
+    """Gives student and teacher heads over the backbone's own features. What was served so far is closed-form: the teacher's
+    head, from which the student begins, follows from the same statistics."""
+    student, teacher = task.student, task.teacher
+    if not student.reads_scales:
+        return
+    own, known = student.own_features, teacher.n_classes if teacher is not None else 0
+    weight, bias = student.head.weight.detach()[:, :own].clone(), student.head.bias.detach().clone()
+    weight[known:].uniform_(-(own**-0.5), own**-0.5)  # as torch initialises a linear layer of so many features
+    if task.statistics.keys() >= STATE.keys():
+        means, covariance = (task.statistics[name].values.to(weight).double() for name in ("mean", "covariance"))
+        found, offset = _lda(means[:, :own], covariance[:own, :own], float(task.statistics["covariance"].images[0]))
+        rows = torch.tensor(task.statistics["count"].images, device=weight.device) > 0
+        scale = student.head.weight[:known].detach().norm() / found.norm()
+        weight[:known][rows], bias[:known][rows] = (scale * found)[rows].to(weight), (scale * offset)[rows].to(bias)
+    student.set_head(weight, bias)
+    if teacher is not None:
+        teacher.set_head(weight[:known], bias[:known])
+
+
+def serve_all_features(task: Task) -> None:
+    """Makes a head over the backbone's own features one over those of all scales, which answers the same."""
+    student = task.student
+    if student.scales.layers and not student.reads_scales:
+        own = student.head.weight.detach()
+        weight = own.new_zeros(len(own), student.all_features)
+        weight[:, : own.shape[1]] = own
+        student.set_head(weight, student.head.bias.detach())
+
+
+def closes(task: Task) -> bool:
+    """Whether a task ends with a closed-form head: not when there are old classes and none of them has statistics."""
+    known = task.teacher is None or task.statistics.keys() >= STATE.keys()
+    return task.recipe.remember.class_statistics and known
+
+
+def stays_frozen(task: Task) -> bool:
+    """Whether the backbone is left as it is in this task, which then is one pass over its images."""
+    adapt = task.recipe.schedule.adapt
+    trained = task.pretrained or task.teacher is not None
+    return closes(task) and (adapt == "never" or (adapt == "first" and trained))
+
+
+def _lda(means: Tensor, covariance: Tensor, images: float) -> tuple[Tensor, Tensor]:
+    """LDA, centred: softmax does not see what all rows have in common, but a distillation that is weighted by the head does."""
+    features = covariance.shape[0]
+    # The fewer images there are for each feature, the less of the covariance can be believed.
+    weight, bias = lda_head(means, covariance, SHRINKAGE * features / (features + images))
+    return weight - weight.mean(0), bias - bias.mean()
+
+
 def lda_stage(task: Task, moves: bool) -> Iterator[Stage]:
     """`moves`: the backbone has been trained in this task."""
     yield ClosedFormSpec("lda", task.batches.plain(), lambda: _Sums(task, moves))
@@ -35,39 +89,37 @@ class _Sums:
 
     def __init__(self, task: Task, moves: bool) -> None:
         network = task.student
-        classes, features = network.n_classes, network.head.in_features
+        classes, features = network.n_classes, network.all_features
         dtype = torch.float32 if task.device.type == "mps" else torch.float64  # MPS has no float64
-        self._task = task
+        self._task, self._moves = task, moves
         self._first = torch.zeros(classes, features, dtype=dtype, device=task.device)  # sum of f, by class
         self._second = torch.zeros(features, features, dtype=dtype, device=task.device)  # sum of f f'
         self._count = torch.zeros(classes, dtype=dtype, device=task.device)
         self._drift = DriftSums(features, dtype, task.device) if moves and task.teacher is not None else None
 
     def add(self, batch: Batch) -> None:
-        features = self._task.student.features(batch.images).to(self._first.dtype)  # (B, F)
+        features = self._task.student.of_all_scales(batch.images).to(self._first.dtype)  # (B, F)
         self._first.index_add_(0, batch.targets, features)
         self._second += features.T @ features
         self._count.index_add_(0, batch.targets, torch.ones_like(batch.targets, dtype=self._count.dtype))
         if self._drift is not None:
             assert self._task.teacher is not None
-            self._drift.add(self._task.teacher.features(batch.images), features)
+            self._drift.add(self._task.teacher.of_all_scales(batch.images), features)
 
     def solve(self) -> None:
-        """Writes the rows of all classes that have statistics now; others stay as they were."""
-        means, count, covariance, total = self._joined()
+        """Serves a head over all scales. Rows of classes without statistics and generated images stay as they were."""
+        task, (means, count, covariance, total) = self._task, self._joined()
         self._keep(means, count, covariance, total)
         means, count = self._with_generated(means, count)
         rows = torch.nonzero(count > 0).flatten()
-        features = covariance.shape[0]
-        # The fewer images there are for each feature, the less of the covariance can be believed.
-        weight, bias = lda_head(means[rows], covariance, SHRINKAGE * features / (features + float(total)))
-        # Softmax does not see what all rows have in common, but a distillation that is weighted by the head does.
-        weight, bias = weight - weight.mean(0), bias - bias.mean()
-        head = self._task.student.head
-        if self._drift is not None or self._task.teacher is None:  # as sure as the head that was trained with the backbone
-            trained = head.weight[rows].to(weight)
+        weight, bias = _lda(means[rows], covariance, float(total))
+        before = task.student.head.weight.detach()
+        if self._moves:  # as sure as the head that was trained with the backbone
+            trained = before[rows].to(weight)
             scale = (trained - trained.mean(0)).norm() / weight.norm().clamp_min(torch.finfo(weight.dtype).tiny)
             weight, bias = scale * weight, scale * bias
+        serve_all_features(task)
+        head = task.student.head
         head.weight.data[rows], head.bias.data[rows] = weight.to(head.weight.dtype), bias.to(head.bias.dtype)
 
     def _joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -95,7 +147,7 @@ class _Sums:
         if self._drift is not None:
             for images, _ in self._generated():
                 assert self._task.teacher is not None
-                self._drift.add(self._task.teacher.features(images), self._task.student.features(images))
+                self._drift.add(self._task.teacher.of_all_scales(images), self._task.student.of_all_scales(images))
             drift = self._drift.solve()
             old["mean"], old["covariance"] = drift.means(old["mean"]), drift.covariance(old["covariance"])
         return old
@@ -106,7 +158,7 @@ class _Sums:
             return means, count
         first, number = torch.zeros_like(means), torch.zeros_like(count)
         for images, labels in self._generated():
-            first.index_add_(0, labels, self._task.student.features(images).to(first.dtype))
+            first.index_add_(0, labels, self._task.student.of_all_scales(images).to(first.dtype))
             number.index_add_(0, labels, torch.ones_like(labels, dtype=number.dtype))
         lacks = count == 0
         return torch.where(lacks[:, None], first / number.clamp_min(1)[:, None], means), torch.where(lacks, number, count)

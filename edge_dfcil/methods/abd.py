@@ -15,9 +15,10 @@ from torch import Tensor
 
 from edge_dfcil.dreaming.inversion import Dream
 from edge_dfcil.methods._dreaming import DreamingMethod
-from edge_dfcil.methods._lda_head import STATE, lda_stage
+from edge_dfcil.methods._lda_head import STATE, closes, lda_stage, serve_all_features, stays_frozen, train_own_features
 from edge_dfcil.methods._refinement import refine_head
 from edge_dfcil.methods.task import Task
+from edge_dfcil.recipe import Recipe
 from edge_dfcil.training.data import Batch
 from edge_dfcil.training.stage import Stage, Terms
 
@@ -62,10 +63,22 @@ class ABD(DreamingMethod):
             before = torch.cat([features_before, task.teacher.features(dream.images)])
         return F.mse_loss(features[part], before[part])
 
+    def closed_form(self, recipe: Recipe) -> bool:
+        return recipe.refine.head == "lda" and recipe.remember.class_statistics
+
+    def stages(self, task: Task) -> Iterator[Stage]:
+        if self.closed_form(task.recipe) and stays_frozen(task):
+            yield from lda_stage(task, moves=False)
+            return
+        train_own_features(task)
+        yield from super().stages(task)
+
     def refine(self, task: Task) -> Iterator[Stage]:
-        yield from refine_head(task)
-        if task.recipe.refine.head == "lda":
+        if self.closed_form(task.recipe) and closes(task):
             yield from lda_stage(task, moves=True)
+        else:
+            yield from refine_head(task)
+            serve_all_features(task)
 
 
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, task: Task) -> Tensor:

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
 from edge_dfcil.methods.task import Task
 from edge_dfcil.model.backbones import batchnorm_layers
+from edge_dfcil.recipe import Recipe
 from edge_dfcil.training.data import Batch
 from edge_dfcil.training.stage import Stage, StageSpec, Terms, set_batchnorm_momentum
 
@@ -25,10 +26,15 @@ class Method(ABC):
     mu: ClassVar[float] = 1.0  # the published weight of the term that remembers
     state: ClassVar[Mapping[str, str]] = {}  # class statistics that it keeps, by name, with their roles
 
+    def closed_form(self, recipe: Recipe) -> bool:
+        """Whether its head follows from class statistics; features of several scales are then worth their numbers."""
+        return False
+
     def stages(self, task: Task) -> Iterator[Stage]:
         """The stages of a task in order, each made when the one before has been run."""
         yield from self.prepare(task)
         yield learning_stage(task, self)
+        task.student.rotations = None
         yield from self.refine(task)
 
     def prepare(self, task: Task) -> Iterator[Stage]:
@@ -40,8 +46,18 @@ class Method(ABC):
         return iter(())
 
     def first_loss(self, task: Task, batch: Batch) -> Terms:
-        """One step's loss when there is nothing to remember: cross-entropy over the current classes."""
-        return {"cross_entropy": F.cross_entropy(task.student.classify(batch.images), batch.targets)}
+        """One step's loss when there is nothing to remember: cross-entropy over the current classes, and over those of turned
+        images where the recipe asks for them."""
+        student, n = task.student, len(batch)
+        if student.rotations is None:
+            return {"cross_entropy": F.cross_entropy(student.classify(batch.images), batch.targets)}
+        turned = torch.cat([batch.images.rot90(quarters, (2, 3)) for quarters in range(4)])
+        features = student.features(turned)  # (4B, F)
+        targets = torch.cat([4 * batch.targets + quarters for quarters in range(4)])
+        return {
+            "cross_entropy": F.cross_entropy(student.head(features[:n]), batch.targets),
+            "rotations": F.cross_entropy(student.rotations(features), targets),
+        }
 
     @abstractmethod
     def loss(self, task: Task, batch: Batch) -> Terms:
@@ -69,6 +85,9 @@ def learning_stage(task: Task, method: Method) -> Stage:
     rate = recipe.schedule.learning_rate
     if task.teacher is not None and recipe.schedule.later_learning_rate is not None:
         rate = recipe.schedule.later_learning_rate
+    if recipe.augmentation.rotations and task.teacher is None:
+        head = task.student.head
+        task.student.rotations = nn.Linear(head.in_features, 4 * head.out_features).to(head.weight.device)
     trained = [p for p in task.student.parameters() if p.requires_grad]
 
     def optimizer() -> Optimizer:

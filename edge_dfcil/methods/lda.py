@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from edge_dfcil.errors import SettingError
-from edge_dfcil.methods._lda_head import STATE, lda_stage
+from edge_dfcil.methods._lda_head import STATE, lda_stage, stays_frozen, train_own_features
 from edge_dfcil.methods.base import Method, learning_stage
 from edge_dfcil.methods.task import Task
+from edge_dfcil.recipe import Recipe
 from edge_dfcil.training.data import Batch
 from edge_dfcil.training.stage import Stage, Terms
 
@@ -21,11 +22,16 @@ class LDA(Method):
     name = "lda"
     state: ClassVar[Mapping[str, str]] = STATE
 
+    def closed_form(self, recipe: Recipe) -> bool:
+        return True
+
     def stages(self, task: Task) -> Iterator[Stage]:
         if not task.recipe.remember.class_statistics:
             raise SettingError("the method 'lda' keeps class means and a covariance, which this recipe does not allow")
-        if task.teacher is None:
+        if task.teacher is None and not stays_frozen(task):
+            train_own_features(task)
             yield learning_stage(task, self)
+            task.student.rotations = None
         yield from lda_stage(task, moves=False)
 
     def loss(self, task: Task, batch: Batch) -> Terms:

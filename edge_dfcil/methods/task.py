@@ -42,6 +42,8 @@ class Task:
         The class statistics of the model after it, as the method declares them in `state`; committed with the network.
     share
         Of the recipe's steps that are made: below 1 when a time budget asks for a shorter schedule.
+    pretrained
+        Whether the backbone had been trained before the first task.
     micro_batches
         Images that went through together at the end of each stage so far, by its name; None: whole batches.
     """
@@ -58,6 +60,7 @@ class Task:
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
     kept: dict[str, Statistic] = field(default_factory=dict)
     share: float = 1.0
+    pretrained: bool = False
     micro_batches: dict[str, int | None] = field(default_factory=dict)
 
     def share_of(self, steps: int) -> int:

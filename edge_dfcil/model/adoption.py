@@ -30,6 +30,7 @@ from edge_dfcil.model.contract import (
     copied,
     features_of,
     probe,
+    untouched,
     with_versions,
 )
 from edge_dfcil.model.network import check_statistics
@@ -139,11 +140,10 @@ def check_name(backbone: nn.Module, name: str, image_size: int) -> None:
 
 
 def _warn_of_untouched(backbone: nn.Module) -> None:
-    layers = batchnorm_layers(backbone)
-    untouched = [layer for layer in layers if _untouched(layer.running_mean, layer.running_var)]
-    if untouched:
+    layers, without = batchnorm_layers(backbone), untouched(backbone)
+    if without:
         warnings.warn(
-            f"{len(untouched)} of {len(layers)} BatchNorm layers have statistics that were never learnt (mean 0, variance 1): "
+            f"{len(without)} of {len(layers)} BatchNorm layers have statistics that were never learnt (mean 0, variance 1): "
             "there is nothing to invert in them, and the classes may be forgotten with the next task. Check that the network "
             "was trained, and that its buffers were loaded with its weights",
             UserWarning,
@@ -157,10 +157,6 @@ def _frames_inside() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("edge_dfcil."):
         frame, depth = frame.f_back, depth + 1
     return depth - 1
-
-
-def _untouched(mean: Tensor | None, variance: Tensor | None) -> bool:
-    return mean is not None and variance is not None and bool((mean == 0).all()) and bool((variance == 1).all())
 
 
 # Model files

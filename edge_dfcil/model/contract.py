@@ -164,6 +164,16 @@ def check_layers(backbone: nn.Module) -> None:
         )
 
 
+def untouched(backbone: nn.Module) -> list[nn.Module]:
+    """Its BatchNorm layers whose running statistics were never learnt: mean 0, variance 1."""
+    found: list[nn.Module] = []
+    for layer in batchnorm_layers(backbone):
+        mean, variance = layer.running_mean, layer.running_var
+        if mean is not None and variance is not None and bool((mean == 0).all()) and bool((variance == 1).all()):
+            found.append(layer)
+    return found
+
+
 def check_tensors(backbone: nn.Module) -> None:
     """Raises `BackboneError` unless all that a module keeps are plain tensors: float32 and finite, or whole numbers."""
     for name, tensor in backbone.state_dict().items():

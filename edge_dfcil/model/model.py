@@ -16,10 +16,10 @@ from edge_dfcil import devices, metrics
 from edge_dfcil._version import __version__
 from edge_dfcil.errors import BackboneError, ClassError, DataError, ModelFileError, NotLearnedError, SettingError
 from edge_dfcil.model import adoption, backbones, file, labels, statistics
-from edge_dfcil.model.contract import check_image_size, probe
+from edge_dfcil.model.contract import batchnorm_layers, check_image_size, untouched
 from edge_dfcil.model.inputs import as_images, read
 from edge_dfcil.model.labels import Classes
-from edge_dfcil.model.network import Network, check_statistics, linear_head
+from edge_dfcil.model.network import Network, check_statistics
 from edge_dfcil.model.scales import find_layers
 from edge_dfcil.model.statistics import Statistic
 from edge_dfcil.results import Evaluation, Prediction
@@ -45,6 +45,8 @@ class Model:
         What the method keeps beside the weights.
     learning
         How it was learnt, as JSON: the method's name, the recipe, the seed. A `Learner` goes on with these.
+    pretrained
+        Whether the backbone had been trained before the first task: its BatchNorm statistics were learnt.
     """
 
     network: Network
@@ -53,6 +55,7 @@ class Model:
     normalizes: bool = False
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
     learning: Mapping[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
 
     @classmethod
     def new(
@@ -78,7 +81,8 @@ class Model:
         if given is not None:
             network.set_statistics(*given)
         name = backbone if isinstance(backbone, str) else None
-        model = cls(network.requires_grad_(False).eval(), (), name, given is not None)
+        trained = len(untouched(made.module)) < len(batchnorm_layers(made.module))
+        model = cls(network.requires_grad_(False).eval(), (), name, given is not None, pretrained=trained)
         network.to(found, memory_format=devices.memory_format(found))  # type: ignore[call-overload]
         return model
 
@@ -332,6 +336,7 @@ class Model:
             "std": network.std.flatten().tolist() if self.normalizes else None,
             "mirrored": network.mirrored,
             "scales": list(network.scales.layers),
+            "pretrained": self.pretrained,
             "tasks": [list(task) for task in self.tasks],
             "statistics": statistics.packed(self.statistics)[1],
             **self.learning,
@@ -385,9 +390,9 @@ class Model:
                 raise
             first_lines = " ".join(str(error).split())[:200]
             raise ModelFileError(f"{path} does not fit this version or backbone: {first_lines}") from error
-        model = cls(
-            network.requires_grad_(False).eval(), tasks, settings["backbone"], settings["mean"] is not None, kept, learning
-        )
+        normalizes, pretrained = settings["mean"] is not None, bool(settings.get("pretrained", False))
+        network.requires_grad_(False).eval()
+        model = cls(network, tasks, settings["backbone"], normalizes, kept, learning, pretrained)
         found = devices.find_device(device)
         network.to(found, memory_format=devices.memory_format(found))  # type: ignore[call-overload]
         return model
@@ -396,13 +401,7 @@ class Model:
 def _network(backbone: nn.Module, image_size: int, multiscale: bool) -> Network:
     """A network without a class over a backbone, which is checked."""
     features = backbones.check_backbone(backbone, image_size)
-    if not multiscale:
-        return Network(backbone, features, image_size)
-    network = Network(backbone, features, image_size, find_layers(backbone, image_size))
-    with torch.no_grad():
-        features = network.eval().features(probe(backbone, image_size)).shape[1]
-    network.head = linear_head(features, 0)
-    return network
+    return Network(backbone, features, image_size, find_layers(backbone, image_size) if multiscale else ())
 
 
 def _module(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edge_dfcil import devices
 from edge_dfcil.errors import SettingError
-from edge_dfcil.model.contract import with_versions
+from edge_dfcil.model.contract import probe, with_versions
 from edge_dfcil.model.preprocessing import fit
 from edge_dfcil.model.scales import Scales
 
@@ -26,16 +26,18 @@ class Network(nn.Module):
     backbone
         Normalised images (N, 3, S, S) to features (N, F).
     features
-        F.
+        F; None: measured.
     image_size
         S, in pixels. Other sizes are scaled and cropped to it.
     scales
-        Layers of the backbone whose feature maps are features too (`model/scales.py`); `features` counts them.
+        Layers of the backbone whose feature maps are features too (`model/scales.py`).
 
     Attributes
     ----------
     mean, std
         What images in [0, 1] are normalised with, per channel (3, 1, 1); 0 and 1 until `set_statistics`.
+    rotations
+        A head for the classes of turned images, while the first task is learnt with them.
     mirrored
         Whether plain images are answered by the mean of their logits and their mirror images'.
     """
@@ -44,15 +46,28 @@ class Network(nn.Module):
     std: Tensor
     mirrored = False
 
-    def __init__(self, backbone: nn.Module, features: int, image_size: int, scales: Sequence[str] = ()) -> None:
+    def __init__(self, backbone: nn.Module, features: int | None, image_size: int, scales: Sequence[str] = ()) -> None:
         super().__init__()
         self.image_size = image_size
         self.backbone = backbone
         self.scales = Scales(backbone, scales)
-        self.head = linear_head(features, 0)
+        self.reads_scales = bool(scales)  # else the head is over the backbone's own features
+        self.rotations: nn.Linear | None = None
+        self.own_features, self.all_features = self._measured() if scales or features is None else (features, features)
+        self.head = linear_head(self.all_features, 0)
         # Settings, not weights: they are stored with the learner's settings.
         self.register_buffer("mean", torch.zeros(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.ones(3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def _measured(self) -> tuple[int, int]:
+        """How many features the backbone has, and how many there are of all scales."""
+        training = self.backbone.training
+        self.backbone.eval()
+        images = probe(self.backbone, self.image_size)
+        own, every = self.backbone(images), self.scales.features(self.backbone, images)
+        self.backbone.train(training)
+        return own.shape[1], every.shape[1]
 
     def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Sets what images are normalised with, three numbers each."""
@@ -81,7 +96,23 @@ class Network(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """What the head sees of normalised images (N, 3, S, S): the backbone's features, and those of the other scales."""
+        if self.reads_scales:
+            return self.of_all_scales(images)
+        features: Tensor = self.backbone(images)
+        return features
+
+    def of_all_scales(self, images: Tensor) -> Tensor:
+        """The backbone's own features of normalised images, with those of the other scales behind them (N, all_features)."""
         return self.scales.features(self.backbone, images)
+
+    def set_head(self, weight: Tensor, bias: Tensor) -> None:
+        """Another head: (C, all_features) and (C,), or (C, own_features) over the backbone's own features alone."""
+        head = linear_head(weight.shape[1], len(weight)).to(weight.device)
+        with torch.no_grad():
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)
+        self.head = head.requires_grad_(self.head.weight.requires_grad)
+        self.reads_scales = bool(self.scales.layers) and weight.shape[1] == self.all_features
 
     def classify(self, images: Tensor) -> Tensor:
         """Logits (N, n_classes) of normalised images (N, 3, S, S)."""
