@@ -42,7 +42,8 @@ class Learner(Serving, RunsSessions):
     method
         `abd`, `lda`, a baseline (`finetune`, `lwf`, `lwf_mc`, `deep_inversion`, `lwf_synthetic`), or a `Method`.
     recipe
-        "edge" (quick), "paper" (as published), "strict" (`edge` without class statistics), or a `Recipe`.
+        "edge" (a backbone is trained in the first task, or not at all when it is pretrained; later tasks are one pass),
+        "paper" (as published), "strict" (no class statistics: trained at every task), or a `Recipe`.
     memory_budget
         The most that a long operation may add to the memory held when it is called (the process's resident set; on CUDA and
         MPS what torch reserves): bytes, or text such as "128MB". What a loader holds is not counted. It is planned first.
@@ -85,8 +86,7 @@ class Learner(Serving, RunsSessions):
     def _settle(
         self, model: Model, method: Method, recipe: Recipe, memory_budget: int | str | None = None, seed: int = 0
     ) -> None:
-        self.seed = devices.check_seed(seed)
-        self.memory_budget = memory_budget
+        self.seed, self.memory_budget = devices.check_seed(seed), memory_budget
         self._method, self._recipe = method, recipe
         self._digests: dict[Path, str | None] = {}  # of the model files that were read or written last, by path
         RunsSessions.__init__(self)
@@ -117,12 +117,6 @@ class Learner(Serving, RunsSessions):
         """
         settings = {name: options.pop(name) for name in ("method", "recipe", "memory_budget", "seed") if name in options}
         return cls.of(Model.from_classifier(module, classes, **options), **settings)
-
-    def to(self, device: str | torch.device) -> Learner:
-        """Moves the current model to a device, and returns the learner."""
-        with self._write_lock():
-            self._model = self._model.to(device)
-        return self
 
     @property
     def method(self) -> Method:

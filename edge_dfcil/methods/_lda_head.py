@@ -26,6 +26,7 @@ GENERATED_AT_ONCE = 64
 # Towards the identity, at most. Chosen on test images of three data sets with pretrained features (shares of 0.2 to 0.5 were
 # alike) and of CIFAR-100 from scratch with ten times as many images as features (0.01 to 0.03 were best).
 SHRINKAGE = 0.4
+LEAST_SURE = 0.01  # of an LDA head's own logits
 
 
 def train_own_features(task: Task) -> None:
@@ -85,50 +86,82 @@ def lda_stage(task: Task, moves: bool) -> Iterator[Stage]:
 
 
 class _Sums:
-    """Sums of features over a task's images, joined with those that are kept, and the head that follows from them."""
+    """Sums of features over a task's images, joined with those that are kept, and the head that follows from them.
+
+    They are kept apart for two halves of the images: how sure a head may be shows on images that it was not made from.
+    """
 
     def __init__(self, task: Task, moves: bool) -> None:
         network = task.student
         classes, features = network.n_classes, network.all_features
         dtype = torch.float32 if task.device.type == "mps" else torch.float64  # MPS has no float64
         self._task, self._moves = task, moves
-        self._first = torch.zeros(classes, features, dtype=dtype, device=task.device)  # sum of f, by class
-        self._second = torch.zeros(features, features, dtype=dtype, device=task.device)  # sum of f f'
-        self._count = torch.zeros(classes, dtype=dtype, device=task.device)
+        self._first = torch.zeros(2, classes, features, dtype=dtype, device=task.device)  # sum of f, by class
+        self._second = torch.zeros(2, features, features, dtype=dtype, device=task.device)  # sum of f f'
+        self._count = torch.zeros(2, classes, dtype=dtype, device=task.device)
         self._drift = DriftSums(features, dtype, task.device) if moves and task.teacher is not None else None
 
     def add(self, batch: Batch) -> None:
         features = self._task.student.of_all_scales(batch.images).to(self._first.dtype)  # (B, F)
-        self._first.index_add_(0, batch.targets, features)
-        self._second += features.T @ features
-        self._count.index_add_(0, batch.targets, torch.ones_like(batch.targets, dtype=self._count.dtype))
+        for half in range(2):
+            rows, targets = features[half::2], batch.targets[half::2]
+            self._first[half].index_add_(0, targets, rows)
+            self._second[half] += rows.T @ rows
+            self._count[half].index_add_(0, targets, torch.ones_like(targets, dtype=self._count.dtype))
         if self._drift is not None:
             assert self._task.teacher is not None
             self._drift.add(self._task.teacher.of_all_scales(batch.images), features)
 
     def solve(self) -> None:
         """Serves a head over all scales. Rows of classes without statistics and generated images stay as they were."""
-        task, (means, count, covariance, total) = self._task, self._joined()
+        task, old = self._task, self._moved()
+        means, count, covariance, total = self._joined(old, slice(0, 2))
         self._keep(means, count, covariance, total)
         means, count = self._with_generated(means, count)
         rows = torch.nonzero(count > 0).flatten()
         weight, bias = _lda(means[rows], covariance, float(total))
-        before = task.student.head.weight.detach()
-        if self._moves:  # as sure as the head that was trained with the backbone
-            trained = before[rows].to(weight)
-            scale = (trained - trained.mean(0)).norm() / weight.norm().clamp_min(torch.finfo(weight.dtype).tiny)
-            weight, bias = scale * weight, scale * bias
+        scale = self._as_sure_as_trained(weight, rows) if self._moves else self._sureness(old)
         serve_all_features(task)
         head = task.student.head
-        head.weight.data[rows], head.bias.data[rows] = weight.to(head.weight.dtype), bias.to(head.bias.dtype)
+        head.weight.data[rows] = (scale * weight).to(head.weight.dtype)
+        head.bias.data[rows] = (scale * bias).to(head.bias.dtype)
 
-    def _joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Means, counts, covariance, and the images behind it, with those of earlier tasks, moved to where they are now; a
-        known class that is refreshed has the mean of all its images."""
-        count = self._count.clone()
-        means = self._first / count.clamp_min(1)[:, None]
-        scatter, images = self._second - (means * count[:, None]).T @ means, count.sum()
-        old = self._moved()
+    def _as_sure_as_trained(self, weight: Tensor, rows: Tensor) -> float:
+        """The scale of the head that was trained with the backbone."""
+        trained = self._task.student.head.weight.detach()[rows].to(weight)
+        return float((trained - trained.mean(0)).norm() / weight.norm().clamp_min(torch.finfo(weight.dtype).tiny))
+
+    def _sureness(self, old: dict[str, Tensor]) -> float:
+        """What logits are multiplied by so that probabilities are as they should be.
+
+        A head from one half of the images is tried on the other: its lead x of the true class over the nearest other one has
+        a mean m and a variance v there. If it is normal, the odds of the true class are exp(2 m x / v). Both follow from the
+        sums. An LDA head of as many images as it needs has 2 m = v.
+        """
+        means, count, covariance, total = self._joined(old, slice(0, 1))
+        own, other = self._count[0] > 0, self._count[1] > 0
+        here, rows = torch.nonzero(own & other).flatten(), torch.nonzero(count > 0).flatten()
+        if len(rows) < 2 or not len(here):
+            return 1.0
+        weight, bias = _lda(means[rows], covariance, float(total))
+        seen, _, spread, _ = self._joined({}, slice(1, 2))
+        place = torch.searchsorted(rows, here)
+        leads = []
+        for output, row in zip(here.tolist(), place.tolist(), strict=True):
+            others = torch.arange(len(rows), device=rows.device) != row
+            direction = (weight[row] - weight)[others]  # (C - 1, F)
+            m = direction @ seen[output] + (bias[row] - bias)[others]
+            v = ((direction @ spread) * direction).sum(1).clamp_min(torch.finfo(m.dtype).tiny)
+            nearest = (m / v.sqrt()).argmin()
+            leads.append((2 * m / v)[nearest])
+        return float(torch.stack(leads).mean().clamp(LEAST_SURE, 1.0))
+
+    def _joined(self, old: dict[str, Tensor], halves: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Means, counts, covariance, and the images behind it, of this task's halves and of earlier tasks; a known class that
+        is refreshed has the mean of all its images."""
+        count = self._count[halves].sum(0)
+        means = self._first[halves].sum(0) / count.clamp_min(1)[:, None]
+        scatter, images = self._second[halves].sum(0) - (means * count[:, None]).T @ means, count.sum()
         if not old:  # the first task, or classes that another method has learnt
             return means, count, scatter / (images - (count > 0).sum()).clamp_min(1), images
         known, n = float(self._task.statistics["covariance"].images[0]), len(old["count"])

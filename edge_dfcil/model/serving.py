@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.model import Model
@@ -53,6 +54,11 @@ class Serving:
     def device(self) -> torch.device:
         """Where the network is."""
         return self._model.device
+
+    def to(self, device: str | torch.device) -> Self:
+        """Moves the current model to a device, and returns the learner."""
+        self._replace(self._model.to(device))
+        return self
 
     def settings(self) -> dict[str, Any]:
         """What the model file holds beside its tensors, as JSON takes it."""
