@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from edge_dfcil import BackboneError, Learner, Model
+from edge_dfcil.compression import Distillation, Pruning, distill, prune
 from edge_dfcil.demo import Batches
 from edge_dfcil.model.backbones import build
 from edge_dfcil.model.network import Network
@@ -157,3 +158,22 @@ def test_an_adopted_classifier_answers_as_before_and_learns_on(train: Batches, t
     assert torch.allclose(plain.probabilities(test.images[:20]), scaled.probabilities(test.images[:20]), atol=1e-6)
     scaled.learn_task(train.of(("2", "3")), NAMES, progress=False)
     assert scaled.classes == ("0", "1", "2", "3")
+
+
+@pytest.mark.slow
+def test_it_is_pruned_and_distilled_to_a_network_of_one_scale(scaled: Learner, test: Batches) -> None:
+    short = Distillation(rounds=2, dreams=64, steps=20, generator_steps=20)
+    for smaller, _ in (
+        prune(scaled, Pruning(ratio=0.2, repair=short), timing=False, progress=False),
+        distill(scaled, "resnet8", settings=short, progress=False),
+    ):
+        assert not smaller.network.scales.layers and not smaller.model.statistics
+        assert smaller.probabilities(test.images[:4]).shape == (4, 4)
+    assert scaled.network.scales.layers
+
+
+def test_probabilities_are_as_sure_as_they_are_right(scaled: Learner, test: Batches) -> None:
+    images, targets = test.of(scaled.classes).images, test.of(scaled.classes).targets
+    sure, answers = scaled.probabilities(images).max(1)
+    right = torch.tensor([scaled.classes[answer] == NAMES[target] for answer, target in zip(answers, targets, strict=True)])
+    assert abs(float(sure.mean()) - float(right.float().mean())) < 0.05

@@ -109,7 +109,8 @@ class Distilling(PlainWork):
         self._learner, self._recipe, self._settings = learner, learner.recipe, settings
         self._at_once: int | None = None
         self._evaluation, self._classes = evaluation, classes
-        self._student = learner.model.untrained(to, seed=learner.seed)
+        # A head that is trained learns less over features of several scales.
+        self._student = learner.model.untrained(to, seed=learner.seed, multiscale=False)
         self._before: float | None = None
 
     def prepare(self, session: Session[Any]) -> None:

@@ -26,6 +26,7 @@ from edge_dfcil.compression.distillation import REPAIR, Distillation, Lesson, pa
 from edge_dfcil.compression.latency import LatencyTable, Shape
 from edge_dfcil.dreaming.inversion import Dream, Dreamer, Pool, make_pool
 from edge_dfcil.errors import BackboneError, SettingError
+from edge_dfcil.methods._lda_head import own_head
 from edge_dfcil.model.backbones import BATCHNORM
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.network import Network
@@ -150,7 +151,7 @@ class PruningWork(PlainWork):
         dreamer = Dreamer(teacher, torch.arange(teacher.n_classes, device=session.device), self._recipe)
         yield dreamer.stage()
         pool = make_pool(dreamer, settings.dreams, self._at_once)
-        self._network = self._learner.network.grown(0)
+        self._network = self._plain()
         self._cutter = Cutter(self._network, pool, settings, self._table, self._at_once)
         self._cutter.cut(session.check)
         self._table.save()
@@ -159,6 +160,12 @@ class PruningWork(PlainWork):
         if settings.repair is not None:
             self._lesson = Lesson(self._network, teacher, self._recipe, settings.repair, self._at_once)
             yield from self._lesson.stages()
+
+    def _plain(self) -> Network:
+        """A copy of the network to prune. Features of several scales would have to be pruned with the layers they come from;
+        it has the backbone's own alone, and the repair teaches it what the others said."""
+        network, statistics = self._learner.network, self._learner.model.statistics
+        return network.without_scales(*own_head(network, statistics)) if network.reads_scales else network.grown(0)
 
     # For the planner
 
@@ -169,7 +176,7 @@ class PruningWork(PlainWork):
         """The whole network is rehearsed: how small the pruned one is is not known yet."""
         teacher, recipe = self._learner.network.frozen(), self._recipe.changed(changes)
         if self._settings.repair is not None:
-            return rehearsed(self._learner.network.grown(0), teacher, recipe, self._settings.repair)
+            return rehearsed(self._plain(), teacher, recipe, self._settings.repair)
         dreamer = Dreamer(teacher, torch.arange(teacher.n_classes, device=teacher.mean.device), short(recipe))
         return Rehearsal(iter([dreamer.stage()]), [teacher])
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from edge_dfcil.heads.drift import DriftSums
 from edge_dfcil.heads.lda import lda_head
 from edge_dfcil.methods.task import Task
-from edge_dfcil.model.statistics import Statistic
+from edge_dfcil.model.network import Network
+from edge_dfcil.model.statistics import Statistic, Statistics
 from edge_dfcil.training.data import Batch
 from edge_dfcil.training.stage import ClosedFormSpec, Stage
 
@@ -36,17 +37,25 @@ def train_own_features(task: Task) -> None:
     if not student.reads_scales:
         return
     own, known = student.own_features, teacher.n_classes if teacher is not None else 0
-    weight, bias = student.head.weight.detach()[:, :own].clone(), student.head.bias.detach().clone()
+    weight, bias = own_head(student, task.statistics)
     weight[known:].uniform_(-(own**-0.5), own**-0.5)  # as torch initialises a linear layer of so many features
-    if task.statistics.keys() >= STATE.keys():
-        means, covariance = (task.statistics[name].values.to(weight).double() for name in ("mean", "covariance"))
-        found, offset = _lda(means[:, :own], covariance[:own, :own], float(task.statistics["covariance"].images[0]))
-        rows = torch.tensor(task.statistics["count"].images, device=weight.device) > 0
-        scale = student.head.weight[:known].detach().norm() / found.norm()
-        weight[:known][rows], bias[:known][rows] = (scale * found)[rows].to(weight), (scale * offset)[rows].to(bias)
     student.set_head(weight, bias)
     if teacher is not None:
         teacher.set_head(weight[:known], bias[:known])
+
+
+def own_head(network: Network, statistics: Statistics) -> tuple[Tensor, Tensor]:
+    """A head (C, own_features) and (C,) over the backbone's own features: LDA for the classes that have statistics, and what the
+    head over all scales has for these features for the others."""
+    own = network.own_features
+    weight, bias = network.head.weight.detach()[:, :own].clone(), network.head.bias.detach().clone()
+    if statistics.keys() >= STATE.keys():
+        means, covariance = (statistics[name].values.to(weight).double() for name in ("mean", "covariance"))
+        found, offset = _lda(means[:, :own], covariance[:own, :own], float(statistics["covariance"].images[0]))
+        rows = torch.nonzero(torch.tensor(statistics["count"].images, device=weight.device) > 0).flatten()
+        scale = network.head.weight[rows].detach().norm() / found[rows].norm()
+        weight[rows], bias[rows] = (scale * found)[rows].to(weight), (scale * offset)[rows].to(bias)
+    return weight, bias
 
 
 def serve_all_features(task: Task) -> None:

@@ -139,11 +139,13 @@ class Model:
             network.head.bias.copy_(parts.head.bias if parts.head.bias is not None else torch.zeros(len(parts.classes)))
         return replace(empty, network=network, tasks=(parts.classes,), backbone=parts.name, normalizes=True)
 
-    def untrained(self, backbone: str | nn.Module, *, image_size: int | None = None, seed: int = 0) -> Model:
-        """A model with another backbone, untrained, and all else alike, the classes included."""
+    def untrained(
+        self, backbone: str | nn.Module, *, image_size: int | None = None, seed: int = 0, multiscale: bool | None = None
+    ) -> Model:
+        """A model with another backbone, untrained, and all else alike, the classes included; `multiscale` None: as here."""
         size = image_size or self.image_size
-        multiscale = bool(self.network.scales.layers)
-        empty = Model.new(backbone, image_size=size, device=self.device, seed=seed, multiscale=multiscale)
+        scales = bool(self.network.scales.layers) if multiscale is None else multiscale
+        empty = Model.new(backbone, image_size=size, device=self.device, seed=seed, multiscale=scales)
         with devices.seeded(seed, self.device):
             network = empty.network.grown(len(self.outputs)).requires_grad_(False)
         network.set_statistics(self.network.mean.flatten().tolist(), self.network.std.flatten().tolist())

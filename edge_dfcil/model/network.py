@@ -105,6 +105,13 @@ class Network(nn.Module):
         """The backbone's own features of normalised images, with those of the other scales behind them (N, all_features)."""
         return self.scales.features(self.backbone, images)
 
+    def without_scales(self, weight: Tensor, bias: Tensor) -> Network:
+        """A copy that has the backbone's own features alone, with a head (C, own_features) and (C,) over them."""
+        network = self.grown(0)
+        network.scales, network.all_features = Scales(network.backbone, ()), network.own_features
+        network.set_head(weight, bias)
+        return network
+
     def set_head(self, weight: Tensor, bias: Tensor) -> None:
         """Another head: (C, all_features) and (C,), or (C, own_features) over the backbone's own features alone."""
         head = linear_head(weight.shape[1], len(weight)).to(weight.device)
