@@ -96,7 +96,7 @@ PRESETS = {
 }
 
 # ABD less one part each. The head refinement, which is ours and would make up for some of it, is off in all of them.
-UNREFINED = {"refine.epochs": 0, "refine.align_head": 0.0}
+UNREFINED = TRAINED | {"refine.epochs": 0, "refine.align_head": 0.0}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "abd:published": UNREFINED,
     "abd:no_head_finetuning": UNREFINED | {"remember.head_finetuning": False},

@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from edge_dfcil import RECIPES, Learner
 from edge_dfcil.demo import Batches, digits
+
+settings.register_profile("tests", deadline=None)  # nothing is timed
+settings.load_profile("tests")
 
 # Faster for networks this small, and for the processes that the tests start.
 torch.set_num_threads(1)
