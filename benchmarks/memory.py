@@ -23,7 +23,7 @@ from benchmarks import datasets, machine, yardsticks
 from benchmarks.yardsticks.rehearsal_jpeg import QUALITY
 from edge_dfcil import BudgetError, Learner
 from edge_dfcil.budget.meter import give_back, held
-from edge_dfcil.recipe import PRESETS
+from edge_dfcil.recipe import RECIPES
 
 FILE = "memory.json"
 KINDS = ("growth", "replay", "budget", "restarted", "accuracy")
@@ -128,7 +128,7 @@ def measure(cell: Cell, data: Path, numbers: list[int], model: Path) -> dict[str
     loaded = datasets.load(data, "cifar100" if cell.image_size == 32 else "tiny_imagenet_50")
     order = datasets.class_order(len(loaded.names), cell.seed)
     short = {"schedule.min_steps": 0, "refine.min_steps": 0, "refine.epochs": 1}
-    recipe = PRESETS["edge", 1].changed(  # which trains at every task
+    recipe = RECIPES["edge"].changed(
         {"schedule.epochs": cell.epochs, "schedule.first_epochs": cell.epochs, "generator.steps": cell.generator_steps, **short}
     )
     method = yardsticks.find(cell.method)

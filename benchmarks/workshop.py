@@ -26,14 +26,13 @@ from edge_dfcil.compression.latency import LatencyTable
 from edge_dfcil.devices import find_device
 from edge_dfcil.errors import BackboneError, ExportError
 from edge_dfcil.model.backbones import build
-from edge_dfcil.recipe import PRESETS, Recipe
+from edge_dfcil.recipe import RECIPES, Recipe
 from edge_dfcil.training.augment import augment
 
 CALIBRATION = 500  # real images that INT8 is calibrated on for comparison
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100's, for the classifier trained elsewhere
 
-# Version 1 trains at every task; what is made smaller here is a network that was trained.
-RECIPE = PRESETS["edge", 1].changed({"schedule.first_epochs": 24, "schedule.learning_rate": 0.05, "pixels.steps": 200})
+RECIPE = RECIPES["edge"].changed({"schedule.first_epochs": 24, "schedule.learning_rate": 0.05, "pixels.steps": 200})
 LESSON = Distillation(rounds=4, dreams=1024, generator_steps=100, steps=200)  # of a student that begins with shared layers
 PIXELS = Distillation(rounds=4, dreams=256, steps=200, quality="best")  # the same by DeepInversion's own dreams, fewer of them
 SEEDS = (0, 1, 2)
@@ -107,7 +106,7 @@ QUICK = Setting(
     new_classes=2,
     images=96,
     epochs=1,
-    recipe=PRESETS["edge", 1].changed({
+    recipe=RECIPES["edge"].changed({
         "schedule.first_epochs": 1, "schedule.epochs": 1, "schedule.min_steps": 4, "generator.steps": 4, "generator.latent": 8,
         "generator.width": 8, "remember.pool": 32, "pixels.steps": 2, "pixels.batch": 16, "refine.epochs": 1,
         "refine.min_steps": 2,

@@ -19,7 +19,7 @@ def main() -> None:
     learner = Learner(
         "resnet8",
         image_size=16,
-        recipe=RECIPES["edge"].changed({"augmentation.flip": False, "generator.steps": 100, "schedule.min_steps": 150}),
+        recipe=RECIPES["frozen"].changed({"augmentation.flip": False, "generator.steps": 100, "schedule.min_steps": 150}),
     )
     learner.learn_task(train.of(("0", "1")), NAMES)
     learning = threading.Thread(target=learner.learn_task, args=(train.of(("2", "3")), NAMES))

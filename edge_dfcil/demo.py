@@ -22,7 +22,7 @@ SIZE = 16  # the digits are 8x8; twice that gives the generator a map to start f
 TASKS = tuple((f"{2 * t}", f"{2 * t + 1}") for t in range(5))
 NAMES = tuple(name for task in TASKS for name in task)
 # Digits must not be mirrored, and are grey; a generator half as wide is wide enough for 16 pixels.
-RECIPE = RECIPES["edge"].changed(
+RECIPE = RECIPES["frozen"].changed(
     {
         "generator.width": 32,
         "augmentation.flip": False,

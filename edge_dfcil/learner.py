@@ -20,7 +20,7 @@ from edge_dfcil.model import file
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.model import Model
 from edge_dfcil.model.serving import Serving
-from edge_dfcil.recipe import Recipe, find_recipe
+from edge_dfcil.recipe import DEFAULT, Recipe, find_recipe
 from edge_dfcil.results import MemoryPlan, TaskReport
 from edge_dfcil.running import RunsSessions
 from edge_dfcil.training.callbacks import Callback
@@ -42,8 +42,8 @@ class Learner(Serving, RunsSessions):
     method
         `abd`, `lda`, a baseline (`finetune`, `lwf`, `lwf_mc`, `deep_inversion`, `lwf_synthetic`), or a `Method`.
     recipe
-        "edge" (a backbone is trained in the first task, or not at all when it is pretrained; later tasks are one pass),
-        "paper" (as published), "strict" (no class statistics: trained at every task), or a `Recipe`.
+        "frozen" (a backbone is trained in the first task, or not at all when it is pretrained; later tasks are one pass),
+        "edge" (trained at every task), "strict" (as "edge", without class statistics), "paper" (as published), or a `Recipe`.
     memory_budget
         The most that a long operation may add to the memory held when it is called (the process's resident set; on CUDA and
         MPS what torch reserves): bytes, or text such as "128MB". What a loader holds is not counted. It is planned first.
@@ -68,7 +68,7 @@ class Learner(Serving, RunsSessions):
         *,
         image_size: int | None = None,
         method: str | Method = "abd",
-        recipe: str | Recipe = "edge",
+        recipe: str | Recipe = DEFAULT,
         memory_budget: int | str | None = None,
         device: str | torch.device = "auto",
         seed: int = 0,
@@ -99,7 +99,7 @@ class Learner(Serving, RunsSessions):
         self._model = model.with_learning(learning, self._recipe.augmentation.mirrored_answers)
 
     @classmethod
-    def of(cls, model: Model, *, method: str | Method = "abd", recipe: str | Recipe = "edge", **settings: Any) -> Learner:
+    def of(cls, model: Model, *, method: str | Method = "abd", recipe: str | Recipe = DEFAULT, **settings: Any) -> Learner:
         """A learner that goes on from a model. `settings` are those of `Learner`: memory_budget, seed."""
         learner = cls.__new__(cls)
         learner._settle(model, find_method(method), find_recipe(recipe), **settings)

@@ -365,7 +365,7 @@ class Recipe:
             base = _named(values["preset"], values.get("version"), whole=changes.keys() >= SETTINGS.keys())
         else:
             changes = _as_once_accepted(changes)
-            base = max((PAPER, EDGE_1), key=lambda preset: _agreement(preset, changes))
+            base = max((PAPER, EDGE), key=lambda preset: _agreement(preset, changes))
         return base.changed(changes)
 
 
@@ -456,7 +456,7 @@ def _named(preset: Any, version: Any, whole: bool) -> Recipe:
 
 PAPER = Recipe(preset="paper")
 
-EDGE_1 = Recipe(
+EDGE = Recipe(
     preset="edge",
     schedule=Schedule(
         epochs=8,
@@ -478,14 +478,15 @@ EDGE_1 = Recipe(
 )
 
 # A frozen backbone, features of several scales and a closed-form head are more accurate than training at every task, in a
-# hundredth of the time (docs/research-log.md).
-EDGE = replace(EDGE_1.changed({"schedule.adapt": "first", "refine.head": "lda"}), version=2)
+# hundredth of the time (docs/research-log.md). What has no class statistics is learnt as by `edge`.
+FROZEN = replace(EDGE.changed({"schedule.adapt": "first", "refine.head": "lda"}), preset="frozen")
 
-STRICT = replace(EDGE_1.changed({"remember.class_statistics": False}), preset="strict")
+STRICT = replace(EDGE.changed({"remember.class_statistics": False}), preset="strict")
 
 # Never change a preset that has been released: add a version, and let RECIPES name it. Files hold the version they were made by.
-PRESETS = {(recipe.preset, recipe.version): recipe for recipe in (PAPER, EDGE_1, EDGE, STRICT)}
-RECIPES = {"paper": PAPER, "edge": EDGE, "strict": STRICT}
+PRESETS = {(recipe.preset, recipe.version): recipe for recipe in (PAPER, EDGE, FROZEN, STRICT)}
+RECIPES = {"frozen": FROZEN, "edge": EDGE, "strict": STRICT, "paper": PAPER}
+DEFAULT = "frozen"
 
 
 def find_recipe(recipe: str | Recipe) -> Recipe:

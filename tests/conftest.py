@@ -20,11 +20,8 @@ settings.load_profile("tests")
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# Trained at every task, as methods are; tests of what `edge` does say so.
 QUICK = RECIPES["edge"].changed(
     {
-        "schedule.adapt": "always",
-        "refine.head": "trained",
         "schedule.epochs": 1,
         "schedule.first_epochs": 1,
         "schedule.min_steps": 12,

@@ -89,7 +89,7 @@ def test_the_whole_story(pictures: Any, model: Path, tmp_path: Path) -> None:
     assert {tensor["kind"] for tensor in answer["tensors"]} == set(answer["kept"])
     shown = cli("inspect", model, "--tensors").stdout
     assert "head.weight\tweight\t4x64\t" in shown
-    assert "keeps no picture" in shown and "recipe edge (version 2), schedule.epochs 1" in shown
+    assert "keeps no picture" in shown and "recipe edge (version 1), schedule.epochs 1" in shown
 
     answer = json.loads(cli("dream", model, tmp_path / "dreams.png", "--per-class", 3, "--json").stdout)
     assert sum(answer["dreams"].values()) == 12

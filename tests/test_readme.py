@@ -47,7 +47,8 @@ SHORT: dict[str, Any] = {"rounds": 1, "dreams": 32, "generator_steps": 2, "steps
 def quick() -> Iterator[None]:
     """Few steps for all blocks: in the recipe, and in the defaults of the lessons of a smaller model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(recipe.RECIPES, "edge", recipe.RECIPES["edge"].changed(FEW))
+        for name in ("edge", "frozen"):
+            patch.setitem(recipe.RECIPES, name, recipe.RECIPES[name].changed(FEW))
         for settings, shorter in ((Distillation, SHORT), (Pruning, {"repair": replace(REPAIR, **SHORT)})):
             for name, value in shorter.items():
                 patch.setattr(settings, name, value)

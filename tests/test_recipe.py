@@ -21,7 +21,6 @@ from edge_dfcil.model import file as storage
 from edge_dfcil.recipe import GROUPS, PRESETS, SETTINGS, Remember, Schedule, dotted, find_recipe, read_recipe
 
 EDGE, PAPER = RECIPES["edge"], RECIPES["paper"]
-EDGE_1 = PRESETS["edge", 1]  # what files without versions were made by
 FOLDER = Path(__file__).parent / "golden"
 # The settings of schema 1, by their flat names, which files and scripts hold.
 FLAT = json.loads((FOLDER / "recipe_schema1.json").read_text())
@@ -168,22 +167,22 @@ class TestPresets:
 
     def test_strict_trains_at_every_task_without_class_statistics(self) -> None:
         strict = RECIPES["strict"]
-        assert replace(strict, preset="edge") == EDGE_1.changed({"remember.class_statistics": False})
-        assert (EDGE.schedule.adapt, strict.schedule.adapt) == ("first", "always")
+        assert replace(strict, preset="edge") == EDGE.changed({"remember.class_statistics": False})
+        assert (find_recipe("frozen").schedule.adapt, strict.schedule.adapt) == ("first", "always")
 
 
 class TestFiles:
     def test_round_trip_through_json(self) -> None:
         recipe = EDGE.changed({"schedule.milestones": (0.5,), "remember.mu": 0.2})
         values = json.loads(json.dumps(recipe.to_dict()))
-        assert (values["preset"], values["version"], values["schedule"]["milestones"]) == ("edge", 2, [0.5])
+        assert (values["preset"], values["version"], values["schedule"]["milestones"]) == ("edge", 1, [0.5])
         assert Recipe.from_dict(values) == recipe
         own = replace(recipe, preset="own", version=7)
         assert Recipe.from_dict(own.to_dict()) == own
 
     def test_what_is_left_out_is_the_named_presets(self) -> None:
         found = Recipe.from_dict({"preset": "edge", "version": 1, "schedule": {"epochs": 3}})
-        assert found == EDGE_1.changed({"schedule.epochs": 3})
+        assert found == EDGE.changed({"schedule.epochs": 3})
         for preset, version in (("edge", 99), ("own", 1), (["edge"], 1), ("own", None)):
             with pytest.raises(SettingError, match="upgrade edge-dfcil"):
                 Recipe.from_dict({"preset": preset, "version": version, "schedule": {"epochs": 3}})
@@ -206,7 +205,7 @@ class TestFiles:
 
     def test_a_flat_file_may_hold_what_was_once_accepted(self) -> None:
         values = {**FLAT["edge"], "align_head": False, "first_epochs": 0, "epochs": True}
-        assert Recipe.from_dict(values) == EDGE_1.changed(
+        assert Recipe.from_dict(values) == EDGE.changed(
             {"refine.align_head": 0, "schedule.first_epochs": None, "schedule.epochs": 1}
         )
 
@@ -272,7 +271,7 @@ class TestFlatNames:
             _ = RECIPES[preset].warp  # type: ignore[attr-defined]
 
     def test_none_of_them_is_lost(self) -> None:
-        assert Recipe.from_dict(FLAT["edge"]) == EDGE_1 and Recipe.from_dict(FLAT["paper"]) == PAPER
+        assert Recipe.from_dict(FLAT["edge"]) == EDGE and Recipe.from_dict(FLAT["paper"]) == PAPER
         newer = {
             "remember.class_statistics",
             "remember.min_images",

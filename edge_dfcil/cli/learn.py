@@ -23,7 +23,7 @@ from edge_dfcil.cli.options import (
     recipe_options,
 )
 from edge_dfcil.errors import ModelFileError, SettingError
-from edge_dfcil.recipe import RECIPES
+from edge_dfcil.recipe import DEFAULT, RECIPES
 
 if TYPE_CHECKING:
     from edge_dfcil.learner import Learner
@@ -120,7 +120,7 @@ def _learner_for(
         return load_learner(model, device, module, recipe, changes, memory_budget=memory_budget)
     if module is not None and "backbone" in given:
         raise SettingError("--backbone and --module both name the new model's backbone; give one of them")
-    chosen = chosen_recipe(RECIPES["edge"], recipe, {**({"augmentation.flip": "false"} if no_flip else {}), **changes})
+    chosen = chosen_recipe(RECIPES[DEFAULT], recipe, {**({"augmentation.flip": "false"} if no_flip else {}), **changes})
     named = given.pop("backbone", "resnet32")
     backbone = named if module is None else build_module(module)
     return Learner(backbone, device=device, recipe=chosen, memory_budget=memory_budget, **given)
