@@ -49,6 +49,7 @@ def test_nothing_seen_moves_nothing() -> None:
     assert torch.equal(drift.means(means), means)
 
 
+@pytest.mark.slow
 def test_an_lda_head_from_moved_statistics_remembers_better(train: Batches, test: Batches) -> None:
     found = []
     for changes in ({}, LDA_HEAD):
