@@ -89,7 +89,9 @@ class Bench:
     def __init__(self, setting: Setting, device: torch.device, recipe: Recipe) -> None:
         torch.manual_seed(0)
         self.setting, self.device, self.recipe = setting, device, recipe
-        teacher = Learner(setting.backbone, device=device, mean=(0.5,) * 3, std=(0.25,) * 3).network.grown(setting.n_old)
+        teacher = Learner(setting.backbone, device=device, mean=(0.5,) * 3, std=(0.25,) * 3, multiscale=False).network.grown(
+            setting.n_old
+        )
         self._settle(teacher)
         self.teacher = teacher.frozen()
         images = torch.randn(setting.batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
