@@ -50,7 +50,7 @@ def photographs(folder: Path) -> str:
     # Changed recipes have an equals sign in their names; ablations are of the published method.
     ablations = {name.replace(":", ".") for name in ABLATIONS}
     methods = {name: results for name, results in found[SHOWN].items() if name not in ablations and "=" not in name}
-    head = ["method", "final accuracy, %", "seeds", "kept between tasks, MB", "of that images or a generator, MB"]
+    head = ["method", "final accuracy, %", "seeds", "kept between tasks, MB", "of that beside the smallest model, MB"]
     rows = []
     model = min(mean(r["bytes_kept"] for r in results) for results in methods.values()) / 1e6
     for name, results in methods.items():
@@ -70,17 +70,17 @@ def photographs(folder: Path) -> str:
 def pretrained(folder: Path) -> str:
     """The README's table of pretrained backbones: with features of several scales and with the last ones alone."""
     found = report.read(folder)
-    head = ["", "training images a class", "several scales, %", "last features alone, %", "minutes for all tasks"]
+    head = ["", "images a class", "seeds", "several scales, %", "last features alone, %", "minutes for all tasks"]
     rows = []
     for name, text in PRETRAINED.items():
-        ours, plain = found.get(name, {}).get("abd"), found.get(f"{name}-multiscale=False", {}).get("abd")
-        if ours and plain:
+        ours, plain = found.get(name, {}).get("abd", []), found.get(f"{name}-multiscale=False", {}).get("abd", [])
+        seeds = {r["seed"] for r in ours} & {r["seed"] for r in plain}  # like with like
+        ours, plain = ([r for r in results if r["seed"] in seeds] for results in (ours, plain))
+        if seeds:
             minutes = mean(sum(r["seconds"]) for r in ours) / 60
-            images = str(ours[0]["protocol"]["per_class"])
-            rows.append([text, images, report.final(ours), report.final(plain), f"{minutes:.1f}"])
-    if not rows:
-        return ""
-    return tables.table(head, rows) + f"\n\nMean and deviation over {len(ours or [])} seeds, one thread.\n"
+            images, shown = str(ours[0]["protocol"]["per_class"]), ", ".join(map(str, sorted(seeds)))
+            rows.append([text, images, shown, report.final(ours), report.final(plain), f"{minutes:.1f}"])
+    return tables.table(head, rows) + "\n" if rows else ""
 
 
 PRETRAINED = {
