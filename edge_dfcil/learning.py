@@ -15,7 +15,7 @@ from torch import nn
 
 from edge_dfcil import devices
 from edge_dfcil.budget import schedule
-from edge_dfcil.budget.allocator import capped, returned_at_once
+from edge_dfcil.budget.allocator import bounded
 from edge_dfcil.budget.hold import hold
 from edge_dfcil.budget.meter import Meter
 from edge_dfcil.budget.planner import Planner
@@ -156,7 +156,7 @@ class Learning:
 
     @contextlib.contextmanager
     def context(self, session: Session[Any]) -> Iterator[None]:
-        with returned_at_once(self._budget), self._meter, capped(self._meter, session.device, self._budget):
+        with bounded(self._meter, session.device, self._budget):
             yield
 
     def prepare(self, session: Session[Any]) -> None:

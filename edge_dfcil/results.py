@@ -143,7 +143,7 @@ class MemoryPlan:
         return max((stage.peak_bytes for stage in self.stages), default=0)
 
     def at_once(self, stage: str) -> int | None:
-        """Images that go through at once in a stage; None for one that was not planned."""
+        """The micro-batch of a stage; None for one that was not planned."""
         return next((planned.at_once for planned in self.stages if planned.name == stage), None)
 
     def to_dict(self) -> dict[str, Any]:

@@ -136,17 +136,24 @@ class TestRefusal:
             learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
 
 
-WITHIN = """
+RESIDENT = """
+from pathlib import Path
+
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+"""
+
+
+WITHIN = (
+    RESIDENT
+    + """
 import json, sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
 from edge_dfcil import Learner
 from edge_dfcil.demo import digits
 from tests.conftest import NAMES, quick_learner
-
-def resident(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 train, _ = digits()
 found = []
@@ -158,6 +165,7 @@ for names in (("0", "1"), ("2", "3"), ("4", "5")):
     found.append({"kernel": resident("VmHWM") - before, "report": report.to_dict()})
 print(json.dumps(found))
 """
+)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's own peak can be read on Linux only")
@@ -261,7 +269,9 @@ class TestOtherOperations:
         assert all(stage.peak_bytes for stage in report.stages)
 
 
-OTHERS = """
+OTHERS = (
+    RESIDENT
+    + """
 import json, sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
@@ -269,10 +279,6 @@ from edge_dfcil import Learner
 from edge_dfcil.compression import Distillation, Pruning, distill, prune
 from edge_dfcil.demo import digits
 from tests.conftest import NAMES, quick_learner
-
-def resident(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 train, _ = digits()
 learner = quick_learner()
@@ -294,6 +300,7 @@ for name, operation in work.items():
     found[name] = resident("VmHWM") - before
 print(json.dumps(found))
 """
+)
 
 
 class Greedy(ABD):

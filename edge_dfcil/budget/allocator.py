@@ -47,3 +47,10 @@ def capped(meter: Meter, device: torch.device, budget: int | None) -> Iterator[N
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+@contextmanager
+def bounded(meter: Meter, device: torch.device, budget: int | None) -> Iterator[None]:
+    """Watches memory, and makes the allocators keep to the budget if there is one."""
+    with returned_at_once(budget), meter, capped(meter, device, budget):
+        yield

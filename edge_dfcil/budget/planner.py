@@ -1,7 +1,7 @@
 """Planning the memory of a long operation: measured, not guessed.
 
-It is rehearsed: a few steps of every stage on networks that are thrown away, with few images at once and then with more,
-until it is known how many fit. The last rehearsal, of whole batches in as many micro-batches as they need, is the plan.
+It is rehearsed: a few steps of every stage on networks that are thrown away, with a small micro-batch and then with larger
+ones, until it is known which fits. The last rehearsal, of whole batches in as many micro-batches as they need, is the plan.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from edge_dfcil import devices
-from edge_dfcil.budget.allocator import capped, returned_at_once
+from edge_dfcil.budget.allocator import bounded
 from edge_dfcil.budget.hold import hold
 from edge_dfcil.budget.meter import Meter, show
 from edge_dfcil.budget.planner import Planner
@@ -27,7 +27,7 @@ class PlannedWork(Work[Any], Plannable, Protocol):
     """What can run within a memory budget."""
 
     def keep_to(self, plan: MemoryPlan) -> None:
-        """Called before `stages`: the changes of the recipe, and how many images go through at once."""
+        """Called before `stages`: the changes of the recipe, and the micro-batch of each stage."""
 
 
 class Within(PlainWork):
@@ -43,11 +43,7 @@ class Within(PlainWork):
 
     @contextlib.contextmanager
     def context(self, session: Session[Any]) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(returned_at_once(self._budget))
-            stack.enter_context(self._meter)
-            stack.enter_context(capped(self._meter, session.device, self._budget))
-            stack.enter_context(self.work.context(session))
+        with bounded(self._meter, session.device, self._budget), self.work.context(session):
             yield
 
     def prepare(self, session: Session[Any]) -> None:

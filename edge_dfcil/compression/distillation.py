@@ -182,7 +182,7 @@ class Lesson:
         self._recipe = recipe.changed({"remember.pool": total, **OBJECTIVE})
         self._wanted = torch.arange(teacher.n_classes, device=self._device)
         self._pool, self._filled = Pool(total, teacher, self._device), 0
-        self._fresh: Dream | Pool | None = None  # what was dreamt last
+        self._fresh: Dream | Pool | None = None  # what was generated last
         self._dreamer = Dreamer(teacher, self._wanted, self._recipe)
         set_batchnorm_momentum(student, self._recipe)
         self._optimizer = torch.optim.SGD(
@@ -242,7 +242,7 @@ class Lesson:
         self._fresh = few
 
     def _batches(self, dreams: Dream | Pool | None) -> Iterator[Dream]:
-        """What was dreamt, a batch at a time: all of it as floats takes too much memory."""
+        """Generated images, a batch at a time: all of them as floats take too much memory."""
         assert dreams is not None, "the stages have not been run"
         return (dreams[index] for index in torch.arange(len(dreams), device=self._device).split(self._settings.batch))
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from edge_dfcil.errors import SettingError
 from edge_dfcil.methods._lda_head import STATE, lda_stage, stays_frozen, train_own_features
-from edge_dfcil.methods.base import Method, learning_stage
+from edge_dfcil.methods.base import Method
 from edge_dfcil.methods.task import Task
 from edge_dfcil.recipe import Recipe
 from edge_dfcil.training.data import Batch
@@ -30,8 +30,7 @@ class LDA(Method):
             raise SettingError("the method 'lda' keeps class means and a covariance, which this recipe does not allow")
         if task.teacher is None and not stays_frozen(task):
             train_own_features(task)
-            yield learning_stage(task, self)
-            task.student.rotations = None
+            yield from super().stages(task)
         yield from lda_stage(task, moves=False)
 
     def loss(self, task: Task, batch: Batch) -> Terms:

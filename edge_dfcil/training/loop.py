@@ -204,7 +204,7 @@ def _add_within_memory(stage: ClosedFormSpec, sums: Sums, part: Any) -> None:
         if not devices.is_out_of_memory(error):
             raise
         raise BudgetError(
-            f"stage {stage.name!r} took more memory than it may with {len(part)} images at once; nothing was committed. "
+            f"stage {stage.name!r} took more memory than it may with a micro-batch of {len(part)} images; nothing was committed. "
             "Pass a loader with a smaller batch size"
         ) from error
 

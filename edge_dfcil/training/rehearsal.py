@@ -52,7 +52,7 @@ class Rehearsal:
     generated
         Called after each stage.
     micro_batches
-        Filled by the planner: images that go through at once in each stage, by its name.
+        Filled by the planner: the micro-batch of each stage, by its name.
     """
 
     stages: Iterator[Stage]

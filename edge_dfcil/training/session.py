@@ -105,7 +105,7 @@ class PlainWork:
         return Rehearsal(iter(()))
 
     def keep_to(self, plan: MemoryPlan) -> None:
-        """Called before `stages`, when there is a memory budget: `plan.changes` of the recipe, and images at once."""
+        """Called before `stages`, when there is a memory budget: `plan.changes` of the recipe, and micro-batches."""
 
 
 class _Paused(Exception):
