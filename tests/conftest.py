@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Container, Iterable
 from typing import Any
 
 import pytest
@@ -39,6 +40,11 @@ QUICK = RECIPES["edge"].changed(
     }
 )
 NAMES = [str(digit) for digit in range(10)]
+
+
+def slow_but(quick: Container[Any], values: Iterable[Any]) -> list[Any]:
+    """Parameters of one test of which only those in `quick` are in the quick suite."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def quick_learner(**settings: Any) -> Learner:

@@ -42,6 +42,7 @@ def test_a_pretrained_backbone_is_never_trained(train: Batches) -> None:
     assert all(torch.equal(one, learner.network.backbone.state_dict()[name]) for name, one in backbone.state_dict().items())
 
 
+@pytest.mark.slow
 def test_whether_it_was_pretrained_is_in_the_file(train: Batches, tmp_path: object) -> None:
     for backbone, expected in ((pretrained(train), True), (build("resnet8"), False)):
         learner = Learner(backbone, image_size=16, recipe=FIRST, device="cpu")

@@ -19,6 +19,7 @@ from benchmarks import accuracy, embedding, machine, memory, memory_tables, repo
 from benchmarks.__main__ import main
 from benchmarks.datasets import Data, class_order, load, pack
 from edge_dfcil import DataError, Learner, Recipe, SettingError
+from tests.conftest import slow_but
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ TINY = accuracy.Protocol("tiny", 4, 2, "resnet8", "edge", image_size=16, batch_s
 QUICK = {"epochs": 1, "first_epochs": 1, "min_steps": 2, "generator_steps": 2, "width": 8, "pool": 16, "refine_min_steps": 2}
 
 
-@pytest.mark.parametrize("method", ["abd", "bic-8", "icarl-8", "dgr", "upper_bound"])
+@pytest.mark.parametrize("method", slow_but({"abd"}, ["abd", "bic-8", "icarl-8", "dgr", "upper_bound"]))
 def test_a_stopped_run_goes_on_and_ends_the_same(
     method: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +93,7 @@ def test_a_run_says_all_that_a_reader_needs(data: Data, tmp_path: Path) -> None:
     assert set(plain["machine"]) == {"device", "processor", "threads", "allocator"}
 
 
+@pytest.mark.slow
 def test_the_report_is_made_from_the_files(data: Data, tmp_path: Path) -> None:
     found = {m: accuracy.run(TINY, m, 0, data, tmp_path, "cpu", QUICK) for m in ("upper_bound", "abd", "deep_inversion")}
     accuracy.run(TINY, "abd", 1, data, tmp_path, "cpu", QUICK)

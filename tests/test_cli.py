@@ -181,6 +181,7 @@ class TestOwnModules:
         monkeypatch.delitem(sys.modules, "mine", raising=False)
         return learner.save(tmp_path / "adopted.safetensors")
 
+    @pytest.mark.slow
     def test_each_command(self, adopted: Any, pictures: Any, tmp_path: Path) -> None:
         module = ["--module", "mine:Factory.build"]
         cli("learn", pictures[0], "--model", adopted, *module)
@@ -237,6 +238,7 @@ def test_predict_answers_the_good_pictures_and_names_the_bad(
     assert [one["label"] for one in json.loads(done.stdout)] == [one["label"] for one in alone]
 
 
+@pytest.mark.slow
 def test_a_budget_is_planned_shown_and_kept_or_refused(pictures: Any, model: Path) -> None:
     before = model.read_bytes()
     shown = cli("learn", pictures[1], "--model", model, "--memory-budget", "300MB", "--dry-run").stdout
@@ -329,6 +331,7 @@ class TestCheckpoint:
             patched.setattr("edge_dfcil.running.with_progress", lambda *_: [Stop()])
             yield patched
 
+    @pytest.mark.slow
     def test_the_same_command_goes_on(self, pictures: Any, model: Path, tmp_path: Path, stopped: Any) -> None:
         whole = shutil.copy(model, tmp_path / "whole.safetensors")
         done = cli("learn", pictures[1], "--model", model, expect=1)
@@ -342,6 +345,7 @@ class TestCheckpoint:
         one, other = (file.read(path)[0] for path in (model, whole))
         assert all(torch.equal(one[name], other[name]) for name in other)
 
+    @pytest.mark.slow
     def test_another_task_begins_from_its_start(
         self, pictures: Any, model: Path, tmp_path: Path, train: Batches, stopped: Any
     ) -> None:
@@ -521,6 +525,7 @@ def test_progress_is_quiet_without_a_terminal(pictures: Any, model: Path) -> Non
     assert cli("learn", pictures[1], "--model", model).stderr == ""
 
 
+@pytest.mark.slow
 def test_progress_is_shown_to_a_terminal(pictures: Any, model: Path) -> None:
     """On a pseudo-terminal: stage, epoch, losses, images a second."""
     ours, theirs = pty.openpty()

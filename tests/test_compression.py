@@ -111,6 +111,7 @@ def test_a_student_learns_from_dreams_alone(able: Learner, known: list[Any]) -> 
     assert "competition" in report.stages[2].losses
 
 
+@pytest.mark.slow
 def test_it_is_the_same_under_one_seed_and_leaves_the_callers_random_state_alone(able: Learner) -> None:
     short = replace(SHORT, rounds=1, steps=3)
     state = torch.get_rng_state()
@@ -130,6 +131,7 @@ def test_noise_teaches_less(able: Learner, known: list[Any]) -> None:
     assert random.accuracy[1] < dreamt.accuracy[1]
 
 
+@pytest.mark.slow
 def test_a_student_begins_with_what_it_shares_with_its_teacher(able: Learner) -> None:
     still = replace(SHORT, rounds=1, steps=1, learning_rate=1e-9)
     for inherit, share in ((True, 0.9), (False, 0.7)):
@@ -216,6 +218,7 @@ def test_what_counts_is_what_is_measured_on_the_network(able: Learner, table: La
     assert report.milliseconds is not None and all(value > 0 for value in report.milliseconds)
 
 
+@pytest.mark.slow
 def test_latency_that_counts_takes_channels_where_they_cost_time(able: Learner, tmp_path: Path) -> None:
     """With a table in which only the first stage costs anything, and great weight on it, that stage is pruned first."""
 
@@ -431,6 +434,7 @@ def test_what_cannot_be_done_is_told(able: Learner, table: LatencyTable) -> None
         Distillation(source="air")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_reports_are_json(able: Learner, table: LatencyTable) -> None:
     _, report = prune(able, Pruning(ratio=0.1, group=4, repair=None), table=table, timing=False, progress=False)
     assert json.loads(json.dumps(report.to_dict()))["filters"] == list(report.filters)

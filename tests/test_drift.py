@@ -60,6 +60,7 @@ def test_an_lda_head_from_moved_statistics_remembers_better(train: Batches, test
     assert found[1] > found[0]
 
 
+@pytest.mark.slow
 def test_its_statistics_are_kept_and_moved_with_the_backbone(train: Batches) -> None:
     """Those of the old classes lie nearer to where the new backbone puts their images than the ones of before."""
     learner = quick_learner(recipe=QUICK.changed({"schedule.min_steps": 60, "generator.steps": 40, **LDA_HEAD}))
@@ -80,6 +81,7 @@ def test_without_statistics_old_classes_are_estimated_from_generated_images(trai
     assert set(learner.model.outputs) == {"0", "1", "2", "3"}
 
 
+@pytest.mark.slow
 def test_the_head_is_as_sure_as_the_trained_one(train: Batches, test: Batches) -> None:
     """Its scale is the trained head's: an LDA head's own logits would make every answer certain."""
     sure = []

@@ -13,6 +13,7 @@ from torch import nn
 from edge_dfcil import Learner
 from edge_dfcil.demo import Batches
 from exporters import OnnxClassifier
+from tests.conftest import slow_but
 from tests.golden.make import NAMES, own_classifier
 
 FOLDER = Path(__file__).parent / "golden"
@@ -53,7 +54,7 @@ def test_an_onnx_file_answers_as_recorded(path: Any) -> None:
     assert (found.argmax(1) == answers[path.name].argmax(1)).all()
 
 
-@pytest.mark.parametrize("path", MODELS, ids=named)
+@pytest.mark.parametrize("path", slow_but({FOLDER / "schema1" / "adopted.safetensors"}, MODELS), ids=named)
 def test_a_model_file_learns_a_further_task(path: Any, train: Batches) -> None:
     learner = load(path)
     before = learner.classes

@@ -30,7 +30,7 @@ from edge_dfcil import (
 from edge_dfcil.demo import Batches
 from edge_dfcil.model.backbones import batchnorm_layers
 from exporters import OnnxClassifier
-from tests.conftest import NAMES, QUICK, quick_learner, same_weights, weights
+from tests.conftest import NAMES, QUICK, quick_learner, same_weights, slow_but, weights
 
 
 def images(n: int = 6, size: int = 16, value: Any = None) -> Any:
@@ -352,6 +352,7 @@ class TestAnswers:
         assert learnt.predict(one.numpy()) == learnt.predict(one)
         assert learnt.predict(images(0)) == []
 
+    @pytest.mark.slow
     def test_mirrored_answers_are_those_of_both_images(self, train: Batches, test: Batches, tmp_path: Path) -> None:
         plain, mirrored = (
             quick_learner(recipe=QUICK.changed({"augmentation.flip": True, "augmentation.mirrored_answers": mirrored}))
@@ -462,8 +463,11 @@ class TestAdopting:
             Learner.from_classifier(Plain(), ["a", "b", "c"], image_size=16, head="fc")
 
 
+FAMILIES = ["resnet20", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "resnet18"]
+
+
 class TestBackbones:
-    @pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "resnet18"])
+    @pytest.mark.parametrize("name", slow_but({"resnet20"}, FAMILIES))
     def test_by_name(self, name: str) -> None:
         learner = Learner(
             name, image_size=32, recipe=QUICK.changed({"schedule.min_steps": 2, "generator.steps": 2}), device="cpu"

@@ -261,6 +261,7 @@ class TestOtherOperations:
         learnt.memory_budget = 8 * 10**9
         assert torch.equal(learnt.dream(24, progress=False), expected)
 
+    @pytest.mark.slow
     def test_reports_have_the_peak_of_each_stage(self, learnt: Learner) -> None:
         learnt.memory_budget = 8 * 10**9
         settings = Distillation(rounds=2, dreams=64, steps=5, generator_steps=5)
@@ -344,6 +345,7 @@ class TestRecompute:
 
 
 @given(st.integers(1, 40), st.integers(0, 40), st.floats(0.1, 10))
+@pytest.mark.slow
 def test_a_pool_keeps_dreams_to_a_255th_of_their_range(front: int, back: int, scale: float) -> None:
     """Written from both ends, with a gap between that closes."""
     torch.manual_seed(front * 41 + back)

@@ -13,9 +13,10 @@ from edge_dfcil.methods import find_method, names
 from edge_dfcil.methods._distillation import distil
 from edge_dfcil.methods.finetune import Finetune
 from edge_dfcil.testing import check_method
+from tests.conftest import slow_but
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", slow_but({"abd", "lda"}, names()))
 def test_method(name: str) -> None:
     check_method(lambda: name, exports=name in ("abd", "lda"))  # trained heads, and closed-form ones
 

@@ -81,6 +81,7 @@ def test_rename(lda: Any, test: Batches) -> None:
     assert lda.model.rename({"0": "1", "1": "0"}).classes == ("1", "0", "2", "3", "4"), "names may be exchanged"
 
 
+@pytest.mark.slow
 def test_merge_adds_the_probabilities(lda: Any, test: Batches, tmp_path: Path, train: Batches) -> None:
     images = test.images[:20]
     model = lda.model.merge(["1", "3"], "odd")

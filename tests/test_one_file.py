@@ -89,6 +89,7 @@ def test_its_settings_are_the_published_ones() -> None:
     assert find_method("abd").mu == one_file.DISTILLATION
 
 
+@pytest.mark.slow
 def test_it_is_short_and_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(Path(one_file.__file__).read_text().splitlines()) < 200
     pixels, targets = load_digits(return_X_y=True)

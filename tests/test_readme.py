@@ -74,12 +74,10 @@ def namespace() -> dict[str, Any]:
     return {}
 
 
-# Commands train, prune and quantize a MobileNetV3, which takes a minute or two; they build on each other, Python's as well.
-NUMBERS = [pytest.param(n, marks=pytest.mark.slow if language == "sh" else ()) for n, (language, _) in enumerate(BLOCKS)]
-
-
+# They build on each other; commands train, prune and quantize a MobileNetV3, which takes a minute or two.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*statistics that were never learnt")  # a reader has weights of their own there
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_block(number: int, folder: Path, namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     language, code = BLOCKS[number]
     if "make " in code or "git clone" in code or "pip install" in code:

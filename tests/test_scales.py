@@ -107,6 +107,7 @@ def test_threads_read_their_own_images(scaled: Learner, test: Batches) -> None:
         assert all(torch.allclose(answer, expected[number], atol=1e-5) for answer in answers)
 
 
+@pytest.mark.slow
 def test_copies_files_and_exports_answer_alike(scaled: Learner, test: Batches, tmp_path: Path) -> None:
     images = test.images[:40]
     expected = scaled.probabilities(images)
@@ -135,6 +136,7 @@ def test_a_copy_reads_its_own_layers(scaled: Learner, test: Batches) -> None:
     assert torch.equal(scaled.network.features(images), before)
 
 
+@pytest.mark.slow
 def test_new_classes_are_told_apart_better_by_a_frozen_backbone(train: Batches, test: Batches) -> None:
     accuracy = []
     for multiscale in (False, True):

@@ -89,6 +89,7 @@ def test_a_checkpoint_holds_no_image_and_is_no_model(train: Batches, tmp_path: P
         Learner.load(path)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_task_is_left_aside(train: Batches, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "task.checkpoint"
     with pytest.raises(Killed):
@@ -116,6 +117,7 @@ def test_a_paused_session_goes_on_to_the_same_bits(train: Batches, uninterrupted
     assert same_weights(uninterrupted, learner)
 
 
+@pytest.mark.slow
 def test_a_closed_form_stage_that_is_paused_counts_each_image_once(train: Batches) -> None:
     class Pause(Callback):
         paused = False
@@ -235,6 +237,7 @@ def test_losses_come_by_pass_and_hooks_with_them(train: Batches) -> None:
 class TestHost:
     """Whatever the app has set, a task computes as it must, and leaves it as it was."""
 
+    @pytest.mark.slow
     def test_a_task_learns_the_same_wherever_it_is_called(self, train: Batches) -> None:
         found = []
         regions = (
@@ -274,6 +277,7 @@ class TestHost:
             learnt.learn_task(train.of(("4",)), NAMES, callbacks=wrong, progress=False)
         learnt.learn_task(train.of(("4",)), NAMES, progress=False)
 
+    @pytest.mark.slow
     def test_a_hook_that_raises_on_exit_locks_nothing(self, learnt: Learner, train: Batches) -> None:
         class Bad(Callback):
             def on_exit(self) -> None:
@@ -304,6 +308,7 @@ class TestTimeBudget:
         with pytest.raises(SettingError, match="time_budget"):
             schedule.parse(wrong)
 
+    @pytest.mark.slow
     def test_a_schedule_is_shortened_as_a_whole(self, train: Batches) -> None:
         learner = begun(train)
         learner.recipe = QUICK.changed({"schedule.min_steps": 20_000, "generator.steps": 10_000, "refine.min_steps": 2_000})
@@ -316,6 +321,7 @@ class TestTimeBudget:
         assert report.fitted["step_seconds"].keys() == {"dream", "learn", "refine"}
         assert learner.classes == ("0", "1", "2", "3")
 
+    @pytest.mark.slow
     def test_a_budget_that_is_long_enough_changes_nothing(self, train: Batches, uninterrupted: Any) -> None:
         learner = begun(train)
         report = learner.learn_task(train.of(SECOND), NAMES, time_budget="1h", progress=False)

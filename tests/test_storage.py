@@ -34,6 +34,7 @@ def test_round_trip_to_the_bit(learnt: Learner, test: Batches, tmp_path: Path) -
     assert loaded.settings() == learnt.settings()
 
 
+@pytest.mark.slow
 def test_learning_goes_on_from_a_file_as_from_memory(learnt: Learner, train: Batches, tmp_path: Path) -> None:
     loaded = Learner.load(learnt.save(tmp_path / "m"), "cpu")
     for learner in (learnt, loaded):
