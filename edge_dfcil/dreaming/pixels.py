@@ -69,7 +69,7 @@ class Canvas:
         size = self.teacher.image_size
         if size >= LARGE:
             with contextlib.suppress(BackboneError):  # a backbone that runs at one size only
-                if check_backbone(self.teacher.backbone, size // 2) == self.teacher.head.in_features:
+                if check_backbone(self.teacher.backbone, size // 2) == self.teacher.own_features:
                     size //= 2
         return size, size
 
