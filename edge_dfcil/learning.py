@@ -206,7 +206,7 @@ class Learning:
             network=network,
             tasks=assignment.tasks,
             normalizes=True,
-            statistics=task.kept,
+            statistics=statistics.rounded(task.kept),
             learning=dict(self.model.learning) | {"last_task": task_id(self.fingerprint())},
         )
         report = TaskReport(

@@ -97,8 +97,8 @@ def test_lda_is_the_same_for_features_in_another_basis() -> None:
     torch.manual_seed(0)
     means, turn = torch.randn(3, 5, dtype=torch.float64), torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
     covariance = torch.randn(40, 5, dtype=torch.float64).T.cov()
-    weight, bias = lda_head(means, covariance)
-    turned, same = lda_head(means @ turn, turn.T @ covariance @ turn)
+    weight, bias = lda_head(means, covariance, 0.1)
+    turned, same = lda_head(means @ turn, turn.T @ covariance @ turn, 0.1)
     assert torch.allclose(turned, weight @ turn) and torch.allclose(same, bias)
 
 

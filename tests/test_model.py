@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge_dfcil import ClassError, DataError, Learner, Model, NotLearnedError, SettingError, Statistic
 from edge_dfcil.demo import Batches
@@ -225,3 +227,17 @@ class TestStatistics:
 def test_a_file_with_a_tensor_of_no_declared_role_is_refused(lda: Any) -> None:
     with pytest.raises(ModelFileError, match="neither"):
         account({**lda.model.tensors(), "album": torch.zeros(3)}, lda.model.settings())
+
+
+@given(st.integers(2, 12), st.integers(0, 2**31))
+def test_a_covariance_is_stored_in_a_quarter_of_its_size_and_nearly_as_it_was(features: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    sample = torch.randn(3 * features, features, generator=draw) * torch.logspace(-3, 3, features)
+    covariance = (sample.T @ sample) / len(sample)
+    covariance[0], covariance[:, 0] = 0, 0  # a feature that never varies
+    kept = {"covariance": Statistic("shared_covariance", covariance, (100,))}
+    once = statistics.rounded(kept)
+    found, deviations = once["covariance"].values, covariance.diagonal().sqrt()
+    assert ((found - covariance).abs() <= 2e-5 * torch.outer(deviations, deviations)).all()
+    assert torch.equal(statistics.rounded(once)["covariance"].values, found), "what a file holds stays as it is"
+    assert sum(tensor.nbytes for tensor in statistics.packed(once)[0].values()) == features * (features - 1) + 4 * features

@@ -18,7 +18,7 @@ from edge_dfcil.compression import Distillation, Pruning, distill, prune
 from edge_dfcil.demo import Batches
 from edge_dfcil.model.backbones import build
 from edge_dfcil.model.network import Network
-from edge_dfcil.model.scales import GRID, MOST, SMALLEST, find_layers
+from edge_dfcil.model.scales import GRID, MOST, ROOM, SMALLEST, find_layers
 from exporters import OnnxClassifier
 from tests.conftest import NAMES, quick_learner
 
@@ -48,12 +48,12 @@ def outputs_of(backbone: nn.Module, layers: Any, images: torch.Tensor) -> dict[s
     ("name", "size", "layers"),
     [
         ("resnet8", 16, ("stages.0.0", "stages.1.0", "stages.2.0")),
-        ("resnet20", 32, ("stages.0.2", "stages.1.2", "stages.2.2")),
-        ("resnet18", 64, ("layer1.1", "layer2.1", "layer3.1")),
-        ("mobilenet_v3_small", 96, ("features.1", "features.3", "features.8")),
+        ("resnet20", 32, tuple(f"stages.{stage}.{block}" for stage in range(3) for block in range(3))),
+        ("resnet18", 64, ("layer2.1", "layer3.1")),
+        ("mobilenet_v3_small", 96, ("features.0.2", *(f"features.{block}" for block in range(1, 9)))),
     ],
 )
-def test_the_last_block_at_each_resolution_is_taken(name: str, size: int, layers: tuple[str, ...]) -> None:
+def test_the_last_block_at_each_resolution_is_taken_then_narrow_ones(name: str, size: int, layers: tuple[str, ...]) -> None:
     assert find_layers(build(name), size) == layers
 
 
@@ -61,7 +61,8 @@ def test_the_last_block_at_each_resolution_is_taken(name: str, size: int, layers
 def test_what_is_added_is_bounded(name: str) -> None:
     backbone = build(name).eval()
     maps = outputs_of(backbone, find_layers(backbone, 64), torch.randn(2, 3, 64, 64))
-    assert maps and sum(GRID**2 * output.shape[1] for output in maps.values()) <= MOST
+    own = backbone(torch.randn(2, 3, 64, 64)).shape[1]
+    assert maps and sum((GRID**2 + 1) * output.shape[1] for output in maps.values()) <= max(MOST - own, ROOM)
     assert all(min(output.shape[2:]) >= SMALLEST for output in maps.values())
 
 
@@ -73,14 +74,19 @@ def test_features_are_the_backbones_and_the_pooled_maps() -> None:
     maps = outputs_of(backbone, layers, images)
     network = Network(backbone, 64, 16, layers).eval()
     with torch.no_grad():
-        expected = torch.cat([backbone(images), *(F.adaptive_avg_pool2d(maps[name], 2).flatten(1) for name in layers)], 1)
-        assert torch.equal(network.features(images), expected)
+        expected = [backbone(images)]
+        for name in layers:
+            expected += [F.adaptive_avg_pool2d(maps[name], 2).flatten(1), maps[name].std((2, 3), correction=0)]
+        assert torch.allclose(network.features(images), torch.cat(expected, 1), atol=1e-3)
+        of_before = Network(backbone, 64, 16, layers, spread=False).features(images)
+        assert torch.equal(of_before, torch.cat([expected[0], *expected[1::2]], 1)), "as files of before have it"
         assert torch.equal(Network(backbone, 64, 16).features(images), backbone(images))
 
 
 def test_gradients_reach_the_layers_through_them() -> None:
     network = Network(build("resnet8"), 64, 16, ["stages.0.0"])
     network.features(torch.randn(4, 3, 16, 16))[:, 64:].sum().backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in network.parameters())
     weights = dict(network.backbone.named_parameters())
     assert weights["stages.0.0.conv1.weight"].grad is not None and weights["stages.2.0.conv1.weight"].grad is not None
     assert not weights["stages.2.0.conv1.weight"].grad.any(), "it comes after the layer"

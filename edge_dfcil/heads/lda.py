@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-SHRINKAGE = 0.1  # of the covariance towards a multiple of the identity
+TINY = 1e-30  # of a variance
 
 
-def lda_head(means: Tensor, covariance: Tensor, shrinkage: float = SHRINKAGE) -> tuple[Tensor, Tensor]:
+def lda_head(means: Tensor, covariance: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
     """Weight (C, F) and bias (C,) of the linear layer that is LDA with equal priors.
 
     W = mu S^-1 and b = -1/2 diag(mu S^-1 mu'), with S = (1 - s) Sigma + s tr(Sigma)/F I: the logits are the log-posteriors
@@ -29,3 +31,47 @@ def lda_head(means: Tensor, covariance: Tensor, shrinkage: float = SHRINKAGE) ->
     shrunk = (1 - shrinkage) * covariance + shrinkage * scale * identity
     weight = torch.linalg.solve(shrunk, means.T).T  # (C, F)
     return weight, -0.5 * (weight * means).sum(1)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Images that a head was not made from, as Gaussian classes: how it does on them follows without the images.
+
+    Attributes
+    ----------
+    rows
+        The head's row for each of the classes, (H,).
+    means
+        Their means, (H, F).
+    covariance
+        Within them, (F, F).
+    """
+
+    rows: Tensor
+    means: Tensor
+    covariance: Tensor
+
+    def leads(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the true class's lead over each other class, (H, C - 1), under a head (C, F) and (C,)."""
+        scores = self.means @ weight.T + bias  # (H, C)
+        within = weight @ self.covariance @ weight.T  # (C, C)
+        mean = scores.gather(1, self.rows[:, None]) - scores
+        variance = within.diagonal()[self.rows][:, None] + within.diagonal() - 2 * within[self.rows]
+        others = torch.arange(len(weight), device=weight.device) != self.rows[:, None]
+        return mean[others].view(len(mean), -1), variance[others].view(len(mean), -1).clamp_min(TINY)
+
+    def errors(self, weight: Tensor, bias: Tensor) -> float:
+        """How often another class is ahead of the true one, all other classes added up: an upper bound of the error."""
+        mean, variance = self.leads(weight, bias)
+        return float(torch.erfc((mean / (2 * variance).sqrt()).cpu()).sum(1).mean()) / 2
+
+    def sureness(self, weight: Tensor, bias: Tensor) -> float:
+        """What logits are to be multiplied by so that probabilities are as they should be.
+
+        Where a lead is normal, with mean m and variance v, the odds of the true class are exp(2 m x / v) at a lead of x. This
+        is the mean of 2 m / v over the classes, each against its nearest rival. An LDA head of as many images as it needs
+        has 1.
+        """
+        mean, variance = self.leads(weight, bias)
+        nearest = (mean / variance.sqrt()).argmin(1, keepdim=True)
+        return float((2 * mean / variance).gather(1, nearest).mean())

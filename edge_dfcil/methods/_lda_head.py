@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from edge_dfcil.heads.drift import DriftSums
-from edge_dfcil.heads.lda import lda_head
+from edge_dfcil.heads.lda import HeldOut, lda_head
 from edge_dfcil.methods.task import Task
 from edge_dfcil.model.network import Network
 from edge_dfcil.model.statistics import Statistic, Statistics
@@ -24,9 +24,8 @@ from edge_dfcil.training.stage import ClosedFormSpec, Stage
 
 STATE: Mapping[str, str] = {"mean": "class_mean", "count": "class_count", "covariance": "shared_covariance"}
 GENERATED_AT_ONCE = 64
-# Towards the identity, at most. Chosen on test images of three data sets with pretrained features (shares of 0.2 to 0.5 were
-# alike) and of CIFAR-100 from scratch with ten times as many images as features (0.01 to 0.03 were best).
-SHRINKAGE = 0.4
+SHRINKAGES = (0.003, 0.01, 0.03, 0.1, 0.3)  # towards the identity: the one that does best on held-out images is taken
+FEW = 0.4  # where none can be held out, by images for each feature: the most
 LEAST_SURE = 0.01  # of an LDA head's own logits
 
 
@@ -51,7 +50,8 @@ def own_head(network: Network, statistics: Statistics) -> tuple[Tensor, Tensor]:
     weight, bias = network.head.weight.detach()[:, :own].clone(), network.head.bias.detach().clone()
     if statistics.keys() >= STATE.keys():
         means, covariance = (statistics[name].values.to(weight).double() for name in ("mean", "covariance"))
-        found, offset = _lda(means[:, :own], covariance[:own, :own], float(statistics["covariance"].images[0]))
+        shrinkage = _usual(own, float(statistics["covariance"].images[0]))
+        found, offset = _lda(means[:, :own], covariance[:own, :own], shrinkage)
         rows = torch.nonzero(torch.tensor(statistics["count"].images, device=weight.device) > 0).flatten()
         scale = network.head.weight[rows].detach().norm() / found[rows].norm()
         weight[rows], bias[rows] = (scale * found)[rows].to(weight), (scale * offset)[rows].to(bias)
@@ -81,12 +81,15 @@ def stays_frozen(task: Task) -> bool:
     return closes(task) and (adapt == "never" or (adapt == "first" and trained))
 
 
-def _lda(means: Tensor, covariance: Tensor, images: float) -> tuple[Tensor, Tensor]:
+def _lda(means: Tensor, covariance: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
     """LDA, centred: softmax does not see what all rows have in common, but a distillation that is weighted by the head does."""
-    features = covariance.shape[0]
-    # The fewer images there are for each feature, the less of the covariance can be believed.
-    weight, bias = lda_head(means, covariance, SHRINKAGE * features / (features + images))
+    weight, bias = lda_head(means, covariance, shrinkage)
     return weight - weight.mean(0), bias - bias.mean()
+
+
+def _usual(features: int, images: float) -> float:
+    """The fewer images there are for each feature, the less of the covariance can be believed."""
+    return FEW * features / (features + images)
 
 
 def lda_stage(task: Task, moves: bool) -> Iterator[Stage]:
@@ -111,25 +114,31 @@ class _Sums:
         self._drift = DriftSums(features, dtype, task.device) if moves and task.teacher is not None else None
 
     def add(self, batch: Batch) -> None:
-        features = self._task.student.of_all_scales(batch.images).to(self._first.dtype)  # (B, F)
+        mirrors = self._task.recipe.augmentation.flip
+        for images in (batch.images, batch.images.flip(3)) if mirrors else (batch.images,):
+            self._add(images, batch.targets, 0.5 if mirrors else 1.0)
+
+    def _add(self, images: Tensor, targets: Tensor, weight: float) -> None:
+        features = self._task.student.of_all_scales(images).to(self._first.dtype)  # (B, F)
         for half in range(2):
-            rows, targets = features[half::2], batch.targets[half::2]
-            self._first[half].index_add_(0, targets, rows)
-            self._second[half] += rows.T @ rows
-            self._count[half].index_add_(0, targets, torch.ones_like(targets, dtype=self._count.dtype))
+            rows, places = features[half::2], targets[half::2]
+            self._first[half].index_add_(0, places, rows, alpha=weight)
+            self._second[half].addmm_(rows.T, rows, alpha=weight)
+            self._count[half].index_add_(0, places, torch.full_like(places, weight, dtype=self._count.dtype))
         if self._drift is not None:
             assert self._task.teacher is not None
-            self._drift.add(self._task.teacher.of_all_scales(batch.images), features)
+            self._drift.add(self._task.teacher.of_all_scales(images), features)
 
     def solve(self) -> None:
         """Serves a head over all scales. Rows of classes without statistics and generated images stay as they were."""
         task, old = self._task, self._moved()
         means, count, covariance, total = self._joined(old, slice(0, 2))
         self._keep(means, count, covariance, total)
+        shrinkage, sureness = self._tried(old, float(total))
         means, count = self._with_generated(means, count)
         rows = torch.nonzero(count > 0).flatten()
-        weight, bias = _lda(means[rows], covariance, float(total))
-        scale = self._as_sure_as_trained(weight, rows) if self._moves else self._sureness(old)
+        weight, bias = _lda(means[rows], covariance, shrinkage)
+        scale = self._as_sure_as_trained(weight, rows) if self._moves else sureness
         serve_all_features(task)
         head = task.student.head
         head.weight.data[rows] = (scale * weight).to(head.weight.dtype)
@@ -140,30 +149,18 @@ class _Sums:
         trained = self._task.student.head.weight.detach()[rows].to(weight)
         return float((trained - trained.mean(0)).norm() / weight.norm().clamp_min(torch.finfo(weight.dtype).tiny))
 
-    def _sureness(self, old: dict[str, Tensor]) -> float:
-        """What logits are multiplied by so that probabilities are as they should be.
-
-        A head from one half of the images is tried on the other: its lead x of the true class over the nearest other one has
-        a mean m and a variance v there. If it is normal, the odds of the true class are exp(2 m x / v). Both follow from the
-        sums. An LDA head of as many images as it needs has 2 m = v.
-        """
-        means, count, covariance, total = self._joined(old, slice(0, 1))
-        own, other = self._count[0] > 0, self._count[1] > 0
-        here, rows = torch.nonzero(own & other).flatten(), torch.nonzero(count > 0).flatten()
+    def _tried(self, old: dict[str, Tensor], total: float) -> tuple[float, float]:
+        """Shrinkage, and what logits are multiplied by: both by what a head from one half of the images does on the other."""
+        means, count, covariance, images = self._joined(old, slice(0, 1))
+        here, rows = torch.nonzero((self._count > 0).all(0)).flatten(), torch.nonzero(count > 0).flatten()
         if len(rows) < 2 or not len(here):
-            return 1.0
-        weight, bias = _lda(means[rows], covariance, float(total))
-        seen, _, spread, _ = self._joined({}, slice(1, 2))
-        place = torch.searchsorted(rows, here)
-        leads = []
-        for output, row in zip(here.tolist(), place.tolist(), strict=True):
-            others = torch.arange(len(rows), device=rows.device) != row
-            direction = (weight[row] - weight)[others]  # (C - 1, F)
-            m = direction @ seen[output] + (bias[row] - bias)[others]
-            v = ((direction @ spread) * direction).sum(1).clamp_min(torch.finfo(m.dtype).tiny)
-            nearest = (m / v.sqrt()).argmin()
-            leads.append((2 * m / v)[nearest])
-        return float(torch.stack(leads).mean().clamp(LEAST_SURE, 1.0))
+            return _usual(len(covariance), total), 1.0
+        seen, _, within, _ = self._joined({}, slice(1, 2))
+        held = HeldOut(torch.searchsorted(rows, here), seen[here], within)
+        heads = {shrinkage: _lda(means[rows], covariance, shrinkage) for shrinkage in SHRINKAGES}
+        best = min(heads, key=lambda shrinkage: held.errors(*heads[shrinkage]))
+        sureness = min(max(held.sureness(*heads[best]), LEAST_SURE), 1.0)
+        return best * float(images) / total, sureness  # twice the images need half of it
 
     def _joined(self, old: dict[str, Tensor], halves: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Means, counts, covariance, and the images behind it, of this task's halves and of earlier tasks; a known class that

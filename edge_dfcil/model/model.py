@@ -338,6 +338,7 @@ class Model:
             "std": network.std.flatten().tolist() if self.normalizes else None,
             "mirrored": network.mirrored,
             "scales": list(network.scales.layers),
+            "spread": network.scales.spread,
             "pretrained": self.pretrained,
             "tasks": [list(task) for task in self.tasks],
             "statistics": statistics.packed(self.statistics)[1],
@@ -375,8 +376,8 @@ class Model:
             inside = {name.removeprefix("backbone."): t for name, t in weights.items() if name.startswith("backbone.")}
             module = _module(path, settings, backbone, inside)
             tasks = tuple(tuple(task) for task in settings["tasks"])
-            scales = settings.get("scales", ())  # files of before have none
-            network = Network(module, weights["head.weight"].shape[1], settings["image_size"], scales)
+            scales, spread = settings.get("scales", ()), settings.get("spread", False)  # files of before have none
+            network = Network(module, weights["head.weight"].shape[1], settings["image_size"], scales, spread)
             network = network.grown(sum(map(len, tasks)))
             network.load_state_dict(weights)
             if settings["mean"] is not None:

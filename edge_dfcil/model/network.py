@@ -31,6 +31,8 @@ class Network(nn.Module):
         S, in pixels. Other sizes are scaled and cropped to it.
     scales
         Layers of the backbone whose feature maps are features too (`model/scales.py`).
+    spread
+        Whether the maps' deviations are features.
 
     Attributes
     ----------
@@ -46,11 +48,13 @@ class Network(nn.Module):
     std: Tensor
     mirrored = False
 
-    def __init__(self, backbone: nn.Module, features: int | None, image_size: int, scales: Sequence[str] = ()) -> None:
+    def __init__(
+        self, backbone: nn.Module, features: int | None, image_size: int, scales: Sequence[str] = (), spread: bool = True
+    ) -> None:
         super().__init__()
         self.image_size = image_size
         self.backbone = backbone
-        self.scales = Scales(backbone, scales)
+        self.scales = Scales(backbone, scales, spread)
         self.reads_scales = bool(scales)  # else the head is over the backbone's own features
         self.rotations: nn.Linear | None = None
         self.own_features, self.all_features = self._measured() if scales or features is None else (features, features)

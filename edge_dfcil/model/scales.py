@@ -1,8 +1,9 @@
-"""Features of several scales: beside a backbone's own, the feature maps of its last block at each resolution, pooled to a grid.
+"""Features of several scales: beside a backbone's own, the feature maps of its blocks, pooled.
 
 The last features of a network are made for the classes it was trained on. What tells new classes apart is often still there
-in the middle of it, together with where in the image it was (hypercolumns, Hariharan et al., CVPR 2015). A linear head over
-both is served as before; the backbone does no more work.
+in the middle of it: where in the image it is (hypercolumns, Hariharan et al., CVPR 2015), as means over the cells of a grid, and
+how it varies over the image, as deviations (as in style transfer, Gatys et al., CVPR 2016). A linear head over all of it is
+served as before; the backbone does no more work.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from edge_dfcil.errors import BackboneError
 from edge_dfcil.model.contract import copied, probe, run
 
 GRID = 2  # cells a side that a feature map is pooled to
-LEVELS = 3  # resolutions, the deepest ones
 SMALLEST = 4  # pixels a side: a grid of smaller maps says little more than their mean, which the last features have
-MOST = 2048  # numbers that are added to the features, at most: a covariance grows with their square
+MOST = 2560  # features, own ones included: a covariance grows with their square
+ROOM = 1280  # numbers that may be added in any case
+TINY = 1e-5  # added to variances: a gradient of a deviation of 0 has no end
 
 
 class Scales:
@@ -36,12 +38,14 @@ class Scales:
         The network.
     layers
         Dotted names of layers in it that give feature maps (N, C, H, W).
+    spread
+        Whether a map's deviations are read, and not its means alone, as files of before have it.
 
     Raises `BackboneError` for a name that is not in the backbone.
     """
 
-    def __init__(self, backbone: nn.Module, layers: Sequence[str]) -> None:
-        self.layers = tuple(layers)
+    def __init__(self, backbone: nn.Module, layers: Sequence[str], spread: bool = True) -> None:
+        self.layers, self.spread = tuple(layers), spread
         self._local = threading.local()
         for name in self.layers:
             try:
@@ -51,7 +55,7 @@ class Scales:
             layer.register_forward_hook(_Hook(self, name))
 
     def features(self, backbone: nn.Module, images: Tensor) -> Tensor:
-        """The backbone's features (N, F) with the pooled maps behind them, (N, F + the sum of C GRID^2)."""
+        """The backbone's features (N, F) with the pooled maps behind them, (N, F + the sum of C (GRID^2 + 1))."""
         if not self.layers:
             found: Tensor = backbone(images)
             return found
@@ -61,7 +65,7 @@ class Scales:
             features: Tensor = backbone(images)
         finally:
             self._local.seen = None
-        return torch.cat([features, *(_pooled(seen[name]).to(features.dtype) for name in self.layers)], 1)
+        return torch.cat([features, *(_pooled(seen[name], self.spread).to(features.dtype) for name in self.layers)], 1)
 
     def keep(self, name: str, output: Tensor) -> None:
         """Called by the hooks."""
@@ -72,10 +76,10 @@ class Scales:
     # A thread's store is neither copied nor pickled.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers}
+        return {"layers": self.layers, "spread": self.spread}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.layers, self._local = state["layers"], threading.local()
+        self.layers, self.spread, self._local = state["layers"], state["spread"], threading.local()
 
 
 class _Hook:
@@ -86,34 +90,44 @@ class _Hook:
         self._scales.keep(self._name, output)
 
 
-def _pooled(maps: Tensor) -> Tensor:
-    return F.adaptive_avg_pool2d(maps, GRID).flatten(1)
+def _pooled(maps: Tensor, spread: bool) -> Tensor:
+    """Means of the cells (N, C GRID^2), and the deviations of the whole maps (N, C) behind them."""
+    cells = F.adaptive_avg_pool2d(maps, GRID).flatten(1)
+    if not spread:
+        return cells
+    variances = (maps - maps.mean((2, 3), keepdim=True)).square().mean((2, 3))
+    return torch.cat([cells, (variances + TINY).sqrt()], 1)
 
 
 def find_layers(backbone: nn.Module, image_size: int) -> tuple[str, ...]:
-    """The last block at each of the deepest resolutions of at least `SMALLEST` pixels, from the image on; as many as add at
-    most `MOST` features. None for a network without such maps."""
+    """The blocks to read, in the backbone's order, none for a network without feature maps of at least `SMALLEST` pixels.
+
+    First the last block at each resolution, the deepest first; then other blocks, the narrowest first: as many as there is
+    room for.
+    """
     trial = copied(backbone)
-    last: dict[int, tuple[str, int]] = {}  # by side: the layer, and what it adds
+    found: dict[str, tuple[int, int]] = {}  # by name, in order: side and channels
+    blocks = dict(_blocks(trial))
 
     def hook(name: str) -> Any:
         def keep(layer: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.dim() == 4 and min(output.shape[2:]) >= SMALLEST:
-                last[min(output.shape[2:])] = (name, output.shape[1] * GRID**2)
+                found[name] = min(output.shape[2:]), output.shape[1]
 
         return keep
 
-    for name, layer in _blocks(trial):
+    for name, layer in blocks.items():
         layer.register_forward_hook(hook(name))
-    run(trial, probe(trial, image_size))
-    found: list[str] = []
-    room = MOST
-    for side in sorted(last)[:LEVELS]:
-        name, adds = last[side]
+    room = max(MOST - run(trial, probe(trial, image_size)).shape[1], ROOM)
+    last = {side: name for name, (side, _) in found.items()}
+    others = [name for name in found if name not in last.values() and any(blocks[name].children())]
+    chosen = []
+    for name in [last[side] for side in sorted(last)] + sorted(others, key=lambda name: found[name][1]):
+        adds = found[name][1] * (GRID**2 + 1)
         if adds <= room:
-            found.insert(0, name)
+            chosen.append(name)
             room -= adds
-    return tuple(found)
+    return tuple(name for name in found if name in chosen)
 
 
 def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

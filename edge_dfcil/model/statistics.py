@@ -7,7 +7,7 @@ least `min_images` images of that class, one of all classes as many in all; what
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -101,14 +101,57 @@ def check(statistics: Statistics, declared: Mapping[str, str], classes: int, min
                 )
 
 
+def rounded(statistics: Statistics) -> dict[str, Statistic]:
+    """As a file holds them: a model that is saved and loaded again has the same."""
+    tensors, described = packed(statistics)
+    found = unpacked(tensors, described)
+    return {name: replace(statistic, values=found[name].values) for name, statistic in statistics.items()}
+
+
 def packed(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by their names in a file, and the JSON that describes them."""
-    tensors = {f"statistics.{name}": statistic.values for name, statistic in statistics.items()}
+    """Tensors by their names in a file, and the JSON that describes them.
+
+    A shared covariance, by far the largest, is stored as its variances and, two bytes each, the correlations above them.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, statistic in statistics.items():
+        key = f"statistics.{name}"
+        if statistic.role == "shared_covariance":
+            tensors[key + VARIANCES], tensors[key] = _correlations(statistic.values)
+        else:
+            tensors[key] = statistic.values
     return tensors, {name: statistic.to_dict() for name, statistic in statistics.items()}
 
 
 def unpacked(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[str, Statistic]:
     """The inverse of `packed`."""
-    return {
-        name: Statistic(found["role"], tensors[f"statistics.{name}"], tuple(found["images"])) for name, found in described.items()
-    }
+    statistics = {}
+    for name, found in described.items():
+        values, variances = tensors[f"statistics.{name}"], tensors.get(f"statistics.{name}{VARIANCES}")
+        if variances is not None:
+            values = _covariance(variances, values)
+        statistics[name] = Statistic(found["role"], values, tuple(found["images"]))
+    return statistics
+
+
+VARIANCES = ":variances"  # what the second tensor of a covariance is called in a file, behind its name
+STEPS = 32767  # of a correlation from 0 to 1
+
+
+def _correlations(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """The variances (F,) of a covariance (F, F), and its correlations above the diagonal, row by row, as int16."""
+    variances = covariance.diagonal().clamp_min(0).clone()
+    deviations = variances.double().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    rows, columns = torch.triu_indices(len(covariance), len(covariance), offset=1)
+    above = covariance.double()[rows, columns] / (deviations[rows] * deviations[columns])
+    return variances, (above.clamp(-1, 1) * STEPS).round().to(torch.int16)
+
+
+def _covariance(variances: Tensor, correlations: Tensor) -> Tensor:
+    """The inverse of `_correlations`."""
+    features, deviations = len(variances), variances.double().sqrt()
+    rows, columns = torch.triu_indices(features, features, offset=1)
+    found = torch.diag(variances.double())
+    found[rows, columns] = correlations.double() / STEPS * deviations[rows] * deviations[columns]
+    found[columns, rows] = found[rows, columns]
+    return found.to(variances.dtype)

@@ -58,10 +58,10 @@ def account(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> list[
     """
     statistics, kept = settings.get("statistics", {}), []
     for name, tensor in sorted(tensors.items()):
-        prefix, _, last = name.rpartition(".")
+        last = name.rpartition(".")[2]
         images = None
-        if prefix == "statistics":
-            described = statistics.get(last, {})
+        if name.startswith("statistics."):
+            described = statistics.get(last.partition(":")[0], {})
             kind, images = described.get("role", ""), tuple(described.get("images", ()))
             known = kind in ROLES
         else:
