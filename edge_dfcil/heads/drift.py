@@ -60,14 +60,16 @@ class DriftSums:
     def solve(self, ridge: float = RIDGE) -> DriftMap:
         """argmin over M and b of sum |x M + b - y|^2 + r |M - I|^2, with r a share `ridge` of the mean of sum (x - mean)^2.
 
-        Without any pair, the identity.
+        Without any pair, the identity. On the CPU, in float64.
         """
-        identity = torch.eye(len(self._before), dtype=self._within.dtype, device=self._within.device)
+        sums = (self._within, self._across, self._before, self._after)
+        within, across, before, after = (each.cpu().double() for each in sums)
+        identity = torch.eye(len(before), dtype=within.dtype)
         if not self._count:
-            return DriftMap(identity, torch.zeros_like(self._before))
-        x, y = self._before / self._count, self._after / self._count
-        within = self._within - self._count * torch.outer(x, x)
-        across = self._across - self._count * torch.outer(x, y)
+            return DriftMap(identity, torch.zeros_like(before))
+        x, y = before / self._count, after / self._count
+        within = within - self._count * torch.outer(x, x)
+        across = across - self._count * torch.outer(x, y)
         r = (ridge * within.diagonal().mean()).clamp_min(torch.finfo(within.dtype).tiny)
         matrix = identity + torch.linalg.solve(within + r * identity, across - within)
         return DriftMap(matrix, y - x @ matrix)

@@ -29,8 +29,14 @@ def lda_head(means: Tensor, covariance: Tensor, shrinkage: float) -> tuple[Tenso
     scale = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
     identity = torch.eye(features, dtype=covariance.dtype, device=covariance.device)
     shrunk = (1 - shrinkage) * covariance + shrinkage * scale * identity
-    weight = torch.linalg.solve(shrunk, means.T).T  # (C, F)
+    weight = _solved(shrunk, means.T).T  # (C, F)
     return weight, -0.5 * (weight * means).sum(1)
+
+
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    """By Cholesky, which takes half the time; a covariance that has been rounded or moved may be too flat for it."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.linalg.solve(matrix, right) if bool(failed) else torch.cholesky_solve(right, factor)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class HeldOut:
     def errors(self, weight: Tensor, bias: Tensor) -> float:
         """How often another class is ahead of the true one, all other classes added up: an upper bound of the error."""
         mean, variance = self.leads(weight, bias)
-        return float(torch.erfc((mean / (2 * variance).sqrt()).cpu()).sum(1).mean()) / 2
+        return float(torch.erfc(mean / (2 * variance).sqrt()).sum(1).mean()) / 2
 
     def sureness(self, weight: Tensor, bias: Tensor) -> float:
         """What logits are to be multiplied by so that probabilities are as they should be.
