@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -155,14 +155,13 @@ def run(
     """
     name, parts = (method.split(":")[0], VARIANTS[method]) if method in VARIANTS else (method, {})
     recipe = find_recipe(protocol.recipe).changed(dotted(protocol.changes) | parts | dotted(changes or {}))
-    tag = "".join(f"-{key}={value}" for key, value in (changes or {}).items())
-    path = out / f"{protocol.name}-{method.replace(':', '.')}{tag}-seed{seed}.json"
+    path = file_of(protocol, method, seed, out, changes)
     result = json.loads(path.read_text()) if path.exists() else None
     if result is not None and len(result["matrix"]) == protocol.tasks:
         return result
     learner, state = _learner(protocol, name, seed, recipe, device, path, resumes=result is not None)
     if result is None:
-        result = _begin(protocol, method, seed, recipe, learner, data)
+        result = begun(protocol, method, seed, recipe, learner, data)
     elif machine.commit() != result.get("commit"):
         result["commit"] = f"{result.get('commit')}, then {machine.commit()}"
     order = class_order(len(data.names), seed)[: protocol.classes]
@@ -180,24 +179,37 @@ def run(
         report = learner.learn_task(train, data.names, callbacks=[probe])
         seconds = time.perf_counter() - begin - probe.seconds
         found = learner.evaluate(data.part("test", seen, 500), data.names)
-        result["accuracy"].append(found.accuracy)
-        result["matrix"].append(list(found.per_task))
-        result["seconds"].append(seconds)
-        result["peak_bytes"].append(machine.peak(learner.device))
+        record(result, found.accuracy, found.per_task, seconds, learner, out)
         result["stages"].append([stage.to_dict() for stage in report.stages])
         if probe.mid:
             result["mid"].append(probe.mid)
             if task == 1:
                 probe.save(out / f"{path.stem}-features.npz")
-        result["final_accuracy"] = found.accuracy
-        result["average_incremental_accuracy"] = metrics.average_incremental_accuracy(result["accuracy"])
-        result["forgetting"] = metrics.forgetting(result["matrix"])
-        result["omega"] = omega(result, out)
         result["bytes_kept"] = _save(learner, state, path)
         path.write_text(json.dumps(result, indent=1) + "\n")
     _model(path).unlink()
     _kept(path).unlink(missing_ok=True)
     return result
+
+
+def file_of(protocol: Protocol, method: str, seed: int, out: Path, changes: dict[str, Any] | None = None) -> Path:
+    """Where the result of a run is, or will be."""
+    tag = "".join(f"-{key}={value}" for key, value in (changes or {}).items())
+    return out / f"{protocol.name}-{method.replace(':', '.')}{tag}-seed{seed}.json"
+
+
+def record(
+    result: dict[str, Any], accuracy: float, per_task: Sequence[float | None], seconds: float, learner: Learner, out: Path
+) -> None:
+    """Adds a task to a result."""
+    result["accuracy"].append(accuracy)
+    result["matrix"].append(list(per_task))
+    result["seconds"].append(seconds)
+    result["peak_bytes"].append(machine.peak(learner.device))
+    result["final_accuracy"] = accuracy
+    result["average_incremental_accuracy"] = metrics.average_incremental_accuracy(result["accuracy"])
+    result["forgetting"] = metrics.forgetting(result["matrix"])
+    result["omega"] = omega(result, out)
 
 
 def omega(result: dict[str, Any], out: Path) -> float | None:
@@ -251,7 +263,8 @@ def _kept(path: Path) -> Path:
     return path.with_name(f".{path.stem}.kept.safetensors")
 
 
-def _begin(protocol: Protocol, method: str, seed: int, recipe: Recipe, learner: Learner, data: Data) -> dict[str, Any]:
+def begun(protocol: Protocol, method: str, seed: int, recipe: Recipe, learner: Learner, data: Data) -> dict[str, Any]:
+    """A result without a task."""
     return {
         "protocol": asdict(protocol),
         "method": method,
