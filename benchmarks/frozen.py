@@ -69,7 +69,7 @@ class Ridge(Head):
     """Ridge regression on random features max(0, f P), P ~ N(0, 1); the penalty does best on a fifth of the latest task's images
     (RanPAC, McDonnell et al., NeurIPS 2023)."""
 
-    WIDTH = 4096
+    WIDTH = 2048
     PENALTIES = tuple(10.0**power for power in range(-4, 9))
     gram: Tensor | None = None
 
