@@ -87,6 +87,7 @@ PRESETS = {
         ),
         PRETRAINED,
         replace(PRETRAINED, name="pretrained-signs-20", per_class=20),
+        replace(PRETRAINED, name="pretrained-instant", classes=5, tasks=1, per_class=20),
         replace(PRETRAINED, name="pretrained-cifar", dataset="cifar100", classes=20, per_class=100),
         replace(PRETRAINED, name="pretrained-tiny", dataset="tiny_imagenet_50", classes=20, per_class=100),
     )
@@ -185,7 +186,9 @@ def run(
             result["mid"].append(probe.mid)
             if task == 1:
                 probe.save(out / f"{path.stem}-features.npz")
+        begin = time.perf_counter()
         result["bytes_kept"] = _save(learner, state, path)
+        result.setdefault("seconds_to_write", []).append(time.perf_counter() - begin)
         path.write_text(json.dumps(result, indent=1) + "\n")
     _model(path).unlink()
     _kept(path).unlink(missing_ok=True)
@@ -275,6 +278,7 @@ def begun(protocol: Protocol, method: str, seed: int, recipe: Recipe, learner: L
         "accuracy": [],
         "matrix": [],
         "seconds": [],
+        "seconds_to_write": [],
         "peak_bytes": [],
         "stages": [],
         "mid": [],

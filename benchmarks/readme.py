@@ -68,21 +68,23 @@ def photographs(folder: Path) -> str:
 
 
 def pretrained(folder: Path) -> str:
-    """The README's table of pretrained backbones: with features of several scales and with the last ones alone."""
+    """The README's table of pretrained backbones: the default beside heads on the backbone's last features."""
     found = report.read(folder)
-    head = ["", "images a class", "seeds", "several scales, %", "last features alone, %", "minutes for all tasks"]
     rows = []
     for name, text in PRETRAINED.items():
-        ours, plain = found.get(name, {}).get("abd", []), found.get(f"{name}-multiscale=False", {}).get("abd", [])
-        seeds = {r["seed"] for r in ours} & {r["seed"] for r in plain}  # like with like
-        ours, plain = ([r for r in results if r["seed"] in seeds] for results in (ours, plain))
+        methods = {method: found.get(name, {}).get(method, []) for method in ("abd", *RIVALS)}
+        seeds = set.intersection(*({r["seed"] for r in results} for results in methods.values()))  # like with like
         if seeds:
+            same = {method: [r for r in results if r["seed"] in seeds] for method, results in methods.items()}
+            ours = same["abd"]
             minutes = mean(sum(r["seconds"]) for r in ours) / 60
             images, shown = str(ours[0]["protocol"]["per_class"]), ", ".join(map(str, sorted(seeds)))
-            rows.append([text, images, shown, report.final(ours), report.final(plain), f"{minutes:.1f}"])
+            rows.append([text, images, shown, *map(report.final, same.values()), f"{minutes:.1f}"])
+    head = ["final accuracy, %", "images a class", "seeds", "edge-dfcil", *RIVALS.values(), "minutes for all tasks"]
     return tables.table(head, rows) + "\n" if rows else ""
 
 
+RIVALS = {"frozen_lda": "LDA", "ridge": "ridge (RanPAC)", "fecam": "FeCAM"}
 PRETRAINED = {
     "pretrained-signs": "ten hand signs (nothing like them in ImageNet)",
     "pretrained-signs-20": "the same, few images",
