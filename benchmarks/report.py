@@ -41,11 +41,15 @@ def write(folder: Path) -> str:
     parts = ["# Results", "Made by `python -m benchmarks report` from the JSON files here. No figure is typed in."]
     for protocol, methods in read(folder).items():
         parts += [f"## {protocol}", describe(next(iter(methods.values()))[0]), table(folder, methods)]
-        plot(methods, folder / f"{protocol}.png")
-        parts += [f"![accuracy after each task]({protocol}.png)"]
+        if len(methods) > 1:
+            plot(methods, folder / f"{protocol}.png")
+            parts += [f"![accuracy after each task]({protocol}.png)"]
         if keeps_differ(methods):
             plot_bytes(methods, folder / f"{protocol}-bytes.png")
             parts += [f"![accuracy against bytes kept]({protocol}-bytes.png)"]
+        if len(methods) > 2:
+            plot_minutes(methods, folder / f"{protocol}-minutes.png")
+            parts += [f"![accuracy against minutes]({protocol}-minutes.png)"]
         parts += _embeddings(folder, protocol, methods)
     if timed := measured_all(folder, speed.FILE):
         parts += ["## Speed", *map(speed.describe, timed)]
@@ -148,14 +152,24 @@ def keeps_differ(methods: dict[str, Results]) -> bool:
 
 def plot_bytes(methods: dict[str, Results], path: Path) -> None:
     """Final accuracy by bytes kept between tasks, model included, a point a method."""
+    kept = {method: mean(r["bytes_kept"] for r in results) / 1e6 for method, results in methods.items()}
+    _plot_points(methods, kept, "kept between tasks, MB (model included)", path)
+
+
+def plot_minutes(methods: dict[str, Results], path: Path) -> None:
+    """Final accuracy by minutes of learning for all tasks, a point a method."""
+    taken = {method: mean(sum(r["seconds"]) for r in results) / 60 for method, results in methods.items()}
+    _plot_points(methods, taken, "minutes for all tasks", path)
+
+
+def _plot_points(methods: dict[str, Results], costs: dict[str, float], label: str, path: Path) -> None:
     figure, axes = _figure()
     for method, results in methods.items():
-        x, y = mean(r["bytes_kept"] for r in results) / 1e6, last(results)
+        x, y = costs[method], last(results)
         axes.plot(x, y, "o")
         axes.annotate(method, (x, y), xytext=(4, 2), textcoords="offset points", fontsize="x-small")
-    axes.set(
-        xlabel="kept between tasks, MB (model included)", ylabel="final accuracy, %", xscale="log", xlim=(0.5, 200), ylim=(0, 100)
-    )
+    axes.set(xlabel=label, ylabel="final accuracy, %", xscale="log", ylim=(0, 100))
+    axes.set_xlim(min(costs.values()) / 1.5, 3 * max(costs.values()))  # names stand to the right of their points
     axes.xaxis.set_major_formatter("{x:g}")
     figure.savefig(path, dpi=150)
 

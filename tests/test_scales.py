@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from edge_dfcil import BackboneError, Learner, Model
+from edge_dfcil import BackboneError, Learner, Model, Statistic
 from edge_dfcil.compression import Distillation, Pruning, distill, prune
 from edge_dfcil.demo import Batches
+from edge_dfcil.model import file
 from edge_dfcil.model.backbones import build
 from edge_dfcil.model.network import Network
 from edge_dfcil.model.scales import GRID, MOST, ROOM, SMALLEST, find_layers
@@ -128,6 +130,21 @@ def test_copies_files_and_exports_answer_alike(scaled: Learner, test: Batches, t
     scaled.export(tmp_path / "model.onnx", progress=False)
     answers = torch.from_numpy(OnnxClassifier(tmp_path / "model.onnx").probabilities(images.numpy()))
     assert torch.allclose(answers, expected, atol=1e-4)
+
+
+def test_a_file_from_before_deviations_answers_as_it_did(scaled: Learner, test: Batches, tmp_path: Path) -> None:
+    """Its settings do not say whether deviations are read, and its covariance is a whole matrix."""
+    network = Network(build("resnet8"), 64, 16, ["stages.1.0"], spread=False).grown(4).requires_grad_(False).eval()
+    network.set_statistics((0.5,) * 3, (0.25,) * 3)
+    covariance = torch.eye(network.all_features)
+    kept = {"covariance": Statistic("shared_covariance", covariance, (100,))}
+    model = replace(scaled.model, network=network, statistics=kept)
+    tensors = network.state_dict() | {"statistics.covariance": covariance}
+    settings = {name: value for name, value in model.settings().items() if name != "spread"}
+    file.write(tmp_path / "model.safetensors", tensors, settings)
+    found = Model.load(tmp_path / "model.safetensors", "cpu")
+    assert torch.equal(found.probabilities(test.images[:20]), model.probabilities(test.images[:20]))
+    assert torch.equal(found.statistics["covariance"].values, covariance)
 
 
 def test_a_copy_reads_its_own_layers(scaled: Learner, test: Batches) -> None:
