@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from edge_dfcil import SettingError
 from edge_dfcil.demo import Batches
 from edge_dfcil.heads.drift import DriftSums
-from edge_dfcil.heads.lda import lda_head
+from edge_dfcil.heads.lda import Frame, HeldOut, lda_head
 from tests.conftest import NAMES, QUICK, quick_learner
 
 LDA_HEAD = {"refine.head": "lda", "refine.epochs": 0, "refine.align_head": 0.0}
@@ -100,6 +100,31 @@ def test_lda_is_the_same_for_features_in_another_basis() -> None:
     weight, bias = lda_head(means, covariance, 0.1)
     turned, same = lda_head(means @ turn, turn.T @ covariance @ turn, 0.1)
     assert torch.allclose(turned, weight @ turn) and torch.allclose(same, bias)
+
+
+@given(st.integers(2, 6), st.floats(0.01, 1), st.integers(0, 2**31))
+def test_served_rows_say_where_their_classes_lie(classes: int, shrinkage: float, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    means = torch.randn(classes, 5, generator=draw, dtype=torch.float64)
+    covariance = torch.randn(40, 5, generator=draw, dtype=torch.float64).T.cov()
+    weight, _ = lda_head(means, covariance, shrinkage)
+    common = weight.mean(0)
+    frame = Frame.unpacked(Frame(common, 0.3, shrinkage).packed())
+    assert torch.allclose(frame.means(0.3 * (weight - common), covariance), means)
+
+
+@given(st.integers(2, 5), st.integers(0, 2**31))
+def test_what_is_said_of_held_out_images_is_so(classes: int, seed: int) -> None:
+    """Of images drawn from the very Gaussians, against a count over many of them."""
+    draw = torch.Generator().manual_seed(seed)
+    means = torch.randn(classes, 3, generator=draw, dtype=torch.float64)
+    weight, bias = torch.randn(classes, 3, generator=draw, dtype=torch.float64), torch.randn(classes, generator=draw).double()
+    held = HeldOut(torch.arange(classes), means, torch.eye(3, dtype=torch.float64))
+    images = means[:, None] + torch.randn(classes, 4000, 3, generator=draw, dtype=torch.float64)
+    scores = images @ weight.T + bias  # (C, N, C)
+    own = scores.diagonal(dim1=0, dim2=2).T[:, :, None]  # (C, N, 1)
+    ahead = (scores > own).double().sum(2).mean()
+    assert held.errors(weight, bias) == pytest.approx(float(ahead), abs=0.05)
 
 
 def test_a_head_that_does_not_exist_is_refused() -> None:

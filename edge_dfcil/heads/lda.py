@@ -25,12 +25,46 @@ def lda_head(means: Tensor, covariance: Tensor, shrinkage: float) -> tuple[Tenso
     shrinkage
         s, from 0 to 1.
     """
-    features = covariance.shape[0]
-    scale = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
-    identity = torch.eye(features, dtype=covariance.dtype, device=covariance.device)
-    shrunk = (1 - shrinkage) * covariance + shrinkage * scale * identity
-    weight = _solved(shrunk, means.T).T  # (C, F)
+    weight = _solved(shrunk(covariance, shrinkage), means.T).T  # (C, F)
     return weight, -0.5 * (weight * means).sum(1)
+
+
+def shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
+    """S, as `lda_head` has it."""
+    scale = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
+    identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    return (1 - shrinkage) * covariance + shrinkage * scale * identity
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What the rows of a served LDA head have in common; with the covariance, a row says where its class lies.
+
+    Attributes
+    ----------
+    row
+        What was taken off all rows, (F,).
+    scale
+        What they were multiplied by after that.
+    shrinkage
+        Of the covariance.
+    """
+
+    row: Tensor
+    scale: float
+    shrinkage: float
+
+    def means(self, weight: Tensor, covariance: Tensor) -> Tensor:
+        """The means (C, F) of the classes with these rows (C, F)."""
+        return (weight / self.scale + self.row) @ shrunk(covariance, self.shrinkage)
+
+    def packed(self) -> Tensor:
+        """As one tensor, (F + 2,)."""
+        return torch.cat([self.row, self.row.new_tensor([self.scale, self.shrinkage])])
+
+    @classmethod
+    def unpacked(cls, values: Tensor) -> Frame:
+        return cls(values[:-2], float(values[-2]), float(values[-1]))
 
 
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:

@@ -10,19 +10,21 @@ four classes, resnet20: 83.0 instead of 85.5 %, and 47.6 instead of 56.2 % of 20
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from edge_dfcil.heads.drift import DriftSums
-from edge_dfcil.heads.lda import HeldOut, lda_head
+from edge_dfcil.heads.lda import Frame, HeldOut, lda_head
 from edge_dfcil.methods.task import Task
 from edge_dfcil.model.network import Network
 from edge_dfcil.model.statistics import Statistic, Statistics
 from edge_dfcil.training.data import Batch
 from edge_dfcil.training.stage import ClosedFormSpec, Stage
 
-STATE: Mapping[str, str] = {"mean": "class_mean", "count": "class_count", "covariance": "shared_covariance"}
+SUMS: Mapping[str, str] = {"mean": "class_mean", "count": "class_count", "covariance": "shared_covariance"}
+STATE: Mapping[str, str] = {**SUMS, "frame": "head_frame"}  # files of before have no frame
 GENERATED_AT_ONCE = 64
 SHRINKAGES = (0.005, 0.02, 0.08, 0.3)  # towards the identity: the one that does best on held-out images is taken
 FEW = 0.4  # where none can be held out, by images for each feature: the most
@@ -48,7 +50,7 @@ def own_head(network: Network, statistics: Statistics) -> tuple[Tensor, Tensor]:
     head over all scales has for these features for the others."""
     own = network.own_features
     weight, bias = network.head.weight.detach()[:, :own].clone(), network.head.bias.detach().clone()
-    if statistics.keys() >= STATE.keys():
+    if statistics.keys() >= SUMS.keys():
         means, covariance = (statistics[name].values.to(weight).double() for name in ("mean", "covariance"))
         shrinkage = _usual(own, float(statistics["covariance"].images[0]))
         found, offset = _lda(means[:, :own], covariance[:own, :own], shrinkage)
@@ -70,7 +72,7 @@ def serve_all_features(task: Task) -> None:
 
 def closes(task: Task) -> bool:
     """Whether a task ends with a closed-form head: not when there are old classes and none of them has statistics."""
-    known = task.teacher is None or task.statistics.keys() >= STATE.keys()
+    known = task.teacher is None or task.statistics.keys() >= SUMS.keys()
     return task.recipe.remember.class_statistics and known
 
 
@@ -95,6 +97,31 @@ def _usual(features: int, images: float) -> float:
 def lda_stage(task: Task, moves: bool) -> Iterator[Stage]:
     """`moves`: the backbone has been trained in this task."""
     yield ClosedFormSpec("lda", task.batches.plain(), lambda: _Sums(task, moves))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of classes; float64, on the CPU.
+
+    Attributes
+    ----------
+    means
+        (C, F).
+    count
+        The images that are counted behind each mean, (C,).
+    placed
+        Which means are known; also by a row of the head, with no image counted, (C,).
+    covariance
+        Within classes, (F, F).
+    images
+        The images behind it.
+    """
+
+    means: Tensor
+    count: Tensor
+    placed: Tensor
+    covariance: Tensor
+    images: float
 
 
 class _Sums:
@@ -130,80 +157,90 @@ class _Sums:
             self._drift.add(self._task.teacher.of_all_scales(images), features)
 
     def solve(self) -> None:
-        """Serves a head over all scales. Rows of classes without statistics and generated images stay as they were."""
+        """Serves a head over all scales. Rows of classes that nothing is known of stay as they were."""
         # On the CPU, in float64, which MPS has not: the same everywhere.
         self._first, self._second, self._count = (sums.cpu().double() for sums in (self._first, self._second, self._count))
         task, old = self._task, self._moved()
-        means, count, covariance, total = self._joined(old, slice(0, 2))
-        self._keep(means, count, covariance, total)
-        shrinkage, sureness = self._tried(old, float(total))
-        means, count = self._with_generated(means, count)
-        rows = torch.nonzero(count > 0).flatten()
-        weight, bias = _lda(means[rows], covariance, shrinkage)
+        found = self._joined(old, slice(0, 2))
+        shrinkage, sureness = self._tried(old, found.images)
+        means, rows = self._with_generated(found)
+        weight, bias = lda_head(means[rows], found.covariance, shrinkage)
+        common, weight = weight.mean(0), weight - weight.mean(0)
         scale = self._as_sure_as_trained(weight, rows) if self._moves else sureness
+        self._keep(found, Frame(common, scale, shrinkage))
         serve_all_features(task)
         head = task.student.head
         rows = rows.to(head.weight.device)
         head.weight.data[rows] = (scale * weight).to(head.weight)
-        head.bias.data[rows] = (scale * bias).to(head.bias)
+        head.bias.data[rows] = (scale * (bias - bias.mean())).to(head.bias)
 
     def _as_sure_as_trained(self, weight: Tensor, rows: Tensor) -> float:
         """The scale of the head that was trained with the backbone."""
         trained = self._task.student.head.weight.detach().to(weight)[rows]
         return float((trained - trained.mean(0)).norm() / weight.norm().clamp_min(torch.finfo(weight.dtype).tiny))
 
-    def _tried(self, old: dict[str, Tensor], total: float) -> tuple[float, float]:
+    def _tried(self, old: _Known | None, images: float) -> tuple[float, float]:
         """Shrinkage, and what logits are multiplied by: both by what a head from one half of the images does on the other."""
-        means, count, covariance, images = self._joined(old, slice(0, 1))
-        here, rows = torch.nonzero((self._count > 0).all(0)).flatten(), torch.nonzero(count > 0).flatten()
+        one = self._joined(old, slice(0, 1))
+        here, rows = torch.nonzero((self._count > 0).all(0)).flatten(), torch.nonzero(one.placed).flatten()
         if len(rows) < 2 or not len(here):
-            return _usual(len(covariance), total), 1.0
-        seen, _, within, _ = self._joined({}, slice(1, 2))
-        held = HeldOut(torch.searchsorted(rows, here), seen[here], within)
-        heads = {shrinkage: _lda(means[rows], covariance, shrinkage) for shrinkage in SHRINKAGES}
+            return _usual(len(one.covariance), images), 1.0
+        other = self._joined(None, slice(1, 2))
+        held = HeldOut(torch.searchsorted(rows, here), other.means[here], other.covariance)
+        heads = {shrinkage: _lda(one.means[rows], one.covariance, shrinkage) for shrinkage in SHRINKAGES}
         best = min(heads, key=lambda shrinkage: held.errors(*heads[shrinkage]))
         sureness = min(max(held.sureness(*heads[best]), LEAST_SURE), 1.0)
-        return best * float(images) / total, sureness  # twice the images need half of it
+        return best * one.images / images, sureness  # twice the images need half of it
 
-    def _joined(self, old: dict[str, Tensor], halves: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Means, counts, covariance, and the images behind it, of this task's halves and of earlier tasks; a known class that
-        is refreshed has the mean of all its images."""
+    def _joined(self, old: _Known | None, halves: slice) -> _Known:
+        """This task's halves and earlier tasks together; a known class that is refreshed has the mean of all its images."""
         count = self._count[halves].sum(0)
         means = self._first[halves].sum(0) / count.clamp_min(1)[:, None]
-        scatter, images = self._second[halves].sum(0) - (means * count[:, None]).T @ means, count.sum()
-        if not old:  # the first task, or classes that another method has learnt
-            return means, count, scatter / (images - (count > 0).sum()).clamp_min(1), images
-        known, n = float(self._task.statistics["covariance"].images[0]), len(old["count"])
-        means = means * count[:, None]
-        means[:n] += old["mean"] * old["count"][:, None]
-        count[:n] += old["count"]
-        covariance = (scatter + old["covariance"] * known) / (known + images).clamp_min(1)
-        return means / count.clamp_min(1)[:, None], count, covariance, known + images
+        scatter, images = self._second[halves].sum(0) - (means * count[:, None]).T @ means, float(count.sum())
+        if old is None:  # the first task, or classes that another method has learnt
+            covariance = scatter / max(images - float((count > 0).sum()), 1)
+            return _Known(means, count, count > 0, covariance, images)
+        n, means = len(old.count), means * count[:, None]
+        means[:n] += old.means * old.count[:, None]
+        count[:n] += old.count
+        means, placed = means / count.clamp_min(1)[:, None], count > 0
+        by_row = old.placed & ~placed[:n]  # known by their rows alone
+        means[:n][by_row], placed[:n] = old.means[by_row], placed[:n] | by_row
+        covariance = (scatter + old.covariance * old.images) / max(old.images + images, 1)
+        return _Known(means, count, placed, covariance, old.images + images)
 
-    def _moved(self) -> dict[str, Tensor]:
-        """The statistics of earlier tasks, moved to where the backbone puts them now."""
+    def _moved(self) -> _Known | None:
+        """What is known of the classes of earlier tasks, moved to where the backbone puts them now."""
         kept = self._task.statistics
-        if not kept.keys() >= STATE.keys():
-            return {}
-        old = {name: kept[name].values.to(self._first) for name in STATE}
+        if not kept.keys() >= SUMS.keys():
+            return None
+        means, count, covariance = (kept[name].values.double() for name in SUMS)
+        placed = count > 0
+        assert self._task.teacher is not None
+        rows = self._task.teacher.head.weight.detach()[: len(count)].cpu().double()
+        if "frame" in kept and not bool(placed.all()) and rows.shape == means.shape:
+            found = Frame.unpacked(kept["frame"].values.double()).means(rows, covariance)
+            means, placed = torch.where(placed[:, None], means, found), torch.ones_like(placed)
         if self._drift is not None:
             for images, _ in self._generated():
                 assert self._task.teacher is not None
                 self._drift.add(self._task.teacher.of_all_scales(images), self._task.student.of_all_scales(images))
             drift = self._drift.solve()
-            old["mean"], old["covariance"] = drift.means(old["mean"]), drift.covariance(old["covariance"])
-        return old
+            means, covariance = drift.means(means), drift.covariance(covariance)
+        return _Known(means, count, placed, covariance, float(kept["covariance"].images[0]))
 
-    def _with_generated(self, means: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """Old classes without statistics get the mean of their generated images."""
-        if bool((count > 0).all()):
-            return means, count
-        first, number = torch.zeros_like(means), torch.zeros_like(count)
-        for images, labels in self._generated():
-            first.index_add_(0, labels.cpu(), self._task.student.of_all_scales(images).to(first))
-            number.index_add_(0, labels.cpu(), torch.ones(len(labels), dtype=number.dtype))
-        lacks = count == 0
-        return torch.where(lacks[:, None], first / number.clamp_min(1)[:, None], means), torch.where(lacks, number, count)
+    def _with_generated(self, found: _Known) -> tuple[Tensor, Tensor]:
+        """Means (C, F), and the classes that have one: old classes of which nothing is known get that of their generated
+        images, where there are any."""
+        means, placed = found.means, found.placed
+        if not bool(placed.all()):
+            first, number = torch.zeros_like(means), torch.zeros_like(found.count)
+            for images, labels in self._generated():
+                first.index_add_(0, labels.cpu(), self._task.student.of_all_scales(images).to(first))
+                number.index_add_(0, labels.cpu(), torch.ones(len(labels), dtype=number.dtype))
+            means = torch.where(placed[:, None], means, first / number.clamp_min(1)[:, None])
+            placed = placed | (number > 0)
+        return means, torch.nonzero(placed).flatten()
 
     def _generated(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Generated images and their classes, as many as there are real ones, batch by batch; none where there are none."""
@@ -212,18 +249,15 @@ class _Sums:
                 dream = self._task.dreams.sample(GENERATED_AT_ONCE)
                 yield dream.images, dream.labels
 
-    def _keep(self, means: Tensor, count: Tensor, covariance: Tensor, images: Tensor) -> None:
+    def _keep(self, found: _Known, frame: Frame) -> None:
         task, fewest = self._task, self._task.recipe.remember.min_images
-        if images < fewest or not task.recipe.remember.class_statistics:
+        if found.images < fewest or not task.recipe.remember.class_statistics:
             return
-        enough = count >= fewest
-        counts = tuple(int(number) for number in (count * enough).tolist())
-
-        def plain(values: Tensor) -> Tensor:
-            return values.to(device="cpu", dtype=torch.float32)
-
+        enough, images = found.count >= fewest, (int(found.images),)
+        counts = tuple(int(number) for number in (found.count * enough).tolist())
         task.kept = {
-            "mean": Statistic("class_mean", plain(means * enough[:, None]), counts),
-            "count": Statistic("class_count", plain(count * enough), counts),
-            "covariance": Statistic("shared_covariance", plain(covariance), (int(images),)),
+            "mean": Statistic("class_mean", (found.means * enough[:, None]).float(), counts),
+            "count": Statistic("class_count", (found.count * enough).float(), counts),
+            "covariance": Statistic("shared_covariance", found.covariance.float(), images),
+            "frame": Statistic("head_frame", frame.packed().float(), images),
         }
