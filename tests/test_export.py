@@ -121,9 +121,12 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("hello")
     with pytest.raises(ExportError, match="cannot be read as ONNX"):
         OnnxClassifier(tmp_path / "text.onnx")
-    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    node, opset = onnx.helper.make_node("Identity", ["x"], ["y"]), onnx.helper.make_opsetid("", 18)
     x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
-    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y]), ir_version=10), tmp_path / "other.onnx")
+    onnx.save(
+        onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y]), ir_version=10, opset_imports=[opset]),
+        tmp_path / "other.onnx",
+    )
     with pytest.raises(ExportError, match="did not write it"):
         OnnxClassifier(tmp_path / "other.onnx")
 
