@@ -57,7 +57,9 @@ def photographs(folder: Path) -> str:
         kept = mean(r["bytes_kept"] for r in results) / 1e6
         more = f"{kept - model:.2f}" if kept - model > 0.005 else "0"
         rows.append([name, report.final(results), str(len(results)), f"{kept:.2f}", more])
-    parts = [tables.table(head, rows), *_all_classes(found)]
+    picture = f"![accuracy against minutes of learning](benchmarks/results/{SHOWN}-minutes.png)"
+    note = "Minutes are of runs on two kinds of CPU that may have shared their machine: a factor, not a figure."
+    parts = [tables.table(head, rows), picture, note, *_all_classes(found)]
     if timed := report.measured_all(folder, speed.FILE):
         parts.append(
             "At equal mathematics, a classifier step of ABD and a generator step beside the published ones, which are those of "
