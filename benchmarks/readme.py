@@ -58,7 +58,7 @@ def photographs(folder: Path) -> str:
         more = f"{kept - model:.2f}" if kept - model > 0.005 else "0"
         rows.append([name, report.final(results), str(len(results)), f"{kept:.2f}", more])
     picture = f"![accuracy against minutes of learning](benchmarks/results/{SHOWN}-minutes.png)"
-    note = "Minutes are of runs on two kinds of CPU that may have shared their machine: a factor, not a figure."
+    note = "Minutes are of runs that may have shared their machine, on the CPUs that the result files name."
     parts = [tables.table(head, rows), picture, note, *_all_classes(found)]
     if timed := report.measured_all(folder, speed.FILE):
         parts.append(
