@@ -32,8 +32,9 @@ def lda_head(means: Tensor, covariance: Tensor, shrinkage: float) -> tuple[Tenso
 def shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
     """S, as `lda_head` has it."""
     scale = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
-    identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    return (1 - shrinkage) * covariance + shrinkage * scale * identity
+    found = (1 - shrinkage) * covariance
+    found.diagonal().add_(shrinkage * scale)  # in place: these matrices are the most that learning holds
+    return found
 
 
 @dataclass(frozen=True)

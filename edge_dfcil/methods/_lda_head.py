@@ -101,7 +101,7 @@ def lda_stage(task: Task, moves: bool) -> Iterator[Stage]:
 
 @dataclass(frozen=True)
 class _Known:
-    """What is known of classes; float64, on the CPU.
+    """What is known of classes, on the CPU; float64, but for the covariance of earlier tasks.
 
     Attributes
     ----------
@@ -161,8 +161,10 @@ class _Sums:
         # On the CPU, in float64, which MPS has not: the same everywhere.
         self._first, self._second, self._count = (sums.cpu().double() for sums in (self._first, self._second, self._count))
         task, old = self._task, self._moved()
+        images = float(self._count.sum()) + (old.images if old is not None else 0)
+        shrinkage, sureness = self._tried(old, images)
         found = self._joined(old, slice(0, 2))
-        shrinkage, sureness = self._tried(old, found.images)
+        self._second = self._second[:0]  # no longer needed
         means, rows = self._with_generated(found)
         weight, bias = lda_head(means[rows], found.covariance, shrinkage)
         common, weight = weight.mean(0), weight - weight.mean(0)
@@ -185,20 +187,22 @@ class _Sums:
         here, rows = torch.nonzero((self._count > 0).all(0)).flatten(), torch.nonzero(one.placed).flatten()
         if len(rows) < 2 or not len(here):
             return _usual(len(one.covariance), images), 1.0
+        heads = {shrinkage: _lda(one.means[rows], one.covariance, shrinkage) for shrinkage in SHRINKAGES}
+        share = one.images / images  # twice the images need half of the shrinkage
+        del one  # before the other half's matrix is made
         other = self._joined(None, slice(1, 2))
         held = HeldOut(torch.searchsorted(rows, here), other.means[here], other.covariance)
-        heads = {shrinkage: _lda(one.means[rows], one.covariance, shrinkage) for shrinkage in SHRINKAGES}
         best = min(heads, key=lambda shrinkage: held.errors(*heads[shrinkage]))
-        sureness = min(max(held.sureness(*heads[best]), LEAST_SURE), 1.0)
-        return best * one.images / images, sureness  # twice the images need half of it
+        return best * share, min(max(held.sureness(*heads[best]), LEAST_SURE), 1.0)
 
     def _joined(self, old: _Known | None, halves: slice) -> _Known:
         """This task's halves and earlier tasks together; a known class that is refreshed has the mean of all its images."""
         count = self._count[halves].sum(0)
         means = self._first[halves].sum(0) / count.clamp_min(1)[:, None]
-        scatter, images = self._second[halves].sum(0) - (means * count[:, None]).T @ means, float(count.sum())
+        scatter, images = self._second[halves].sum(0), float(count.sum())
+        scatter.addmm_((means * count[:, None]).T, means, alpha=-1)
         if old is None:  # the first task, or classes that another method has learnt
-            covariance = scatter / max(images - float((count > 0).sum()), 1)
+            covariance = scatter.div_(max(images - float((count > 0).sum()), 1))
             return _Known(means, count, count > 0, covariance, images)
         n, means = len(old.count), means * count[:, None]
         means[:n] += old.means * old.count[:, None]
@@ -206,7 +210,7 @@ class _Sums:
         means, placed = means / count.clamp_min(1)[:, None], count > 0
         by_row = old.placed & ~placed[:n]  # known by their rows alone
         means[:n][by_row], placed[:n] = old.means[by_row], placed[:n] | by_row
-        covariance = (scatter + old.covariance * old.images) / max(old.images + images, 1)
+        covariance = scatter.add_(old.covariance, alpha=old.images).div_(max(old.images + images, 1))
         return _Known(means, count, placed, covariance, old.images + images)
 
     def _moved(self) -> _Known | None:
@@ -214,19 +218,20 @@ class _Sums:
         kept = self._task.statistics
         if not kept.keys() >= SUMS.keys():
             return None
-        means, count, covariance = (kept[name].values.double() for name in SUMS)
+        means, count = (kept[name].values.double() for name in ("mean", "count"))
+        covariance = kept["covariance"].values  # float32, as it is kept: a copy would be large
         placed = count > 0
         assert self._task.teacher is not None
         rows = self._task.teacher.head.weight.detach()[: len(count)].cpu().double()
         if "frame" in kept and not bool(placed.all()) and rows.shape == means.shape:
-            found = Frame.unpacked(kept["frame"].values.double()).means(rows, covariance)
+            found = Frame.unpacked(kept["frame"].values.double()).means(rows, covariance.double())
             means, placed = torch.where(placed[:, None], means, found), torch.ones_like(placed)
         if self._drift is not None:
             for images, _ in self._generated():
                 assert self._task.teacher is not None
                 self._drift.add(self._task.teacher.of_all_scales(images), self._task.student.of_all_scales(images))
             drift = self._drift.solve()
-            means, covariance = drift.means(means), drift.covariance(covariance)
+            means, covariance = drift.means(means), drift.covariance(covariance.double())
         return _Known(means, count, placed, covariance, float(kept["covariance"].images[0]))
 
     def _with_generated(self, found: _Known) -> tuple[Tensor, Tensor]:
