@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import embedding, machine, pretrained, yardsticks  # noqa: F401  # pretrained registers its backbones
-from benchmarks.datasets import Data, class_order
+from benchmarks.datasets import Data, Part, class_order
 from edge_dfcil import Learner, metrics
 from edge_dfcil.errors import SettingError
+from edge_dfcil.methods import Method
 from edge_dfcil.recipe import Recipe, dotted, find_recipe
 
 RESULTS = Path(__file__).parent / "results"
@@ -174,9 +175,7 @@ def run(
         probe = embedding.Probe(data.part("test", seen[: task * size], 500), data.part("test", new, 500))
         machine.reset_peak(learner.device)
         begin = time.perf_counter()
-        train = data.part("train", new, protocol.batch_size)
-        if protocol.per_class is not None:
-            train = train.few(protocol.per_class, seed)
+        train = training(protocol, data, new, seed)
         report = learner.learn_task(train, data.names, callbacks=[probe])
         seconds = time.perf_counter() - begin - probe.seconds
         found = learner.evaluate(data.part("test", seen, 500), data.names)
@@ -233,7 +232,12 @@ def _learner(
         if state is not None and _kept(path).exists():
             state.kept = load_file(_kept(path))
         return Learner.load(_model(path), device, method=state), state
-    learner = Learner(
+    return new_learner(protocol, method, seed, recipe, device), state
+
+
+def new_learner(protocol: Protocol, method: str | Method, seed: int, recipe: Recipe, device: str) -> Learner:
+    """A learner that knows nothing yet."""
+    return Learner(
         protocol.backbone,
         image_size=protocol.image_size,
         method=method,
@@ -245,7 +249,12 @@ def _learner(
         multiscale=protocol.multiscale,
         weights=protocol.weights,
     )
-    return learner, state
+
+
+def training(protocol: Protocol, data: Data, classes: Sequence[int], seed: int) -> Part:
+    """The training images of a task's classes, as many as the protocol has of each."""
+    part = data.part("train", classes, protocol.batch_size)
+    return part if protocol.per_class is None else part.few(protocol.per_class, seed)
 
 
 def _save(learner: Learner, state: yardsticks.Yardstick | None, path: Path) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from benchmarks import accuracy, machine
 from benchmarks.datasets import Data, class_order
 from edge_dfcil import Learner
+from edge_dfcil.heads.lda import lda_head
 from edge_dfcil.recipe import dotted, find_recipe
 
 
@@ -59,10 +61,8 @@ class LDA(Head):
         self.count += len(features)
 
     def scores(self, features: Tensor) -> Tensor:
-        covariance = self.scatter / self.count
-        identity = covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)
-        weight = torch.linalg.solve((1 - self.SHRINKAGE) * covariance + self.SHRINKAGE * identity, self.means.T)
-        return features @ weight - 0.5 * (self.means.T * weight).sum(0)
+        weight, bias = lda_head(self.means, self.scatter / self.count, self.SHRINKAGE)
+        return features @ weight.T + bias
 
 
 class Ridge(Head):
@@ -158,27 +158,14 @@ def run(
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
-    learner = Learner(
-        protocol.backbone,
-        image_size=protocol.image_size,
-        method="lda",
-        recipe=recipe,
-        device=device,
-        seed=seed,
-        mean=protocol.mean,
-        std=protocol.std,
-        multiscale=False,
-        weights=protocol.weights,
-    )
+    learner = accuracy.new_learner(replace(protocol, multiscale=False), "lda", seed, recipe, device)
     heads = {f"{name}:{variant}" if variant else name: kind(seed) for name, kind in HEADS.items()}
     results = {name: accuracy.begun(protocol, name, seed, recipe, learner, data) for name in heads}
     order = class_order(len(data.names), seed)[: protocol.classes]
     size = protocol.classes // protocol.tasks
     for task in range(protocol.tasks):
         new, seen = order[task * size : (task + 1) * size], order[: (task + 1) * size]
-        train = data.part("train", new, protocol.batch_size)
-        if protocol.per_class is not None:
-            train = train.few(protocol.per_class, seed)
+        train = accuracy.training(protocol, data, new, seed)
         machine.reset_peak(learner.device)
         begin = time.perf_counter()
         if task == 0:

@@ -242,4 +242,4 @@ def test_a_covariance_is_stored_in_a_quarter_of_its_size_and_nearly_as_it_was(fe
     found, deviations = once["covariance"].values, covariance.diagonal().sqrt()
     assert ((found - covariance).abs() <= 2e-5 * torch.outer(deviations, deviations)).all()
     assert torch.equal(statistics.rounded(once)["covariance"].values, found), "what a file holds stays as it is"
-    assert sum(tensor.nbytes for tensor in statistics.packed(once)[0].values()) == features * (features - 1) + 4 * features
+    assert sum(tensor.nbytes for tensor in statistics.packed(once).values()) == features * (features - 1) + 4 * features

@@ -85,7 +85,10 @@ def stays_frozen(task: Task) -> bool:
 
 def _lda(means: Tensor, covariance: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
     """LDA, centred: softmax does not see what all rows have in common, but a distillation that is weighted by the head does."""
-    weight, bias = lda_head(means, covariance, shrinkage)
+    return _centred(*lda_head(means, covariance, shrinkage))
+
+
+def _centred(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return weight - weight.mean(0), bias - bias.mean()
 
 
@@ -166,15 +169,15 @@ class _Sums:
         found = self._joined(old, slice(0, 2))
         self._second = self._second[:0]  # no longer needed
         means, rows = self._with_generated(found)
-        weight, bias = lda_head(means[rows], found.covariance, shrinkage)
-        common, weight = weight.mean(0), weight - weight.mean(0)
+        raw, offset = lda_head(means[rows], found.covariance, shrinkage)
+        weight, bias = _centred(raw, offset)
         scale = self._as_sure_as_trained(weight, rows) if self._moves else sureness
-        self._keep(found, Frame(common, scale, shrinkage))
+        self._keep(found, Frame(raw.mean(0), scale, shrinkage))
         serve_all_features(task)
         head = task.student.head
         rows = rows.to(head.weight.device)
         head.weight.data[rows] = (scale * weight).to(head.weight)
-        head.bias.data[rows] = (scale * (bias - bias.mean())).to(head.bias)
+        head.bias.data[rows] = (scale * bias).to(head.bias)
 
     def _as_sure_as_trained(self, weight: Tensor, rows: Tensor) -> float:
         """The scale of the head that was trained with the backbone."""
@@ -220,16 +223,15 @@ class _Sums:
             return None
         means, count = (kept[name].values.double() for name in ("mean", "count"))
         covariance = kept["covariance"].values  # float32, as it is kept: a copy would be large
-        placed = count > 0
-        assert self._task.teacher is not None
-        rows = self._task.teacher.head.weight.detach()[: len(count)].cpu().double()
+        placed, teacher = count > 0, self._task.teacher
+        assert teacher is not None
+        rows = teacher.head.weight.detach()[: len(count)].cpu().double()
         if "frame" in kept and not bool(placed.all()) and rows.shape == means.shape:
             found = Frame.unpacked(kept["frame"].values.double()).means(rows, covariance.double())
             means, placed = torch.where(placed[:, None], means, found), torch.ones_like(placed)
         if self._drift is not None:
             for images, _ in self._generated():
-                assert self._task.teacher is not None
-                self._drift.add(self._task.teacher.of_all_scales(images), self._task.student.of_all_scales(images))
+                self._drift.add(teacher.of_all_scales(images), self._task.student.of_all_scales(images))
             drift = self._drift.solve()
             means, covariance = drift.means(means), drift.covariance(covariance.double())
         return _Known(means, count, placed, covariance, float(kept["covariance"].images[0]))

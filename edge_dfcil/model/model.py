@@ -341,13 +341,13 @@ class Model:
             "spread": network.scales.spread,
             "pretrained": self.pretrained,
             "tasks": [list(task) for task in self.tasks],
-            "statistics": statistics.packed(self.statistics)[1],
+            "statistics": statistics.described(self.statistics),
             **self.learning,
         }
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that is kept, by its name in the file."""
-        return self.network.state_dict() | statistics.packed(self.statistics)[0]
+        return self.network.state_dict() | statistics.packed(self.statistics)
 
     def digest(self) -> str:
         """SHA-256 over all that is kept; that of the file that `save` writes."""

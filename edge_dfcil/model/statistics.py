@@ -7,7 +7,7 @@ least `min_images` images of that class, one of all classes as many in all; what
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -104,13 +104,16 @@ def check(statistics: Statistics, declared: Mapping[str, str], classes: int, min
 
 def rounded(statistics: Statistics) -> dict[str, Statistic]:
     """As a file holds them: a model that is saved and loaded again has the same."""
-    tensors, described = packed(statistics)
-    found = unpacked(tensors, described)
-    return {name: replace(statistic, values=found[name].values) for name, statistic in statistics.items()}
+    return unpacked(packed(statistics), described(statistics))
 
 
-def packed(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by their names in a file, and the JSON that describes them.
+def described(statistics: Statistics) -> dict[str, Any]:
+    """The JSON that describes them in a file."""
+    return {name: statistic.to_dict() for name, statistic in statistics.items()}
+
+
+def packed(statistics: Statistics) -> dict[str, Tensor]:
+    """Tensors by their names in a file.
 
     A shared covariance, by far the largest, is stored as its variances and, two bytes each, the correlations above them.
     """
@@ -121,11 +124,11 @@ def packed(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors[key + VARIANCES], tensors[key] = _correlations(statistic.values)
         else:
             tensors[key] = statistic.values
-    return tensors, {name: statistic.to_dict() for name, statistic in statistics.items()}
+    return tensors
 
 
 def unpacked(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[str, Statistic]:
-    """The inverse of `packed`."""
+    """The inverse of `packed` and `described`."""
     statistics = {}
     for name, found in described.items():
         values, variances = tensors[f"statistics.{name}"], tensors.get(f"statistics.{name}{VARIANCES}")
@@ -143,16 +146,18 @@ def _correlations(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """The variances (F,) of a covariance (F, F), and its correlations above the diagonal, row by row, as int16."""
     variances = covariance.diagonal().clamp_min(0).clone()
     deviations = variances.double().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    rows, columns = torch.triu_indices(len(covariance), len(covariance), offset=1)
-    above = covariance.double()[rows, columns] / (deviations[rows] * deviations[columns])
-    return variances, (above.clamp(-1, 1) * STEPS).round().to(torch.int16)
+    above = [torch.zeros(0, dtype=torch.int16)]
+    for row, values in enumerate(covariance):  # a row at a time: indices of all would take more than the covariance
+        correlations = values[row + 1 :].double() / (deviations[row] * deviations[row + 1 :])
+        above.append((correlations.clamp(-1, 1) * STEPS).round().to(torch.int16))
+    return variances, torch.cat(above)
 
 
 def _covariance(variances: Tensor, correlations: Tensor) -> Tensor:
     """The inverse of `_correlations`."""
     features, deviations = len(variances), variances.double().sqrt()
-    rows, columns = torch.triu_indices(features, features, offset=1)
-    found = torch.diag(variances.double())
-    found[rows, columns] = correlations.double() / STEPS * deviations[rows] * deviations[columns]
-    found[columns, rows] = found[rows, columns]
-    return found.to(variances.dtype)
+    found = torch.diag(variances)
+    for row, values in enumerate(correlations.split(list(range(features - 1, -1, -1)))):
+        covariances = values.double() / STEPS * deviations[row] * deviations[row + 1 :]
+        found[row, row + 1 :] = found[row + 1 :, row] = covariances.to(found.dtype)
+    return found
