@@ -11,8 +11,8 @@ demo: $(STAMP)
 # Tests compute with one thread each, so two processes keep two cores busy. A file's tests stay together, and files in order:
 # by their number of tests, those with few long ones would come last, when one process has nothing left to do.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-# Lines that the tests run, of both suites together: the first begins the count, the second adds to it and prints it.
-COVERAGE = --cov --cov-report=
+# Lines that the tests run, of both suites together: each adds to the count, and only `make coverage` judges it.
+COVERAGE = --cov --cov-report= --cov-fail-under=0
 
 test: $(STAMP) lint types
 	$(PYTEST) $(if $(CI),$(COVERAGE))
