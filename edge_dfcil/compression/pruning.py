@@ -26,7 +26,7 @@ from edge_dfcil.compression.distillation import REPAIR, Distillation, Lesson, pa
 from edge_dfcil.compression.latency import LatencyTable, Shape
 from edge_dfcil.dreaming.inversion import Dream, Dreamer, Pool, make_pool
 from edge_dfcil.errors import BackboneError, SettingError
-from edge_dfcil.methods._lda_head import own_head
+from edge_dfcil.methods._own_head import own_head
 from edge_dfcil.model.backbones import BATCHNORM
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.network import Network

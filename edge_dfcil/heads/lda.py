@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 TINY = 1e-30  # of a variance
+FEW = 0.4  # the most shrinkage that a covariance of few images gets
 
 
 def lda_head(means: Tensor, covariance: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
@@ -27,6 +28,16 @@ def lda_head(means: Tensor, covariance: Tensor, shrinkage: float) -> tuple[Tenso
     """
     weight = _solved(shrunk(covariance, shrinkage), means.T).T  # (C, F)
     return weight, -0.5 * (weight * means).sum(1)
+
+
+def centred(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """A head without what its rows have in common: softmax does not see it, a distillation weighted by the head does."""
+    return weight - weight.mean(0), bias - bias.mean()
+
+
+def usual_shrinkage(features: int, images: float) -> float:
+    """Where none can be chosen on held-out images: the fewer images for each feature, the less of a covariance counts."""
+    return FEW * features / (features + images)
 
 
 def shrunk(covariance: Tensor, shrinkage: float) -> Tensor:

@@ -2,99 +2,28 @@
 
 One pass over a task's images adds up their features, of all scales. The statistics of earlier tasks are moved through a drift
 map, fitted on the same images and on the task's generated ones, which the backbone before and after the task have both seen.
-
-The backbone itself is trained under a head over its own features alone: with a head over all scales it learns less (CIFAR-100,
-four classes, resnet20: 83.0 instead of 85.5 %, and 47.6 instead of 56.2 % of 20 classes when it is frozen after them).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from edge_dfcil.heads.drift import DriftSums
-from edge_dfcil.heads.lda import Frame, HeldOut, lda_head
+from edge_dfcil.heads.lda import Frame, HeldOut, centred, lda_head, usual_shrinkage
+from edge_dfcil.methods._class_statistics import SUMS
+from edge_dfcil.methods._own_head import serve_all_features
 from edge_dfcil.methods.task import Task
-from edge_dfcil.model.network import Network
-from edge_dfcil.model.statistics import Statistic, Statistics
+from edge_dfcil.model.statistics import Statistic
 from edge_dfcil.training.data import Batch
 from edge_dfcil.training.stage import ClosedFormSpec, Stage
 
-SUMS: Mapping[str, str] = {"mean": "class_mean", "count": "class_count", "covariance": "shared_covariance"}
-STATE: Mapping[str, str] = {**SUMS, "frame": "head_frame"}  # files of before have no frame
 GENERATED_AT_ONCE = 64
 SHRINKAGES = (0.005, 0.02, 0.08, 0.3)  # towards the identity: the one that does best on held-out images is taken
-FEW = 0.4  # where none can be held out, by images for each feature: the most
 LEAST_SURE = 0.01  # of an LDA head's own logits
-
-
-def train_own_features(task: Task) -> None:
-    """Gives student and teacher heads over the backbone's own features. What was served so far is closed-form: the teacher's
-    head, from which the student begins, follows from the same statistics."""
-    student, teacher = task.student, task.teacher
-    if not student.reads_scales:
-        return
-    own, known = student.own_features, teacher.n_classes if teacher is not None else 0
-    weight, bias = own_head(student, task.statistics)
-    weight[known:].uniform_(-(own**-0.5), own**-0.5)  # as torch initialises a linear layer of so many features
-    student.set_head(weight, bias)
-    if teacher is not None:
-        teacher.set_head(weight[:known], bias[:known])
-
-
-def own_head(network: Network, statistics: Statistics) -> tuple[Tensor, Tensor]:
-    """A head (C, own_features) and (C,) over the backbone's own features: LDA for the classes that have statistics, and what the
-    head over all scales has for these features for the others."""
-    own = network.own_features
-    weight, bias = network.head.weight.detach()[:, :own].clone(), network.head.bias.detach().clone()
-    if statistics.keys() >= SUMS.keys():
-        means, covariance = (statistics[name].values.to(weight).double() for name in ("mean", "covariance"))
-        shrinkage = _usual(own, float(statistics["covariance"].images[0]))
-        found, offset = _lda(means[:, :own], covariance[:own, :own], shrinkage)
-        rows = torch.nonzero(torch.tensor(statistics["count"].images, device=weight.device) > 0).flatten()
-        scale = network.head.weight[rows].detach().norm() / found[rows].norm()
-        weight[rows], bias[rows] = (scale * found)[rows].to(weight), (scale * offset)[rows].to(bias)
-    return weight, bias
-
-
-def serve_all_features(task: Task) -> None:
-    """Makes a head over the backbone's own features one over those of all scales, which answers the same."""
-    student = task.student
-    if student.scales.layers and not student.reads_scales:
-        own = student.head.weight.detach()
-        weight = own.new_zeros(len(own), student.all_features)
-        weight[:, : own.shape[1]] = own
-        student.set_head(weight, student.head.bias.detach())
-
-
-def closes(task: Task) -> bool:
-    """Whether a task ends with a closed-form head: not when there are old classes and none of them has statistics."""
-    known = task.teacher is None or task.statistics.keys() >= SUMS.keys()
-    return task.recipe.remember.class_statistics and known
-
-
-def stays_frozen(task: Task) -> bool:
-    """Whether the backbone is left as it is in this task, which then is one pass over its images."""
-    adapt = task.recipe.schedule.adapt
-    trained = task.pretrained or task.teacher is not None
-    return closes(task) and (adapt == "never" or (adapt == "first" and trained))
-
-
-def _lda(means: Tensor, covariance: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """LDA, centred: softmax does not see what all rows have in common, but a distillation that is weighted by the head does."""
-    return _centred(*lda_head(means, covariance, shrinkage))
-
-
-def _centred(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return weight - weight.mean(0), bias - bias.mean()
-
-
-def _usual(features: int, images: float) -> float:
-    """The fewer images there are for each feature, the less of the covariance can be believed."""
-    return FEW * features / (features + images)
 
 
 def lda_stage(task: Task, moves: bool) -> Iterator[Stage]:
@@ -170,7 +99,7 @@ class _Sums:
         self._second = self._second[:0]  # no longer needed
         means, rows = self._with_generated(found)
         raw, offset = lda_head(means[rows], found.covariance, shrinkage)
-        weight, bias = _centred(raw, offset)
+        weight, bias = centred(raw, offset)
         scale = self._as_sure_as_trained(weight, rows) if self._moves else sureness
         self._keep(found, Frame(raw.mean(0), scale, shrinkage))
         serve_all_features(task)
@@ -189,8 +118,8 @@ class _Sums:
         one = self._joined(old, slice(0, 1))
         here, rows = torch.nonzero((self._count > 0).all(0)).flatten(), torch.nonzero(one.placed).flatten()
         if len(rows) < 2 or not len(here):
-            return _usual(len(one.covariance), images), 1.0
-        heads = {shrinkage: _lda(one.means[rows], one.covariance, shrinkage) for shrinkage in SHRINKAGES}
+            return usual_shrinkage(len(one.covariance), images), 1.0
+        heads = {shrinkage: centred(*lda_head(one.means[rows], one.covariance, shrinkage)) for shrinkage in SHRINKAGES}
         share = one.images / images  # twice the images need half of the shrinkage
         del one  # before the other half's matrix is made
         other = self._joined(None, slice(1, 2))

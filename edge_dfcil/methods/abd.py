@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edge_dfcil.dreaming.inversion import Dream
+from edge_dfcil.methods._class_statistics import STATE, closes, stays_frozen
 from edge_dfcil.methods._dreaming import DreamingMethod
-from edge_dfcil.methods._lda_head import STATE, closes, lda_stage, serve_all_features, stays_frozen, train_own_features
+from edge_dfcil.methods._lda_head import lda_stage
+from edge_dfcil.methods._own_head import serve_all_features, train_own_features
 from edge_dfcil.methods._refinement import refine_head
 from edge_dfcil.methods.task import Task
 from edge_dfcil.recipe import Recipe

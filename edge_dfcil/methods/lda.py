@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from edge_dfcil.errors import SettingError
-from edge_dfcil.methods._lda_head import STATE, lda_stage, stays_frozen, train_own_features
+from edge_dfcil.methods._class_statistics import STATE, stays_frozen
+from edge_dfcil.methods._lda_head import lda_stage
+from edge_dfcil.methods._own_head import train_own_features
 from edge_dfcil.methods.base import Method
 from edge_dfcil.methods.task import Task
 from edge_dfcil.recipe import Recipe
