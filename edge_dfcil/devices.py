@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edge_dfcil.errors import SettingError
+from edge_dfcil.results import Computing
+
+Net = TypeVar("Net", bound=nn.Module)
 
 
 def find_device(device: str | torch.device) -> torch.device:
@@ -29,27 +34,96 @@ def find_device(device: str | torch.device) -> torch.device:
         raise SettingError(f"device {device!r} cannot be used here ({first_line}); use 'auto' or 'cpu'") from error
 
 
+PRECISIONS = ("auto", "float32", "bfloat16")
+# The first version of torch whose BatchNorm computes its backward of channels-last tensors right on MPS; None: no release is
+# known to (pytorch issue 175189; a fix of its main branch, pull request 188371, could not be tried as of torch 2.15).
+MPS_CHANNELS_LAST: tuple[int, int] | None = None
+
+_computing: ContextVar[Computing | None] = ContextVar("edge_dfcil.computing", default=None)
+
+
+def check_precision(precision: Any) -> str:
+    """The precision. Raises `SettingError` for anything but one of `PRECISIONS`."""
+    if not isinstance(precision, str) or precision not in PRECISIONS:
+        raise SettingError(f"precision={precision!r}; it must be one of {', '.join(map(repr, PRECISIONS))}")
+    return precision
+
+
+def usual(device: torch.device, precision: str = "auto") -> Computing:
+    """How a device computes when nothing has been measured: with "auto" in bf16 on CUDA cards that have it, else in float32.
+
+    Raises `SettingError` for a device that cannot compute in the precision.
+    """
+    has_bfloat16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+    if precision == "bfloat16" and not has_bfloat16:
+        raise SettingError(f"precision='bfloat16' cannot be used on {device}; use 'auto' or 'float32'")
+    half = precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and has_bfloat16)
+    channels_last = _usual_format(device) == torch.channels_last
+    return Computing("bfloat16" if half else "float32", channels_last=channels_last)
+
+
+@contextmanager
+def computing(how: Computing | None) -> Iterator[None]:
+    """Inside, `autocast`, `memory_format` and torch's number of threads are as chosen; None: as the device usually has them.
+
+    It holds for the calling thread alone, but for the number of threads, which is the process's. All of it is as before
+    afterwards. A thread that first uses torch meanwhile keeps the number of threads that it finds.
+    """
+    threads, token = torch.get_num_threads(), _computing.set(how)
+    try:
+        if how is not None and how.threads is not None:
+            torch.set_num_threads(how.threads)
+        yield
+    finally:
+        _computing.reset(token)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+
 @contextmanager
 def autocast(device: torch.device) -> Iterator[None]:
-    """bf16 where it helps (CUDA cards that have it); full precision on MPS and CPU, where it costs time or accuracy.
+    """bf16 where that was chosen, or else where it is usual: full precision on MPS, and on a CPU that has not been measured.
 
     What autocast keeps of the weights is dropped at the end, also inside a region of the caller's, where torch keeps it.
     """
-    if device.type != "cuda" or not torch.cuda.is_bf16_supported():
+    how = _computing.get() or usual(device)
+    if how.precision == "float32":
         yield
         return
-    with torch.autocast("cuda", torch.bfloat16):
-        yield
-    torch.clear_autocast_cache()
+    try:
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """The order of an image's values in memory: channels last, which kernels prefer, but not on MPS.
+    """The order of an image's values in memory: channels last, which most kernels prefer, unless it was measured to be slower.
 
-    Versions of torch that this package allows compute BatchNorm's backward of channels-last tensors wrongly there, without
-    an error (pytorch issue 175189).
+    Not on MPS below `MPS_CHANNELS_LAST`: BatchNorm's backward of channels-last tensors is wrong there, without an error.
     """
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+    how = _computing.get()
+    return torch.contiguous_format if how is not None and not how.channels_last else _usual_format(device)
+
+
+def _usual_format(device: torch.device) -> torch.memory_format:
+    if device.type == "mps" and (MPS_CHANNELS_LAST is None or _torch_version() < MPS_CHANNELS_LAST):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def reordered(network: Net, device: torch.device) -> Net:
+    """A network in the order of `memory_format`: itself where that is the usual one, which it has, else a copy."""
+    order = memory_format(device)
+    if order == _usual_format(device):
+        return network
+    found: Net = copy.deepcopy(network).to(memory_format=order)
+    return found
 
 
 MAX_SEED = 2**53  # a task's seed is this times 1009 and more, which torch takes up to 2**64, and JSON keeps to the digit

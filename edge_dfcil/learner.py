@@ -22,7 +22,7 @@ from edge_dfcil.model.model import Model
 from edge_dfcil.model.serving import Serving
 from edge_dfcil.recipe import DEFAULT, Recipe, find_recipe
 from edge_dfcil.results import MemoryPlan, TaskReport
-from edge_dfcil.running import RunsSessions
+from edge_dfcil.running import LIMITS, RunsSessions
 from edge_dfcil.training.callbacks import Callback
 from edge_dfcil.training.session import Session
 from exporters import ExportReport
@@ -47,15 +47,17 @@ class Learner(Serving, RunsSessions):
     memory_budget
         The most that a long operation may add to the memory held when it is called (the process's resident set; on CUDA and
         MPS what torch reserves): bytes, or text such as "128MB". What a loader holds is not counted. It is planned first.
+    precision
+        "float32", "bfloat16", or "auto": the usual one, on a CPU what a long task measures to be faster (the report says what).
+        With "float32" nothing is measured, and two runs on a CPU are equal to the bit; with "auto" if they chose alike.
     device
         "auto" (CUDA, else MPS, else CPU) or a torch device.
     seed
-        All draws follow it; on the CPU two runs are equal to the bit, unless another thread draws from torch's generator.
+        All draws follow it: the same bits on a CPU for the same `precision`, unless another thread draws from torch's generator.
     weights
         Pretrained weights of a backbone by name, such as "DEFAULT"; torchvision or timm loads them.
     multiscale
-        Whether features are of several scales of the backbone and not of its last layer alone. None: where the head is
-        closed-form, which they make more accurate.
+        Whether features are of several scales of the backbone, not of its last layer alone. None: where the head is closed-form.
     mean, std
         What images in [0, 1] are normalised with, per channel. None: what the weights expect, or measured on the first task.
 
@@ -70,6 +72,7 @@ class Learner(Serving, RunsSessions):
         method: str | Method = "abd",
         recipe: str | Recipe = DEFAULT,
         memory_budget: int | str | None = None,
+        precision: str = "auto",
         device: str | torch.device = "auto",
         seed: int = 0,
         weights: str | None = None,
@@ -81,26 +84,22 @@ class Learner(Serving, RunsSessions):
         scales = method.closed_form(recipe) if multiscale is None else multiscale
         images: Any = {"image_size": image_size, "mean": mean, "std": std}
         model = Model.new(backbone, device=device, seed=seed, weights=weights, multiscale=scales, **images)
-        self._settle(model, method, recipe, memory_budget, seed)
+        self._settle(model, method, recipe, seed, memory_budget=memory_budget, precision=precision)
 
-    def _settle(
-        self, model: Model, method: Method, recipe: Recipe, memory_budget: int | str | None = None, seed: int = 0
-    ) -> None:
-        self.seed, self.memory_budget = devices.check_seed(seed), memory_budget
-        self._method, self._recipe = method, recipe
+    def _settle(self, model: Model, method: Method, recipe: Recipe, seed: int = 0, **limits: Any) -> None:
+        self.seed, self._method, self._recipe = devices.check_seed(seed), method, recipe
         self._digests: dict[Path, str | None] = {}  # of the model files that were read or written last, by path
-        RunsSessions.__init__(self)
+        RunsSessions.__init__(self, **limits)
         self._adopt(model)
 
     def _adopt(self, model: Model) -> None:
-        """Makes a model the current one, with this learner's settings: one assignment, so that readers in other threads
-        see the one from before or this one."""
+        """Makes a model the current one, with this learner's settings: readers in other threads see the one before, or this."""
         learning = dict(model.learning) | {"method": self._method.name, "recipe": self._recipe.to_dict(), "seed": self.seed}
         self._model = model.with_learning(learning, self._recipe.augmentation.mirrored_answers)
 
     @classmethod
     def of(cls, model: Model, *, method: str | Method = "abd", recipe: str | Recipe = DEFAULT, **settings: Any) -> Learner:
-        """A learner that goes on from a model. `settings` are those of `Learner`: memory_budget, seed."""
+        """A learner that goes on from a model. `settings` are those of `Learner`: memory_budget, precision, seed."""
         learner = cls.__new__(cls)
         learner._settle(model, find_method(method), find_recipe(recipe), **settings)
         return learner
@@ -113,9 +112,9 @@ class Learner(Serving, RunsSessions):
         """Adopts a trained classifier; the module is copied, not changed.
 
         `options` are those of `Model.from_classifier` (image_size, mean, std, head, backbone, device), and of `Learner`
-        (method, recipe, memory_budget, seed). Raises `BackboneError`, `ClassError` and `SettingError`.
+        (method, recipe, memory_budget, precision, seed). Raises `BackboneError`, `ClassError` and `SettingError`.
         """
-        settings = {name: options.pop(name) for name in ("method", "recipe", "memory_budget", "seed") if name in options}
+        settings = {name: options.pop(name) for name in options.keys() & {"method", "recipe", "seed", *LIMITS}}
         return cls.of(Model.from_classifier(module, classes, **options), **settings)
 
     @property
@@ -209,7 +208,7 @@ class Learner(Serving, RunsSessions):
         )
 
     def _learning(self, loader: Any, classes: Classes | None, **options: Any) -> Learning:
-        options |= {"memory_budget": self.memory_budget, "smaller": lambda: self._model.smaller(self.seed)}
+        options |= {**self.limits, "smaller": lambda: self._model.smaller(self.seed)}
         return Learning(self._model, self._method, self._recipe, loader, classes, **options)
 
     def plan(self, loader: Any, classes: Classes | None = None, *, relearn: bool = False, progress: bool = True) -> MemoryPlan:
@@ -224,7 +223,7 @@ class Learner(Serving, RunsSessions):
 
     def with_model(self, model: Model) -> Learner:
         """A learner with another model and all else alike."""
-        return Learner.of(model, method=self._method, recipe=self._recipe, memory_budget=self.memory_budget, seed=self.seed)
+        return Learner.of(model, method=self._method, recipe=self._recipe, seed=self.seed, **self.limits)
 
     def _seed_of_task(self) -> int:
         return self.seed * 1009 + len(self.tasks)
@@ -244,8 +243,7 @@ class Learner(Serving, RunsSessions):
         optimises the pixels of every image (DeepInversion). Raises `ClassError` for a name that is not known,
         `NotLearnedError` before the first task, `DivergedError` when no generated image is of the classes asked for.
         """
-        work = Dreaming(self._model, self._recipe, n, classes, quality)
-        return self.run(work, callbacks, progress, seed=self._seed_of_task())
+        return self.run(Dreaming(self._model, self._recipe, n, classes, quality), callbacks, progress, seed=self._seed_of_task())
 
     def _replace(self, model: Model) -> None:
         with self._write_lock():
@@ -268,14 +266,16 @@ class Learner(Serving, RunsSessions):
         backbone: nn.Module | None = None,
         method: str | Method | None = None,
         memory_budget: int | str | None = None,
+        precision: str = "auto",
     ) -> Learner:
         """Reads a model file and goes on from it; `backbone` is as for `Model.load`. `method` None takes the file's;
-        `memory_budget` belongs to the device and is not in it. Raises `ModelFileError`."""
+        `memory_budget` and `precision` belong to the device and are not in it. Raises `ModelFileError`."""
         seen = file.digest_of(path)  # before it is read: a change in between must stop the next save
         model = Model.load(path, device, backbone=backbone)
         try:
-            saved = {"recipe": Recipe.from_dict(model.learning["recipe"]), "seed": model.learning["seed"]}
-            learner = cls.of(model, method=method or model.learning["method"], memory_budget=memory_budget, **saved)
+            method, seed = method or model.learning["method"], model.learning["seed"]
+            recipe = Recipe.from_dict(model.learning["recipe"])
+            learner = cls.of(model, method=method, recipe=recipe, seed=seed, memory_budget=memory_budget, precision=precision)
         except (KeyError, TypeError) as error:
             raise ModelFileError(f"{path} does not say how it was learnt ({error}); Model.load(path) serves it") from error
         learner._digests[Path(path).resolve()] = seen

@@ -14,19 +14,19 @@ import torch
 from torch import nn
 
 from edge_dfcil import devices
-from edge_dfcil.budget import schedule
+from edge_dfcil.budget import schedule, speed
 from edge_dfcil.budget.allocator import bounded
 from edge_dfcil.budget.hold import hold
 from edge_dfcil.budget.meter import Meter
 from edge_dfcil.budget.planner import Planner
-from edge_dfcil.errors import ClassError
+from edge_dfcil.errors import BudgetError, ClassError
 from edge_dfcil.methods.base import Method
 from edge_dfcil.methods.task import Task
 from edge_dfcil.model import labels, statistics
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.model import Model
 from edge_dfcil.recipe import Recipe
-from edge_dfcil.results import MemoryPlan, StagePlan, StageReport, TaskReport
+from edge_dfcil.results import Computing, MemoryPlan, StagePlan, StageReport, TaskReport
 from edge_dfcil.training import rehearsal
 from edge_dfcil.training.data import RealBatches, Scan, scan
 from edge_dfcil.training.loop import check_finite
@@ -67,8 +67,9 @@ class Assignment:
 
     def task(self) -> Task:
         """The task on networks of its own, which may be thrown away."""
-        before, scanned = self.model.network, self.scanned
-        student, device = before.grown(len(self.new)), self.model.device
+        device, scanned = self.model.device, self.scanned
+        before = devices.reordered(self.model.network, device)
+        student = before.grown(len(self.new))
         if not self.model.normalizes:
             student.set_statistics(scanned.mean, scanned.std)
         counts = torch.zeros(student.n_classes, device=device)
@@ -136,6 +137,7 @@ class Learning:
         *,
         relearn: bool = False,
         memory_budget: int | None = None,
+        precision: str = "auto",
         seconds: float | None = None,
         smaller: Callable[[], Iterator[tuple[str, Model]]] = lambda: iter(()),
         begun: Callable[[Session[Any]], object] = lambda session: None,
@@ -145,6 +147,8 @@ class Learning:
         self.model, self.method, self.recipe, self.loader = model, method, recipe, loader
         self._classes, self._relearn, self._smaller, self._begun, self._commit = classes, relearn, smaller, begun, commit
         self._budget, self._seconds, self._plan_only = memory_budget, seconds, plan_only
+        self._precision = precision
+        self.computing = devices.usual(model.device, precision if recipe.schedule.mixed_precision else "float32")
         self._meter, self._peaks = Meter(model.device), list[int]()
         self._digest = model.digest()
         self.network: nn.Module | None = None
@@ -156,7 +160,8 @@ class Learning:
 
     @contextlib.contextmanager
     def context(self, session: Session[Any]) -> Iterator[None]:
-        with bounded(self._meter, session.device, self._budget):
+        with bounded(self._meter, session.device, self._budget), contextlib.ExitStack() as self._computes:
+            self._computes.enter_context(devices.computing(self.computing))
             yield
 
     def prepare(self, session: Session[Any]) -> None:
@@ -165,25 +170,28 @@ class Learning:
         self.assignment = Assignment(self.model, self.method, self.recipe, self.loader, scanned, self._classes, self._relearn)
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"model": self._digest, "budget": self._budget, "time budget": self._seconds, **self.assignment.fingerprint()}
+        settings = {"budget": self._budget, "time budget": self._seconds, "precision": self._precision}
+        return {"model": self._digest, **settings, **self.assignment.fingerprint()}
 
     def decided(self) -> dict[str, Any]:
-        return {"plan": asdict(self.plan) if self.plan is not None else None, "fitted": self.fitted}
+        plan = asdict(self.plan) if self.plan is not None else None
+        return {"plan": plan, "fitted": self.fitted, "computing": asdict(self.computing)}
 
     def restore(self, decided: Mapping[str, Any]) -> None:
         plan = decided["plan"]
         if plan is not None:
             self.plan = MemoryPlan(plan["budget"], tuple(StagePlan(**stage) for stage in plan["stages"]), plan["changes"])
-        self.fitted = decided["fitted"]
+        self.fitted, self.computing = decided["fitted"], Computing(**decided["computing"])
 
     def stages(self, session: Session[Any]) -> Iterator[Stage]:
         if not session.resumed:
             self._decide(session)
         if self._plan_only:
             return
+        self._computes.enter_context(devices.computing(self.computing))
         task = self.task = self.assignment.task()
         self.network, self._left_out = task.student, task.batches.left_out
-        changes = dict(self.plan.changes) if self.plan is not None else {}
+        changes = dict(self._changes())
         if self.fitted is not None:
             task.share = self.fitted["share"]
             changes |= self.fitted["changes"]
@@ -198,7 +206,9 @@ class Learning:
             return None
         task, assignment = self.task, self.assignment
         assert task is not None
-        network = task.student.eval().requires_grad_(False)
+        self._computes.close()
+        network: Any = task.student.eval().requires_grad_(False)
+        network.to(memory_format=devices.memory_format(session.device))
         check_finite(network)
         statistics.check(task.kept, self.method.state, network.n_classes, task.recipe.remember.min_images)
         model = replace(
@@ -223,6 +233,7 @@ class Learning:
             left_out=self._left_out,
             resumed=session.resumed,
             fitted=self.fitted,
+            computing=self.computing,
         )
         self._commit(model)
         for callback in session.callbacks:
@@ -232,18 +243,42 @@ class Learning:
     # Decisions
 
     def _decide(self, session: Session[Any]) -> None:
-        """Plans the memory and fits the schedule, on copies, with random numbers of their own."""
-        if self._budget is None and self._seconds is None and not self._plan_only:
-            return
-        for callback in session.callbacks:
-            callback.on_plan_begin()
+        """Plans the memory, measures how to compute, and fits the schedule: on copies, with random numbers of their own."""
+
+        def check() -> None:
+            if session.cancelled:  # a pause waits for the first step: what is decided here is decided in one go
+                session.check()
+
         with devices.seeded(None, session.device):
+            measures = self._precision == "auto" and speed.pays(self.assignment.task, self.method, session.device)
+            if self._budget is None and self._seconds is None and not self._plan_only and not measures:
+                return
+            for callback in session.callbacks:
+                callback.on_plan_begin()
             if self._budget is not None or self._plan_only:
-                self.plan = plan_memory(self.assignment, self._budget, self._meter, session.check, self._smaller())
+                self.plan = plan_memory(self.assignment, self._budget, self._meter, check, self._smaller())
+            if measures:
+                self._measure(check)
             if self._seconds is not None:
-                changes = self.plan.changes if self.plan is not None else {}
                 left = self._seconds - session.seconds
-                self.fitted = schedule.fit(self.assignment.task, self.method, left, changes, session.check)
+                with devices.computing(self.computing):
+                    self.fitted = schedule.fit(self.assignment.task, self.method, left, self._changes(), check)
+
+    def _changes(self) -> dict[str, int]:
+        return self.plan.changes if self.plan is not None else {}
+
+    def _measure(self, check: Callable[[], object]) -> None:
+        """Takes the fastest way to compute, with a plan of its own; as usual where the budget is too small for that plan."""
+        usual, begin = self.computing, self.assignment.task
+        plan = self.plan if self._budget is not None else None
+        self.computing = speed.choose(begin, self.method, usual, self._changes(), plan, self._seconds, check)
+        if self.plan is None or str(self.computing) == str(usual):
+            return
+        try:
+            with devices.computing(self.computing):
+                self.plan = plan_memory(self.assignment, self._budget, self._meter, check, iter(()))
+        except BudgetError:
+            self.computing = replace(usual, measured=self.computing.measured)
 
 
 def plan_memory(

@@ -126,7 +126,8 @@ class Schedule:
     # trained before; later tasks are one pass over their images. Classes without statistics still need it to be trained.
     adapt: Literal["always", "first", "never"] = "always"
     drop_incomplete: bool = True  # skip batches smaller than the largest one
-    # Ours: bf16 autocast in every stage, on CUDA devices that have it. Elsewhere it costs time or accuracy and is not used.
+    # Ours: training stages may compute in bf16 (autocast): on CUDA devices that have it, and on a CPU where it is measured to
+    # be faster, or asked for by the learner's `precision`. False: in float32, whatever is asked for.
     mixed_precision: bool = False
 
 

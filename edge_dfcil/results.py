@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from edge_dfcil.errors import SettingError
 
@@ -308,6 +308,33 @@ class PruneReport:
 
 
 @dataclass(frozen=True)
+class Computing:
+    """How the training stages of a task compute. Closed-form stages are always in float32 or more.
+
+    Attributes
+    ----------
+    precision
+        Of the layers that autocast knows; weights, gradients and what is saved are float32 in any case.
+    threads
+        Of torch on the CPU; None: as many as it was set to.
+    channels_last
+        Whether an image's channels lie side by side in memory.
+    measured
+        Seconds that the training was expected to take in each way that was timed, by its text. Empty: nothing was measured.
+    """
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    threads: int | None = None
+    channels_last: bool = True
+    measured: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """In a few words: "bfloat16, contiguous, 2 threads"; what is usual is left out."""
+        parts = [self.precision, *([] if self.channels_last else ["contiguous"])]
+        return ", ".join([*parts, *([] if self.threads is None else [_count(self.threads, "thread")])])
+
+
+@dataclass(frozen=True)
 class TaskReport:
     """What one `learn_task` did.
 
@@ -337,6 +364,9 @@ class TaskReport:
         Whether the task went on from a checkpoint.
     fitted
         What `time_budget` fitted the schedule to, by name; None without one.
+    computing
+        In which precision, with how many threads and in which memory order its training stages computed, and whether that was
+        measured; None in reports of before.
     """
 
     task: int
@@ -352,6 +382,7 @@ class TaskReport:
     left_out: int = 0
     resumed: bool = False
     fitted: dict[str, Any] | None = None
+    computing: Computing | None = None
 
     def __str__(self) -> str:
         """What was learnt, from what and by what, then a line a stage."""
@@ -366,6 +397,9 @@ class TaskReport:
             lines.append(f"memory: at most {self.peak_bytes / 1e6:.1f} MB of {self.plan.budget / 1e6:.1f} MB")
         if self.fitted:
             lines.append("fitted to the time: " + ", ".join(f"{name} {value}" for name, value in self.fitted.items()))
+        if self.computing is not None and self.computing.measured:
+            ways = ", ".join(f"{way} {seconds:.3g} s" for way, seconds in self.computing.measured.items())
+            lines.append(f"computed in {self.computing} (measured: {ways})")
         return "\n".join([*lines, *(f"  {stage}" for stage in self.stages)])
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from edge_dfcil import devices
 from edge_dfcil.budget.meter import parse
 from edge_dfcil.budget.within import PlannedWork, Within
 from edge_dfcil.errors import SettingError
@@ -16,20 +17,24 @@ from edge_dfcil.training.callbacks import Callback, check_callbacks
 from edge_dfcil.training.progress import with_progress
 from edge_dfcil.training.session import Session, Work
 
+LIMITS = ("memory_budget", "precision")  # settings of a learner that belong to the device and not to the model
+
 
 class RunsSessions:
     """Holds one writer lock and the session that runs; both stay behind when it is copied or pickled."""
 
     _session: Session[Any] | None = None
     _memory_budget: int | None = None
+    _precision = "auto"
 
     @property
     def device(self) -> torch.device:
         """Where sessions compute."""
         raise NotImplementedError
 
-    def __init__(self) -> None:
+    def __init__(self, memory_budget: int | str | None = None, precision: str = "auto") -> None:
         self._writing = threading.Lock()
+        self.memory_budget, self.precision = memory_budget, precision
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_writing", "_session")}
@@ -48,6 +53,20 @@ class RunsSessions:
         self._memory_budget = parse(budget)
 
     @property
+    def precision(self) -> str:
+        """ "auto", "float32" or "bfloat16": what training stages compute in, where the recipe allows for it."""
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: str) -> None:
+        self._precision = devices.check_precision(precision)
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """The settings that belong to the device and not to the model, by name."""
+        return {name: getattr(self, name) for name in LIMITS}
+
+    @property
     def running(self) -> Session[Any] | None:
         """The session that runs now, in any thread."""
         return self._session
@@ -60,10 +79,11 @@ class RunsSessions:
 
     def run(self, work: PlannedWork, callbacks: Sequence[Callback] = (), progress: bool = True, *, seed: int) -> Any:
         """Runs a long operation on the current model, with progress and `cancel()`, within the memory budget if there is
-        one; returns its result."""
+        one, and in the precision that was asked for; with "auto" as the device usually computes. Returns its result."""
         if self.memory_budget is not None:
             work = Within(work, self.memory_budget, self.device)
-        return self._new_session(work, callbacks, progress, seed=seed).run()
+        with devices.computing(devices.usual(self.device, self.precision)):
+            return self._new_session(work, callbacks, progress, seed=seed).run()
 
     def _new_session(
         self, work: Work[Any], callbacks: Sequence[Callback], progress: bool, writes: bool = False, **settings: Any

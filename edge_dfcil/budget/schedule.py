@@ -74,7 +74,7 @@ def fit(
     speeds, image_seconds = _speeds(begin(), copy.deepcopy(method), recipe, check)
 
     def expected(share: float) -> float:
-        steps = _steps(task, recipe, share)
+        steps = steps_of(task, recipe, share)
         pool = _shortened(recipe, share)["remember.pool"] if task.remembers else 0
         return sum(speed * steps.get(name, len(task.batches)) for name, speed in speeds.items()) + image_seconds * pool
 
@@ -107,7 +107,7 @@ def _shortened(recipe: Recipe, share: float) -> dict[str, int]:
     }
 
 
-def _steps(task: Task, recipe: Recipe, share: float) -> dict[str, int]:
+def steps_of(task: Task, recipe: Recipe, share: float) -> dict[str, int]:
     """Steps of each kind of stage under a share of the schedule."""
     schedule, refine, per_epoch = recipe.schedule, recipe.refine, len(task.batches)
     epochs = schedule.epochs if task.teacher is not None else schedule.first_epochs or schedule.epochs

@@ -16,6 +16,7 @@ from edge_dfcil.cli.options import (
     MODEL,
     MODULE,
     PATH,
+    PRECISION,
     QUALITY,
     STRICT,
     load_learner,
@@ -35,6 +36,7 @@ from edge_dfcil.cli.options import (
 @recipe_options
 @MODULE
 @MEMORY
+@PRECISION
 @STRICT
 @DEVICE
 @JSON
@@ -49,6 +51,7 @@ def command(
     changes: dict[str, str],
     module: str | None,
     memory_budget: str | None,
+    precision: str,
     strict: bool,
     device: str,
     as_json: bool,
@@ -57,7 +60,7 @@ def command(
     from edge_dfcil.compression import Distillation, distill
 
     out = smaller_model(model, to.replace(":", "-").replace("/", "-"), out)
-    learner = load_learner(model, device, module, recipe, changes, memory_budget=memory_budget)
+    learner = load_learner(model, device, module, recipe, changes, memory_budget=memory_budget, precision=precision)
     settings = Distillation(quality=quality, rounds=Distillation.rounds if rounds is None else rounds)
     student, report = distill(learner, to, settings=settings, evaluation=loader_of(evaluation, learner, strict))
     student.save(out)

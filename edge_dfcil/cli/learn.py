@@ -15,6 +15,7 @@ from edge_dfcil.cli.options import (
     MEMORY,
     MODULE,
     PATH,
+    PRECISION,
     STRICT,
     build_module,
     chosen_recipe,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 @MODULE
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=2), help="Pictures a step.")
 @MEMORY
+@PRECISION
 @click.option("--time-budget", metavar="TIME", help="The most that learning may take, for example 10min.")
 @click.option(
     "--checkpoint",
@@ -63,6 +65,7 @@ def command(
     module: str | None,
     batch_size: int,
     memory_budget: str | None,
+    precision: str,
     time_budget: str | None,
     checkpoint: str | None,
     dry_run: bool,
@@ -82,7 +85,8 @@ def command(
         check_writable(model)
     # A second process that teaches the same file is refused now, not when all is learnt.
     with contextlib.nullcontext() if dry_run else claim(model):
-        learner = _learner_for(model, device, memory_budget, module, recipe, changes, new)
+        limits = {"memory_budget": memory_budget, "precision": precision}
+        learner = _learner_for(model, device, limits, module, recipe, changes, new)
         folder = open_pictures(images, learner, strict, batch_size)
         if dry_run:
             plan = learner.plan(folder.loader, relearn=relearn)
@@ -102,7 +106,7 @@ def command(
 def _learner_for(
     model: Path,
     device: str,
-    memory_budget: str | None,
+    limits: dict[str, Any],
     module: str | None,
     recipe: str | None,
     changes: dict[str, str],
@@ -117,13 +121,13 @@ def _learner_for(
         if given or no_flip:
             names = ", ".join("--" + name.replace("_", "-") for name in [*given, *(["no_flip"] if no_flip else [])])
             raise SettingError(f"{model} is there already and keeps its settings; leave out {names}, or name a new file")
-        return load_learner(model, device, module, recipe, changes, memory_budget=memory_budget)
+        return load_learner(model, device, module, recipe, changes, **limits)
     if module is not None and "backbone" in given:
         raise SettingError("--backbone and --module both name the new model's backbone; give one of them")
     chosen = chosen_recipe(RECIPES[DEFAULT], recipe, {**({"augmentation.flip": "false"} if no_flip else {}), **changes})
     named = given.pop("backbone", "resnet32")
     backbone = named if module is None else build_module(module)
-    return Learner(backbone, device=device, recipe=chosen, memory_budget=memory_budget, **given)
+    return Learner(backbone, device=device, recipe=chosen, **limits, **given)
 
 
 def _checkpoint(model: Path, given: str | None) -> Path | None:
@@ -176,4 +180,6 @@ def _lines(report: TaskReport, model: Path) -> list[str]:
         lines.append(
             f"took {report.peak_bytes / 1e6:.1f} MB of memory at most, {report.plan.peak_bytes / 1e6:.1f} MB were planned"
         )
+    if report.computing is not None and report.computing.measured:
+        lines.append(f"computed in {report.computing}, which was measured to be the fastest way here")
     return lines

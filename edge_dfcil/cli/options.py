@@ -26,6 +26,13 @@ MODEL = click.argument("model", type=PATH)
 JSON = click.option("--json", "as_json", is_flag=True, help="Answer as JSON.")
 DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
 MEMORY = click.option("--memory-budget", metavar="SIZE", help="The most that this may add to memory, for example 128MB.")
+PRECISION = click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="What to compute in; auto takes what is usual, or in a long task on a CPU what is measured to be faster.",
+)
 STRICT = click.option("--strict", is_flag=True, help="Refuse a folder with a damaged picture instead of skipping it.")
 EVALUATION = click.option("--eval", "evaluation", type=PATH, metavar="IMAGES", help="Measure before and after on these pictures.")
 MODULE = click.option(

@@ -16,6 +16,7 @@ from edge_dfcil.cli.options import (
     MODEL,
     MODULE,
     PATH,
+    PRECISION,
     STRICT,
     load_learner,
     loader_of,
@@ -36,6 +37,7 @@ from edge_dfcil.cli.options import (
 @recipe_options
 @MODULE
 @MEMORY
+@PRECISION
 @STRICT
 @DEVICE
 @JSON
@@ -48,6 +50,7 @@ def command(
     changes: dict[str, str],
     module: str | None,
     memory_budget: str | None,
+    precision: str,
     strict: bool,
     device: str,
     as_json: bool,
@@ -61,7 +64,7 @@ def command(
     out = smaller_model(model, "pruned", out)
     settings = Pruning(**target)
     settings = replace(settings, repair=None) if no_repair else settings
-    learner = load_learner(model, device, module, recipe, changes, memory_budget=memory_budget)
+    learner = load_learner(model, device, module, recipe, changes, memory_budget=memory_budget, precision=precision)
     smaller, report = prune(learner, settings, evaluation=loader_of(evaluation, learner, strict))
     smaller.save(out)
     lines = [

@@ -1,0 +1,238 @@
+"""How a task computes fastest on this CPU: a few steps of each way, timed in turns on copies that are thrown away.
+
+No rule tells: on an Intel Xeon with AMX a bf16 step of resnet32 takes 0.46 of the time of a float32 one, and one of
+mobilenet_v3_small three times as long; on an AMD EPYC bf16 is 15 times slower.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from edge_dfcil import devices
+from edge_dfcil.budget import schedule
+from edge_dfcil.errors import BudgetError, DivergedError
+from edge_dfcil.methods.base import Method
+from edge_dfcil.methods.task import Task
+from edge_dfcil.recipe import Recipe
+from edge_dfcil.results import Computing, MemoryPlan
+from edge_dfcil.training import loop
+from edge_dfcil.training.stage import StageSpec, StageState
+
+logger = logging.getLogger("edge_dfcil")
+
+LEAST_STEPS = 200  # of a task's training stages: fewer have ended before measuring has paid
+MARGIN = 0.8  # of the time: another way must take less, so that the choice seldom differs from one run to the next
+TOO_SLOW = 5.0  # times a usual step: a way whose first step takes longer is not tried again
+SLOWER = 1.5  # times a usual step: one that has warmed up and takes longer is not repeated
+REPEATS = 2  # of a step that are timed, after one that warms up; the fastest counts
+SHARE = 0.05  # of the expected time: after so much of it no other way is tried
+MINOR = 0.1  # of the expected steps: stages with fewer are not timed
+POOL = 16  # generated images of a measurement
+SCHEDULED = 64  # steps that the learning rate of a measurement is made for: more than are taken
+
+
+def timed(way: Computing, step: Callable[[], object]) -> float:
+    """Seconds of one step, computed in this way. All measuring goes through here."""
+    with devices.computing(way):
+        begin = time.perf_counter()
+        step()
+        return time.perf_counter() - begin
+
+
+def pays(begin: Callable[[], Task], method: Method, device: torch.device) -> bool:
+    """Whether it is worth measuring: on a CPU, for a task that begins with a training stage and has many steps in all."""
+    if device.type != "cpu":
+        return False
+    task = begin()
+    if sum(schedule.steps_of(task, task.recipe, 1.0).values()) < LEAST_STEPS:
+        return False
+    return isinstance(next(copy.deepcopy(method).stages(task), None), StageSpec)
+
+
+def choose(
+    begin: Callable[[], Task],
+    method: Method,
+    usual: Computing,
+    changes: Mapping[str, Any],
+    plan: MemoryPlan | None,
+    seconds: float | None,
+    check: Callable[[], object],
+) -> Computing:
+    """The fastest way to compute a task on the CPU; the usual one unless another is faster by a clear margin.
+
+    One thing at a time: the precision, then half of the threads as long as that helps, then the memory order. Steps take as
+    much memory as `plan` allows; under a plan the memory order is not tried, because that takes a second copy of the networks.
+
+    Parameters
+    ----------
+    begin
+        Gives tasks that may be thrown away.
+    usual, changes, plan, seconds
+        The way that is compared with, what the plan changes in the recipe, the plan, and the time budget of the task.
+    check
+        Called between steps; it may raise.
+    """
+    trial = _Trial(begin, method, begin().recipe.changed(changes), plan, check)
+    best, limit = usual, float("inf") if seconds is None else SHARE * seconds
+    tried = [_in_bfloat16, _with_half_the_threads, *([] if plan is not None else [_contiguous])]
+    while tried:
+        other = tried[0](best, trial.recipe)
+        if other is None or trial.spent > limit:
+            tried.pop(0)
+            continue
+        before, after = trial.compare(best, other)
+        limit = min(limit, SHARE * before)
+        if after < MARGIN * before:
+            best = other
+        else:
+            tried.pop(0)
+    return replace(best, measured={name: found for name, found in trial.found.items() if found < float("inf")})
+
+
+def _in_bfloat16(way: Computing, recipe: Recipe) -> Computing | None:
+    return replace(way, precision="bfloat16") if recipe.schedule.mixed_precision and way.precision == "float32" else None
+
+
+def _with_half_the_threads(way: Computing, recipe: Recipe) -> Computing | None:
+    """Never more than torch was set to: an app may have its reasons."""
+    threads = way.threads or torch.get_num_threads()
+    return replace(way, threads=threads // 2) if threads > 1 else None
+
+
+def _contiguous(way: Computing, recipe: Recipe) -> Computing | None:
+    return replace(way, channels_last=False) if way.channels_last else None
+
+
+@dataclass
+class _Trial:
+    """Compares ways to compute.
+
+    Attributes
+    ----------
+    found
+        Seconds that the training stages would take in each way so far, by its text.
+    spent
+        Seconds spent on measuring.
+    """
+
+    begin: Callable[[], Task]
+    method: Method
+    recipe: Recipe
+    plan: MemoryPlan | None
+    check: Callable[[], object]
+    spent: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.found: dict[str, float] = {}
+
+    def compare(self, best: Computing, other: Computing) -> tuple[float, float]:
+        """Seconds that the training stages would take in both ways, measured in turns; infinite for an `other` that fails or is
+        far slower."""
+        try:
+            before, after = self._whole((best, other))
+        except (RuntimeError, BudgetError, DivergedError) as error:  # an operation that has no bf16, for one
+            logger.info("computing in %s was tried and failed: %s", other, error)
+            before, after = self.found.get(str(best), float("inf")), float("inf")
+        for way, seconds in ((best, before), (other, after)):
+            self.found[str(way)] = min(seconds, self.found.get(str(way), seconds))
+        return before, after
+
+    def _whole(self, ways: Sequence[Computing]) -> list[float]:
+        walks: dict[bool, _Walk] = {}  # both ways step through one task, unless its networks lie differently in memory
+        for way in ways:
+            if way.channels_last not in walks:
+                walks[way.channels_last] = _Walk(self, way)
+        totals = [0.0 for _ in ways]
+        while True:
+            for walk in walks.values():
+                walk.move_on()
+            if any(walk.stage is None for walk in walks.values()):
+                return totals
+            walk = walks[ways[0].channels_last]
+            if walk.steps < MINOR * walk.all_steps:  # taken all the same: what it makes is needed by later stages
+                for one in walks.values():
+                    with devices.computing(one.way):
+                        one.step()
+                continue
+            seconds = self._in_turns(ways, walks)
+            totals = [total + walk.steps * each for total, each in zip(totals, seconds, strict=True)]
+
+    def _in_turns(self, ways: Sequence[Computing], walks: Mapping[bool, _Walk]) -> list[float]:
+        """Seconds of a step in each way."""
+        steps = [walks[way.channels_last].step for way in ways]
+        self._timed(ways[0], steps[0])
+        fastest = [self._timed(ways[0], steps[0]), float("inf")]
+        if self._timed(ways[1], steps[1]) > TOO_SLOW * fastest[0]:
+            return fastest
+        for _ in range(REPEATS):
+            for n, (way, step) in enumerate(zip(ways, steps, strict=True)):
+                fastest[n] = min(fastest[n], self._timed(way, step))
+            if fastest[1] > SLOWER * fastest[0]:
+                break
+        return fastest
+
+    def _timed(self, way: Computing, step: Callable[[], object]) -> float:
+        seconds = timed(way, step)
+        self.spent += seconds
+        return seconds
+
+
+class _Walk:
+    """A task that is thrown away, from training stage to training stage, some steps of each."""
+
+    def __init__(self, trial: _Trial, way: Computing) -> None:
+        self._trial, self.way = trial, way
+        with devices.computing(way):
+            self._task = trial.begin()
+            self._planned = schedule.steps_of(self._task, trial.recipe, 1.0)
+            self._task.make_short(trial.recipe, SCHEDULED, POOL)
+        self._stages = copy.deepcopy(trial.method).stages(self._task)
+        self.stage: StageSpec | None = None
+        self._state = StageState()
+        self.all_steps = sum(self._planned.values())
+
+    @property
+    def steps(self) -> int:
+        """Of the stage, in the whole task."""
+        assert self.stage is not None
+        return self._planned.get(self.stage.name, len(self._task.batches))
+
+    def move_on(self) -> None:
+        """To the next training stage; `stage` is None after the last, and before a closed-form one, which ends a task."""
+        with devices.computing(self.way):
+            if self.stage is not None:
+                self._task.micro_batches[self.stage.name] = self._state.micro_batch
+            stage = next(self._stages, None)
+        if not isinstance(stage, StageSpec):
+            self.stage = None
+            return
+        stage = replace(stage, batches=_Largest(stage.batches))
+        for planned in self._trial.plan.stages if self._trial.plan is not None else ():
+            if planned.name == stage.name:
+                stage = replace(stage, micro_batch=planned.at_once, recompute=planned.recompute)
+        self.stage, self._state = stage, StageState.at_start(stage)
+
+    def step(self) -> None:
+        """One more step of the stage."""
+        assert self.stage is not None
+        self._state.consumed = 0  # the same batch again
+        stage = replace(self.stage, steps=self._state.step + 1)
+        loop.fit(stage, self._task.device, check=self._trial.check, state=self._state)
+
+
+class _Largest:
+    """The first batch of each pass: in a task that was made short, the largest."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self._batches), 1)
