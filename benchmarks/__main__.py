@@ -15,6 +15,7 @@ import click
 from benchmarks import accuracy, datasets, frozen, memory_tables, readme, steps, workshop_tables
 from benchmarks import latency as latencies
 from benchmarks import memory as memories
+from benchmarks import precision as precisions
 from benchmarks import report as reports
 from benchmarks import speed as speeds
 from benchmarks import workshop as workshops
@@ -153,6 +154,22 @@ def run_speed(as_json: bool, quick: bool, out: Path, device: str) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / speeds.file(device)).write_text(json.dumps(found, indent=1) + "\n")
     click.echo(json.dumps(found) if as_json else speeds.describe(found))
+
+
+@main.command("precision")
+@DATA
+@click.option("--quick", is_flag=True, help="A tiny network: whether it runs, not how fast.")
+@click.option("--remark", help="What else the machine did meanwhile; kept in the result.")
+@click.option("--name", default=precisions.FILE, show_default=True, help="Of the result's file.")
+@RESULTS
+def run_precision(data: Path, quick: bool, remark: str | None, name: str, out: Path) -> None:
+    """Steps in float32 and bf16, in both memory orders and with fewer threads, in turns; and whether bf16 costs accuracy."""
+    setting = precisions.QUICK if quick else precisions.FULL
+    found = precisions.run(datasets.load(data), setting, lambda line: click.echo(line, err=True), remark)
+    if not quick:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(json.dumps(found, indent=1) + "\n")
+    click.echo(precisions.describe(found))
 
 
 @main.command("memory")
