@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import embedding, machine, pretrained, yardsticks  # noqa: F401  # pretrained registers its backbones
 from benchmarks.datasets import Data, Part, class_order
-from edge_dfcil import Learner, metrics
+from edge_dfcil import Learner, devices, metrics
 from edge_dfcil.errors import SettingError
 from edge_dfcil.methods import Method
 from edge_dfcil.recipe import Recipe, dotted, find_recipe
@@ -231,7 +231,7 @@ def _learner(
     if resumes:
         if state is not None and _kept(path).exists():
             state.kept = load_file(_kept(path))
-        return Learner.load(_model(path), device, method=state), state
+        return Learner.load(_model(path), device, method=state, precision=_precision(device)), state
     return new_learner(protocol, method, seed, recipe, device), state
 
 
@@ -242,6 +242,7 @@ def new_learner(protocol: Protocol, method: str | Method, seed: int, recipe: Rec
         image_size=protocol.image_size,
         method=method,
         recipe=recipe,
+        precision=_precision(device),
         device=device,
         seed=seed,
         mean=protocol.mean,
@@ -249,6 +250,11 @@ def new_learner(protocol: Protocol, method: str | Method, seed: int, recipe: Rec
         multiscale=protocol.multiscale,
         weights=protocol.weights,
     )
+
+
+def _precision(device: str) -> str:
+    """A CPU's figures are in float32, whatever is faster on it, so that a run can be repeated."""
+    return "float32" if devices.find_device(device).type == "cpu" else "auto"
 
 
 def training(protocol: Protocol, data: Data, classes: Sequence[int], seed: int) -> Part:

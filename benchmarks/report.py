@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks import embedding, latency, memory, memory_tables, speed, tables, workshop, workshop_tables
+from benchmarks import embedding, latency, memory, memory_tables, precision, speed, tables, workshop, workshop_tables
 from benchmarks.accuracy import omega
 
 Results = list[dict[str, Any]]  # one a seed
@@ -53,6 +53,8 @@ def write(folder: Path) -> str:
         parts += _embeddings(folder, protocol, methods)
     if timed := measured_all(folder, speed.FILE):
         parts += ["## Speed", *map(speed.describe, timed)]
+    if (ways := measured(folder / precision.FILE)) is not None:
+        parts += ["## Precision", precision.describe(ways)]
     if (held := measured(folder / memory.FILE)) is not None:
         parts += ["## Memory", memory_tables.describe(held)]
         if memory_tables.has_replay(held):

@@ -269,9 +269,9 @@ class Learning:
 
     def _measure(self, check: Callable[[], object]) -> None:
         """Takes the fastest way to compute, with a plan of its own; as usual where the budget is too small for that plan."""
-        usual, begin = self.computing, self.assignment.task
+        usual, recipe = self.computing, self.recipe.changed(self._changes())
         plan = self.plan if self._budget is not None else None
-        self.computing = speed.choose(begin, self.method, usual, self._changes(), plan, self._seconds, check)
+        self.computing = speed.choose(self.assignment.task, self.method, recipe, usual, plan, self._seconds, check)
         if self.plan is None or str(self.computing) == str(usual):
             return
         try:

@@ -50,6 +50,7 @@ class Account:
 
 def learn(images: Path, model: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "edge_dfcil", "learn", str(images), "--model", str(model), "--device", "cpu"]
+    command += ["--precision", "float32"]  # what is measured to be faster may differ from run to run, and its bits with it
     if not model.exists():
         command += ["--backbone", "resnet8", "--image-size", "16", "--no-flip", "--recipe", RECIPE]
         command += [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]

@@ -233,6 +233,14 @@ def test_speed_checks_that_both_do_the_same_and_prints_its_ratios() -> None:
 
 
 @pytest.mark.slow
+def test_precision_times_every_way_and_tells_the_accuracy_of_both(data: Data, tmp_path: Path) -> None:
+    command = ["precision", "--data", str(tmp_path), "--quick", "--remark", "alone on it"]
+    shown = CliRunner().invoke(main, command, catch_exceptions=False).stdout
+    assert "| backbone | float32 | bfloat16 | float32, contiguous | bfloat16, contiguous |" in shown
+    assert "alone on it" in shown and "\nbfloat16: " in shown and not (tmp_path / "precision.json").exists()
+
+
+@pytest.mark.slow
 def test_the_workshop_runs_every_step_and_goes_on_where_it_stopped(data: Data, tmp_path: Path) -> None:
     out, models = tmp_path / "out", tmp_path / "models"
     shop = ["workshop", "--data", str(tmp_path), "--quick", "--out", str(out), "--models", str(models)]

@@ -294,6 +294,15 @@ class TestChoice:
         learn(new_learner(), train)
         assert {*clock.timed} == {"float32", "bfloat16"}
 
+    def test_measuring_takes_a_small_share_of_a_time_budget(self, train: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = FakeClock(monkeypatch, {"bfloat16": 0.1})
+        monkeypatch.setattr(speed, "SHARE", 0.001)
+        report = learn(new_learner(), train, time_budget=3600)
+        assert clock.timed == ["float32", "float32", *("bfloat16", "float32") * 2], (
+            "3.2 of 3.6 seconds, and the step that passed them"
+        )
+        assert chosen(report) == Computing() and report.fitted is not None
+
     @pytest.mark.slow
     def test_under_a_memory_budget_the_plan_is_for_what_was_chosen(self, train: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
         from edge_dfcil import learning

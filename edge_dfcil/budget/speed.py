@@ -18,6 +18,7 @@ import torch
 
 from edge_dfcil import devices
 from edge_dfcil.budget import schedule
+from edge_dfcil.budget.meter import give_back
 from edge_dfcil.errors import BudgetError, DivergedError
 from edge_dfcil.methods.base import Method
 from edge_dfcil.methods.task import Task
@@ -54,14 +55,17 @@ def pays(begin: Callable[[], Task], method: Method, device: torch.device) -> boo
     task = begin()
     if sum(schedule.steps_of(task, task.recipe, 1.0).values()) < LEAST_STEPS:
         return False
-    return isinstance(next(copy.deepcopy(method).stages(task), None), StageSpec)
+    trains = isinstance(next(copy.deepcopy(method).stages(task), None), StageSpec)
+    del task
+    give_back(device)
+    return trains
 
 
 def choose(
     begin: Callable[[], Task],
     method: Method,
+    recipe: Recipe,
     usual: Computing,
-    changes: Mapping[str, Any],
     plan: MemoryPlan | None,
     seconds: float | None,
     check: Callable[[], object],
@@ -75,13 +79,13 @@ def choose(
     ----------
     begin
         Gives tasks that may be thrown away.
-    usual, changes, plan, seconds
-        The way that is compared with, what the plan changes in the recipe, the plan, and the time budget of the task.
+    recipe, usual, plan, seconds
+        The recipe as the plan changes it, the way that is compared with, the plan, and the time budget of the task.
     check
         Called between steps; it may raise.
     """
-    trial = _Trial(begin, method, begin().recipe.changed(changes), plan, check)
-    best, limit = usual, float("inf") if seconds is None else SHARE * seconds
+    trial = _Trial(begin, method, recipe, plan, check, float("inf") if seconds is None else SHARE * seconds)
+    best, limit = usual, trial.limit
     tried = [_in_bfloat16, _with_half_the_threads, *([] if plan is not None else [_contiguous])]
     while tried:
         other = tried[0](best, trial.recipe)
@@ -111,12 +115,18 @@ def _contiguous(way: Computing, recipe: Recipe) -> Computing | None:
     return replace(way, channels_last=False) if way.channels_last else None
 
 
+class _Spent(Exception):
+    """Raised when a time budget allows no more measuring."""
+
+
 @dataclass
 class _Trial:
     """Compares ways to compute.
 
     Attributes
     ----------
+    limit
+        Seconds after which a comparison is broken off.
     found
         Seconds that the training stages would take in each way so far, by its text.
     spent
@@ -128,6 +138,7 @@ class _Trial:
     recipe: Recipe
     plan: MemoryPlan | None
     check: Callable[[], object]
+    limit: float
     spent: float = 0.0
 
     def __post_init__(self) -> None:
@@ -138,9 +149,12 @@ class _Trial:
         far slower."""
         try:
             before, after = self._whole((best, other))
+        except _Spent:
+            before, after = self.found.get(str(best), float("inf")), float("inf")
         except (RuntimeError, BudgetError, DivergedError) as error:  # an operation that has no bf16, for one
             logger.info("computing in %s was tried and failed: %s", other, error)
             before, after = self.found.get(str(best), float("inf")), float("inf")
+        give_back(torch.device("cpu"))  # tasks that were thrown away, before the next are made
         for way, seconds in ((best, before), (other, after)):
             self.found[str(way)] = min(seconds, self.found.get(str(way), seconds))
         return before, after
@@ -182,6 +196,8 @@ class _Trial:
     def _timed(self, way: Computing, step: Callable[[], object]) -> float:
         seconds = timed(way, step)
         self.spent += seconds
+        if self.spent > self.limit:
+            raise _Spent
         return seconds
 
 
