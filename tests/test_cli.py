@@ -253,6 +253,12 @@ def test_a_budget_is_planned_shown_and_kept_or_refused(pictures: Any, model: Pat
     assert report["peak_bytes"] <= report["plan"]["budget"] == 300_000_000
 
 
+def test_the_precision_is_what_was_asked_for(pictures: Any, model: Path) -> None:
+    assert "bfloat16" in cli("learn", pictures[1], "--model", model, "--precision", "half", expect=2).stderr
+    report = json.loads(cli("learn", pictures[1], "--model", model, "--precision", "bfloat16", "--json").stdout)
+    assert report["computing"] == {"precision": "bfloat16", "threads": None, "channels_last": True, "measured": {}}
+
+
 def test_damaged_pictures_are_named_skipped_and_counted_or_refused(learnt: Learner, train: Batches, tmp_path: Path) -> None:
     model = learnt.save(tmp_path / "m")
     images = folder_of(tmp_path / "images", train, ("5", "6"))
