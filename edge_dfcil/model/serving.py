@@ -68,9 +68,9 @@ class Serving:
         """Raises `NotLearnedError` before the first task."""
         self._model.check_answering()
 
-    def predict(self, images: Any, top_k: int = 1) -> list[Prediction]:
+    def predict(self, images: Any, top_k: int = 1, reject: bool = False) -> list[Prediction]:
         """The most probable classes of each image; see `Model.predict`."""
-        return self._model.predict(images, top_k)
+        return self._model.predict(images, top_k, reject)
 
     def probabilities(self, images: Any) -> Tensor:
         """Probabilities (N, C) of the classes; see `Model.probabilities`."""
