@@ -15,6 +15,7 @@ import click
 from benchmarks import accuracy, datasets, frozen, memory_tables, readme, steps, workshop_tables
 from benchmarks import latency as latencies
 from benchmarks import memory as memories
+from benchmarks import rejection as rejections
 from benchmarks import report as reports
 from benchmarks import speed as speeds
 from benchmarks import workshop as workshops
@@ -191,6 +192,19 @@ def run_workshop(data: Path, parts: str, models: Path, setting: str | None, tabl
     shop = workshops.Workshop(datasets.load(data), out, models, chosen, device, table)
     found = shop.run(["teacher", *parts.split(",")], lambda line: click.echo(line, err=True))
     click.echo(workshop_tables.describe(found))
+
+
+@main.command("rejection")
+@DATA
+@click.option("--preset", default=rejections.PRESETS, show_default=True, help="With commas between; their tasks and data.")
+@click.option("--seeds", default="0", show_default=True, help="Numbers, with commas between; the class order follows them.")
+@RESULTS
+@DEVICE
+def run_rejection(data: Path, preset: str, seeds: str, out: Path, device: str) -> None:
+    """Rejection of classes that were not learnt, and calibration; results done already are kept."""
+    out.mkdir(parents=True, exist_ok=True)
+    rejections.run_all(preset, seeds, lambda p: datasets.load(data, p.dataset, p.image_size), out, device, click.echo)
+    click.echo(rejections.describe(out))
 
 
 @main.command("latency")
