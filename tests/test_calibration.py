@@ -17,14 +17,13 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_dfcil import ExportError, Learner, Model, ModelFileError, SettingError, metrics
+from edge_dfcil import ClassError, DataError, ExportError, Learner, Model, ModelFileError, SettingError, metrics
 from edge_dfcil.cli import main
 from edge_dfcil.demo import Batches
 from edge_dfcil.heads.lda import lda_head
 from edge_dfcil.heads.leave_one_out import leave_one_out
-from edge_dfcil.heads.temperature import best_temperature
 from edge_dfcil.model import file
-from edge_dfcil.model.calibration import Calibration
+from edge_dfcil.model.calibration import Calibration, best_temperature
 from exporters import OnnxClassifier
 from exporters.rejection import margins, scores
 from tests.conftest import NAMES, QUICK, quick_learner
@@ -108,6 +107,27 @@ class TestPredict:
             learnt.predict(test.images[:2], reject=True)
 
 
+class TestCalibrate:
+    def test_a_trained_head_rejects_after_it(self, learnt: Learner, test: Batches) -> None:
+        part = test.of(("0", "1"))
+        half = len(part.targets) // 2
+        before = learnt.evaluate(part, NAMES)
+        learnt.calibrate([(part.images[:half], part.targets[:half])], NAMES, false_rejections=0.1)
+        assert rejected(learnt, part.images[:half]) == pytest.approx(0.1, abs=0.03)
+        after = learnt.evaluate(part, NAMES)
+        assert (after.accuracy, after.confusion) == (before.accuracy, before.confusion)
+        assert learnt.model.temperature != 1
+
+    def test_what_it_refuses(self, learnt: Learner, test: Batches) -> None:
+        part = test.of(("0", "1"))
+        for images, share, error in ((9, 0.05, DataError), (40, 1.0, SettingError), (40, -0.1, SettingError)):
+            with pytest.raises(error):
+                learnt.calibrate([(part.images[:images], part.targets[:images])], NAMES, false_rejections=share)
+        with pytest.raises(ClassError):
+            learnt.calibrate([(test.images[:40], test.targets[:40])], NAMES)
+        assert learnt.model.calibration is None
+
+
 class TestKept:
     def test_what_is_stored(self, rejecting: Model) -> None:
         found = calibration_of(rejecting)
@@ -161,6 +181,16 @@ class TestKept:
         path = file.write(tmp_path / "model", rejecting.tensors(), settings)
         with pytest.raises(ModelFileError, match="does not fit"):
             Model.load(path, "cpu")
+
+    def test_int8_files_reject_too(self, rejecting: Model, train: Batches, test: Batches, tmp_path: Path) -> None:
+        path = tmp_path / "int8.onnx"
+        learner = Learner.of(rejecting, recipe=CLOSED_FORM)
+        learner.export(path, "int8", calibration=[*train.of(KNOWN)], progress=False)
+        classifier = OnnxClassifier(path)
+        assert classifier.thresholds == rejecting.thresholds
+        images = test.images[:200]
+        pairs = zip(classifier.predict(images.numpy(), reject=True), rejecting.predict(images, reject=True), strict=True)
+        assert np.mean([(mine.label is None) == (theirs.label is None) for mine, theirs in pairs]) > 0.85
 
     def test_bad_values_in_an_export_are_refused(self, exported: Path, tmp_path: Path) -> None:
         model = onnx.load(exported)

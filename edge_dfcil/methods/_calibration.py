@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from edge_dfcil.heads.leave_one_out import leave_one_out
-from edge_dfcil.heads.temperature import best_temperature
 from edge_dfcil.methods._class_statistics import stays_frozen
 from edge_dfcil.methods.task import Task
-from edge_dfcil.model.calibration import Calibration
+from edge_dfcil.model.calibration import Calibration, best_temperature
 from exporters.rejection import highest, scores
 
 MOST = 256  # images whose features are held

@@ -8,12 +8,19 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from edge_dfcil.errors import SettingError
+from edge_dfcil.errors import DataError, SettingError
 from edge_dfcil.model.network import Network
 from edge_dfcil.model.statistics import Statistic
-from exporters.rejection import FLOOR
+from exporters.rejection import FLOOR, scores
+
+MIN_IMAGES = 10  # that a calibration is found on
+# Weight of (log T)^2. A head's own scale is an estimate already; where all images are answered right, the score alone would make
+# probabilities of 1.
+PRIOR = 0.01
+TEMPERATURES = [0.05 * 1.03**step for step in range(204)]  # to 20: the score may have more than one minimum
 
 
 @dataclass(frozen=True)
@@ -108,3 +115,33 @@ def expected_scores(
     found = logits.gather(1, own[:, None]).squeeze(1) - logits.mean(1)
     found[torch.tensor(kept.images) == 0] = torch.nan
     return found
+
+
+def best_temperature(logits: Tensor, targets: Tensor) -> float:
+    """T for which softmax(logits / T) has the best Brier score for targets (N,); logits (N, C).
+
+    The likelihood (Guo et al., ICML 2017) has no bound: one image that is surely wrong, of 150 on sign digits, makes it 2.7
+    where 1 is better (docs/research-log.md).
+    """
+    wanted = F.one_hot(targets, logits.shape[1]).to(logits)
+
+    def loss(temperature: float) -> float:
+        return float(((logits / temperature).softmax(1) - wanted).square().sum()) + PRIOR * math.log(temperature) ** 2
+
+    return min(TEMPERATURES, key=loss)
+
+
+def found_on(probabilities: Tensor, targets: Sequence[int], outputs: int, false_rejections: float) -> Calibration:
+    """From answers (N, C) at a temperature of 1 and the right classes, for a model with so many outputs: one threshold for all.
+
+    Raises `DataError` for fewer than `MIN_IMAGES` images, `SettingError` for a share out of range.
+    """
+    if len(targets) < MIN_IMAGES:
+        raise DataError(f"{len(targets)} images are too few to calibrate on; give at least {MIN_IMAGES}")
+    if not 0 <= false_rejections < 1:
+        raise SettingError(f"false_rejections={false_rejections}; it is a share of images, from 0 to below 1")
+    logits = probabilities.double().clamp_min(FLOOR).log()
+    temperature = best_temperature(logits, torch.tensor(targets))
+    found = torch.from_numpy(scores((logits / temperature).softmax(1).numpy()))
+    threshold = float(torch.quantile(found, false_rejections))
+    return Calibration(temperature, (threshold,) * outputs, len(targets), float(false_rejections))

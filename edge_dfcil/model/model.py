@@ -16,7 +16,7 @@ from edge_dfcil import devices, metrics
 from edge_dfcil._version import __version__
 from edge_dfcil.errors import BackboneError, ClassError, DataError, ModelFileError, NotLearnedError, SettingError
 from edge_dfcil.model import adoption, backbones, file, labels, statistics
-from edge_dfcil.model.calibration import Calibration, expected_scores
+from edge_dfcil.model.calibration import Calibration, expected_scores, found_on
 from edge_dfcil.model.contract import batchnorm_layers, check_image_size, untouched
 from edge_dfcil.model.inputs import as_images, read
 from edge_dfcil.model.labels import Classes
@@ -178,6 +178,23 @@ class Model:
         model = replace(self, calibration=calibration)
         return model if calibration is None or self.groups is None else model._recalibrated(model._expected_scores(None))
 
+    def calibrate(self, loader: Any, classes: Classes | None = None, *, false_rejections: float = 0.05) -> Model:
+        """A model with a temperature and a threshold that are found on labelled images of known classes, whatever its head.
+
+        It must not have learnt from them, nor should they be generated: it is surer of such. They are not kept. `loader` and
+        `classes` are as for `evaluate`; the threshold rejects the share `false_rejections` of the images, and is one for all
+        classes, so that they should all be there. Raises `SettingError` for a share out of range, `DataError` for fewer than 10
+        images, and what `evaluate` raises.
+        """
+        plain, names = replace(self, calibration=None), self.classes
+        self.check_answering()
+        probabilities, true = [torch.zeros(0, len(names))], list[int]()
+        for images, targets in read(loader):
+            found = labels.outputs_of(labels.name_targets(set(targets), loader, classes), names)
+            true += [found[target] for target in targets]
+            probabilities.append(plain._probabilities(images).cpu())
+        return replace(plain, calibration=found_on(torch.cat(probabilities), true, len(self.outputs), false_rejections))
+
     def _expected_scores(self, groups: Tensor | None) -> Tensor | None:
         return expected_scores(self.network, self.statistics, self.temperature, groups)
 
@@ -277,7 +294,7 @@ class Model:
             raise SettingError(
                 "this model has no thresholds for reject=True. A task finds them when it has a closed-form head, leaves the "
                 "backbone as it is, and has at least 10 images: learn one with recipe='frozen' (refine.calibrate=True) and a "
-                "pretrained backbone, or after the first task"
+                "pretrained backbone, or after the first task. Or call calibrate(loader) with images that it has not learnt from"
             )
 
     @torch.inference_mode()

@@ -84,6 +84,10 @@ class Serving:
         """Accuracy over a loader; see `Model.evaluate`."""
         return self._model.evaluate(loader, classes)
 
+    def calibrate(self, loader: Any, classes: Classes | None = None, *, false_rejections: float = 0.05) -> None:
+        """Finds a temperature and a threshold on images that were not learnt from; see `Model.calibrate`."""
+        self._replace(self._model.calibrate(loader, classes, false_rejections=false_rejections))
+
     def forget(self, names: str | Iterable[str]) -> None:
         """Forgets classes; see `Model.forget`, also for what the weights still carry."""
         self._replace(self._model.forget(names))
