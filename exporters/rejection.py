@@ -28,8 +28,3 @@ def margins(probabilities: npt.NDArray[np.floating], thresholds: Sequence[float]
         return np.zeros(0)
     found: npt.NDArray[np.float64] = scores(probabilities) - np.asarray(thresholds)[probabilities.argmax(1)]
     return found
-
-
-def highest(classes: int) -> float:
-    """The score where all other classes are at `FLOOR`: the most there is."""
-    return -float(np.log(FLOOR)) * (classes - 1) / classes

@@ -14,10 +14,9 @@ from edge_dfcil.heads.leave_one_out import leave_one_out
 from edge_dfcil.methods._class_statistics import stays_frozen
 from edge_dfcil.methods.task import Task
 from edge_dfcil.model.calibration import Calibration, best_temperature
-from exporters.rejection import highest, scores
+from exporters.rejection import scores
 
 MOST = 256  # images whose features are held
-NEAR = 0.9  # of the highest score there is: no threshold is above
 
 
 class HeldFeatures:
@@ -82,15 +81,24 @@ class HeldFeatures:
 
 
 def _spread(head: tuple[Tensor, Tensor], means: Tensor, covariance: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (R,) of the logit of each class for its own images, as the statistics have it."""
+    """Mean and deviation (R,) of the score of each class for its own images, as the statistics have it.
+
+    Logits of a class are normal. Scores end where float32 does: on an easy task they lie closer together than logits do.
+    """
     weight, bias = scale * head[0], scale * head[1]
-    variance = ((weight @ covariance) * weight).sum(1)
-    return (weight * means).sum(1) + bias, variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
+    logits = means @ weight.T + bias  # (R, R)
+    mean = _scores(logits)
+    tiny = torch.finfo(mean.dtype).tiny
+    shorter = mean / logits.diagonal().clamp_min(tiny)
+    return mean, ((weight @ covariance) * weight).sum(1).clamp_min(tiny).sqrt() * shorter.clamp(max=1)
 
 
 def _thresholds(logits: Tensor, mean: Tensor, deviation: Tensor, share: float) -> Tensor:
     """For each class (R,), as many deviations from its mean as reject `share` of the images with these logits (N, R)."""
     answers = logits.argmax(1)
-    score = torch.from_numpy(scores(logits.softmax(1).numpy()))
-    away = torch.quantile((score - mean[answers]) / deviation[answers], share)
-    return (mean + away * deviation).clamp(0, NEAR * highest(len(mean)))
+    away = torch.quantile((_scores(logits) - mean[answers]) / deviation[answers], share)
+    return (mean + away * deviation).clamp_min(0)
+
+
+def _scores(logits: Tensor) -> Tensor:
+    return torch.from_numpy(scores(logits.softmax(1).numpy()))

@@ -107,10 +107,10 @@ class _Sums:
         raw, offset = lda_head(means[rows], found.covariance, shrinkage)
         weight, bias = centred(raw, offset)
         scale = self._as_sure_as_trained(weight, rows) if self._moves else sureness
-        self._keep(found, Frame(raw.mean(0), scale, shrinkage))
         if self._held is not None:
             made = (rows, means, found.count, found.covariance, found.images, shrinkage, scale)
             task.calibration = self._held.calibration(task, *made, (weight, bias))
+        self._keep(found, Frame(raw.mean(0), scale, shrinkage))
         serve_all_features(task)
         head = task.student.head
         rows = rows.to(head.weight.device)
