@@ -198,12 +198,16 @@ def run_workshop(data: Path, parts: str, models: Path, setting: str | None, tabl
 @DATA
 @click.option("--preset", default=rejections.PRESETS, show_default=True, help="With commas between; their tasks and data.")
 @click.option("--seeds", default="0", show_default=True, help="Numbers, with commas between; the class order follows them.")
+@click.option("--per-class", type=int, help="Training images of a class; the preset's, or all.")
 @RESULTS
 @DEVICE
-def run_rejection(data: Path, preset: str, seeds: str, out: Path, device: str) -> None:
+def run_rejection(data: Path, preset: str, seeds: str, per_class: int | None, out: Path, device: str) -> None:
     """Rejection of classes that were not learnt, and calibration; results done already are kept."""
     out.mkdir(parents=True, exist_ok=True)
-    rejections.run_all(preset, seeds, lambda p: datasets.load(data, p.dataset, p.image_size), out, device, click.echo)
+    given = {} if per_class is None else {"per_class": per_class}
+    protocols = [changed(accuracy.find_preset(name), given) for name in preset.split(",")]
+    chosen = [int(seed) for seed in seeds.split(",")]
+    rejections.run_all(protocols, chosen, lambda p: datasets.load(data, p.dataset, p.image_size), out, device, click.echo)
     click.echo(rejections.describe(out))
 
 

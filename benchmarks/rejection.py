@@ -145,12 +145,17 @@ def describe(folder: Path) -> str:
 
 
 def run_all(
-    presets: str, seeds: str, load: Callable[[accuracy.Protocol], Data], out: Path, device: str, told: Callable[[str], None]
+    protocols: list[accuracy.Protocol],
+    seeds: list[int],
+    load: Callable[[accuracy.Protocol], Data],
+    out: Path,
+    device: str,
+    told: Callable[[str], None],
 ) -> None:
-    """Every preset with every seed; a line each."""
-    for protocol in map(accuracy.find_preset, presets.split(",")):
+    """Every protocol with every seed; a line each."""
+    for protocol in protocols:
         data = load(protocol)
-        for seed in map(int, seeds.split(",")):
+        for seed in seeds:
             found = run(protocol, seed, data, out, device)
             auroc = ", ".join(f"{name} {found['auroc'][kind]:.3f}" for kind, name in KINDS.items())
             told(
