@@ -16,6 +16,7 @@ from benchmarks import accuracy, datasets, frozen, memory_tables, readme, steps,
 from benchmarks import latency as latencies
 from benchmarks import memory as memories
 from benchmarks import precision as precisions
+from benchmarks import rejection as rejections
 from benchmarks import report as reports
 from benchmarks import speed as speeds
 from benchmarks import workshop as workshops
@@ -208,6 +209,23 @@ def run_workshop(data: Path, parts: str, models: Path, setting: str | None, tabl
     shop = workshops.Workshop(datasets.load(data), out, models, chosen, device, table)
     found = shop.run(["teacher", *parts.split(",")], lambda line: click.echo(line, err=True))
     click.echo(workshop_tables.describe(found))
+
+
+@main.command("rejection")
+@DATA
+@click.option("--preset", default=rejections.PRESETS, show_default=True, help="With commas between; their tasks and data.")
+@click.option("--seeds", default="0", show_default=True, help="Numbers, with commas between; the class order follows them.")
+@click.option("--per-class", type=int, help="Training images of a class; the preset's, or all.")
+@RESULTS
+@DEVICE
+def run_rejection(data: Path, preset: str, seeds: str, per_class: int | None, out: Path, device: str) -> None:
+    """Rejection of classes that were not learnt, and calibration; results done already are kept."""
+    out.mkdir(parents=True, exist_ok=True)
+    given = {} if per_class is None else {"per_class": per_class}
+    protocols = [changed(accuracy.find_preset(name), given) for name in preset.split(",")]
+    chosen = [int(seed) for seed in seeds.split(",")]
+    rejections.run_all(protocols, chosen, lambda p: datasets.load(data, p.dataset, p.image_size), out, device, click.echo)
+    click.echo(rejections.describe(out))
 
 
 @main.command("latency")

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks import embedding, latency, memory, memory_tables, precision, speed, tables, workshop, workshop_tables
+from benchmarks import embedding, latency, memory, memory_tables, precision, rejection, speed, tables, workshop, workshop_tables
 from benchmarks.accuracy import omega
 
 Results = list[dict[str, Any]]  # one a seed
@@ -64,6 +64,8 @@ def write(folder: Path) -> str:
             parts += ["![memory by image size, at rest and while learning](memory.png)"]
     if (made := measured(folder / workshop.FULL.file)) is not None:
         parts += ["## Workshop", workshop_tables.describe(made, measured(folder / workshop.LARGE.file))]
+    if known := rejection.describe(folder):
+        parts += ["## Rejection and calibration", known]
     if (answers := measured(folder / latency.FILE)) is not None:
         parts += ["## Latency", latency.describe(answers)]
     text = "\n\n".join(parts) + "\n"

@@ -116,6 +116,8 @@ class Exporting(PlainWork):
             format=self._format,
             classes=model.classes,
             image_size=model.image_size,
+            temperature=model.temperature,
+            thresholds=model.thresholds,
             source=self._source,
             source_sha256=model.digest(),
             version=__version__,
@@ -141,17 +143,20 @@ class Exporting(PlainWork):
 
 
 class Merged(nn.Module):
-    """A model's network with an output a class: uint8 images (N, 3, S, S) to the logarithm of its probabilities (N, C)."""
+    """A model's network with an output a class: uint8 images (N, 3, S, S) to the logarithm of its probabilities (N, C), at the
+    model's temperature."""
 
     groups: Tensor | None
 
     def __init__(self, model: Model) -> None:
         super().__init__()
-        self.network = copy.deepcopy(model.network)
+        self.network, self.temperature = copy.deepcopy(model.network), model.temperature
         self.register_buffer("groups", model.groups, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network(images)
+        if self.temperature != 1:
+            logits = logits / self.temperature
         if self.groups is None:
             return logits
         return (logits.softmax(1) @ self.groups).clamp_min(torch.finfo(logits.dtype).tiny).log()

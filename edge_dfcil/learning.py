@@ -218,7 +218,7 @@ class Learning:
             normalizes=True,
             statistics=statistics.rounded(task.kept),
             learning=dict(self.model.learning) | {"last_task": task_id(self.fingerprint())},
-        )
+        ).calibrated(task.calibration)
         report = TaskReport(
             task=len(model.tasks),
             method=self.method.name,

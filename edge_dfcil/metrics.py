@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from edge_dfcil.errors import DataError
 from edge_dfcil.results import Evaluation
 
 
-def evaluation(confusion: Sequence[Sequence[int]], classes: Sequence[str], tasks: Sequence[Sequence[str]]) -> Evaluation:
+def evaluation(
+    confusion: Sequence[Sequence[int]],
+    classes: Sequence[str],
+    tasks: Sequence[Sequence[str]],
+    calibration_error: float | None = None,
+) -> Evaluation:
     """An `Evaluation` from image counts [true][predicted]. Raises `DataError` when there are none."""
     if not any(count for row in confusion for count in row):
         raise DataError("no image was counted, so that there is no accuracy; evaluate on at least one")
@@ -25,7 +31,28 @@ def evaluation(confusion: Sequence[Sequence[int]], classes: Sequence[str], tasks
         per_task=tuple(per_task),
         classes=tuple(classes),
         confusion=tuple(tuple(int(count) for count in row) for row in confusion),
+        calibration_error=calibration_error,
     )
+
+
+class CalibrationError:
+    """Expected calibration error over bins of probability of equal width (Guo et al., ICML 2017), added up answer by answer."""
+
+    def __init__(self, bins: int = 15) -> None:
+        self._bins = bins
+        self._lead = [0.0] * bins  # sum of probability less right answers
+        self._n = 0
+
+    def add(self, probability: float, right: bool) -> None:
+        """An answer of this probability, in [0, 1]."""
+        # Bins are open below and closed above.
+        self._lead[min(max(math.ceil(probability * self._bins) - 1, 0), self._bins - 1)] += probability - right
+        self._n += 1
+
+    @property
+    def value(self) -> float:
+        """In [0, 1]; 0 before the first answer."""
+        return sum(map(abs, self._lead)) / max(self._n, 1)
 
 
 def average_incremental_accuracy(accuracies: Sequence[float]) -> float:

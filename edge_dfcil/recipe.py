@@ -241,6 +241,9 @@ class Refine:
     # Ours: the head in the end. "lda" is a closed form from class statistics, which follow the backbone through a drift map; of
     # classes without any, from generated images.
     head: Literal["trained", "lda"] = "trained"
+    # Ours: a temperature and thresholds of rejection, of a closed-form head over a backbone that is not trained in the task.
+    calibrate: bool = False
+    false_rejections: ShareBelowOne = 0.05  # of the task's own images, at those thresholds
 
 
 GROUPS: dict[str, type] = {
@@ -480,7 +483,7 @@ EDGE = Recipe(
 
 # A frozen backbone, features of several scales and a closed-form head are more accurate than training at every task, in a
 # hundredth of the time (docs/research-log.md). What has no class statistics is learnt as by `edge`.
-FROZEN = replace(EDGE.changed({"schedule.adapt": "first", "refine.head": "lda"}), preset="frozen")
+FROZEN = replace(EDGE.changed({"schedule.adapt": "first", "refine.head": "lda", "refine.calibrate": True}), preset="frozen")
 
 STRICT = replace(EDGE.changed({"remember.class_statistics": False}), preset="strict")
 

@@ -18,20 +18,21 @@ class Prediction:
     Attributes
     ----------
     label
-        The most probable class name.
+        The most probable class name; None for an image that belongs to no known class, where that was asked (`reject`).
     score
-        Its probability, in [0, 1].
+        The probability of the most probable class, in [0, 1].
     top
         The `top_k` most probable names with their probabilities, best first.
     """
 
-    label: str
+    label: str | None
     score: float
     top: tuple[tuple[str, float], ...]
 
     def __str__(self) -> str:
-        """The name and its probability, and those after it: "cat 0.93, dog 0.05"."""
-        return ", ".join(f"{name} {score:.2f}" for name, score in self.top or ((self.label, self.score),))
+        """The name and its probability, and those after it: "cat 0.93, dog 0.05"; or "unknown (cat 0.93)"."""
+        names = ", ".join(f"{name} {score:.2f}" for name, score in self.top or ((self.label, self.score),))
+        return f"unknown ({names})" if self.label is None else names
 
     def to_dict(self) -> dict[str, Any]:
         return {"label": self.label, "score": self.score, "top": [list(pair) for pair in self.top]}
@@ -55,6 +56,9 @@ class Evaluation:
         Names of the rows and columns of `confusion`.
     confusion
         Image counts, [true class][predicted class].
+    calibration_error
+        Expected calibration error, in [0, 1]: how far the probability of the answer is from the share of right answers, over
+        15 bins of probability (Guo et al., ICML 2017); None where only counts are known.
     """
 
     accuracy: float
@@ -63,6 +67,7 @@ class Evaluation:
     per_task: tuple[float | None, ...]
     classes: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]
+    calibration_error: float | None = None
 
     @property
     def macro_accuracy(self) -> float:
@@ -89,6 +94,8 @@ class Evaluation:
         worst = sorted(self.per_class, key=lambda name: self.per_class[name])[:SHOWN]
         if len(self.per_class) > 1:
             lines.append("lowest: " + ", ".join(f"{name} {self.per_class[name]:.1%}" for name in worst))
+        if self.calibration_error is not None:
+            lines.append(f"expected calibration error {self.calibration_error:.1%}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:

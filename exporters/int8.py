@@ -108,10 +108,18 @@ def quantize(graph: bytes, setting: Int8, advance: Callable[[int], None] = lambd
                 weight_type=quantization.QuantType.QInt8,
                 per_channel=True,
                 reduce_range=True,
+                nodes_to_exclude=_of_probabilities(prepared),
                 extra_options={"TensorQuantOverrides": ranges},
             )
             model = onnx.load(str(quantized))
     return _labelled_as(onnx.load_from_string(graph), model)
+
+
+def _of_probabilities(graph: Path) -> list[str]:
+    """The nodes that stay floats: a probability of eight bits would be 0 below 1/256, and rejection needs its logarithm."""
+    import onnx
+
+    return [node.name for node in onnx.load(str(graph)).graph.node if node.op_type in ("Softmax", "Log")]
 
 
 def _labelled_as(graph: Any, quantized: Any) -> bytes:

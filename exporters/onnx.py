@@ -118,6 +118,8 @@ def _graph(classifier: nn.Module, about: About) -> bytes:
         "classes": json.dumps(about.classes),
         "source_sha256": about.source_sha256,
         "version": about.version,
+        "temperature": repr(about.temperature),
+        "thresholds": json.dumps(about.thresholds),
     }
     for key, value in metadata.items():
         model.metadata_props.add(key=key, value=value)

@@ -42,12 +42,18 @@ class About:
         S, the side in pixels of the square that the network sees.
     source_sha256, version
         Of the model file that it was made from, and of the package.
+    temperature
+        What the classifier divides its logits by; for information, since its answers have it already.
+    thresholds
+        Of each class, for `exporters.rejection`; empty where there are none.
     """
 
     classes: tuple[str, ...]
     image_size: int
     source_sha256: str = ""
     version: str = ""
+    temperature: float = 1.0
+    thresholds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -217,6 +223,8 @@ def export(
     source: str | Path | None = None,
     source_sha256: str = "",
     version: str = "",
+    temperature: float = 1.0,
+    thresholds: Sequence[float] = (),
     **options: Any,
 ) -> ExportReport:
     """Writes a classifier in a registered format, all or nothing, after the format has checked it against the classifier.
@@ -235,6 +243,8 @@ def export(
         The file of the model, which must not be overwritten.
     source_sha256, version
         Of the model that it was made from; kept in the file's metadata.
+    temperature, thresholds
+        Kept in the file's metadata, for rejection; C thresholds, or none.
     **options
         The format's own: for ONNX `int8` and `on_batch`, see `exporters.onnx.to_onnx`.
 
@@ -247,7 +257,7 @@ def export(
     begin = time.perf_counter()
     exporter = find_exporter(path, format)
     check_target(path, source)
-    about = About(tuple(classes), image_size, source_sha256, version)
+    about = About(tuple(classes), image_size, source_sha256, version, temperature, tuple(thresholds))
     try:
         inspect.signature(exporter.export).bind(classifier, about, **options)
     except TypeError as error:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from edge_dfcil.errors import ExportError, SettingError
 from edge_dfcil.results import Prediction
 from exporters.images import batches
+from exporters.rejection import margins
 from exporters.telemetry import runtime_library
 from exporters.timing import session
 
@@ -39,6 +40,10 @@ class OnnxClassifier:
         The class names, in the order of the outputs.
     image_size
         S, the side in pixels of the square that the network sees. Images of other sizes are scaled and cropped to it.
+    temperature
+        What the model's logits are divided by; the file's probabilities have it already.
+    thresholds
+        Of each class, for `predict(reject=True)`; empty where the model had none.
 
     Raises `ExportError` for a file that is missing, damaged, from elsewhere, or too new for the runtime.
     """
@@ -56,6 +61,8 @@ class OnnxClassifier:
         try:
             self.classes: tuple[str, ...] = tuple(json.loads(metadata["classes"]))
             self.image_size = int(metadata["image_size"])
+            self.temperature = float(metadata.get("temperature", 1.0))  # files of before have neither
+            self.thresholds = _thresholds(metadata.get("thresholds", "[]"), len(self.classes))
         except KeyError as error:
             raise ExportError(f"{path} is an ONNX file, but edge-dfcil did not write it: its metadata has no {error}") from error
         except (TypeError, ValueError) as error:
@@ -68,7 +75,7 @@ class OnnxClassifier:
         ]
         return np.concatenate(found) if found else np.zeros((0, len(self.classes)), np.float32)
 
-    def predict(self, images: Any, top_k: int = 1) -> list[Prediction]:
+    def predict(self, images: Any, top_k: int = 1, reject: bool = False) -> list[Prediction]:
         """Names images; answers as `Learner.predict` does.
 
         Parameters
@@ -79,17 +86,33 @@ class OnnxClassifier:
             loader. Whatever the size, the short side is scaled to S and the centre is cut out, as the learner does.
         top_k
             How many names for each image.
+        reject
+            Whether the label of an image that belongs to no known class is None.
 
-        Raises `DataError` for images of another shape, dtype or range, or that cannot be read.
+        Raises `DataError` for images of another shape, dtype or range, or that cannot be read; `SettingError` for `reject`
+        when the file has no thresholds.
         """
         if top_k < 1:
             raise SettingError(f"top_k={top_k}; it must be 1 or more")
-        predictions = []
-        for row in self.probabilities(images):
+        if reject and not self.thresholds:
+            raise SettingError(
+                "this file has no thresholds for reject=True; export a model for which predict(images, reject=True) works"
+            )
+        predictions, probabilities = [], self.probabilities(images)
+        known = margins(probabilities, self.thresholds) >= 0 if reject else [True] * len(probabilities)
+        for row, is_known in zip(probabilities, known, strict=True):
             best = np.argsort(-row, kind="stable")[:top_k]
             top = tuple((self.classes[output], float(row[output])) for output in best)
-            predictions.append(Prediction(top[0][0], top[0][1], top))
+            predictions.append(Prediction(top[0][0] if is_known else None, top[0][1], top))
         return predictions
+
+
+def _thresholds(text: str, classes: int) -> tuple[float, ...]:
+    """Those of a file's metadata. Raises `ValueError` or `TypeError` unless there are none or one a class, all finite."""
+    found = tuple(float(value) for value in json.loads(text))
+    if found and (len(found) != classes or not np.isfinite(found).all()):
+        raise ValueError(f"the thresholds are {text}, for {classes} classes")
+    return found
 
 
 def _readable(path: str | Path) -> str | bytes:

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
-from benchmarks import accuracy, embedding, machine, memory, memory_tables, report, workshop_tables
+from benchmarks import accuracy, embedding, machine, memory, memory_tables, rejection, report, workshop_tables
 from benchmarks.__main__ import main
 from benchmarks.datasets import Data, class_order, load, pack
 from edge_dfcil import DataError, Learner, Recipe, SettingError
@@ -327,3 +327,23 @@ def test_committed_figures_come_from_committed_files() -> None:
     for protocol, methods in report.read(accuracy.RESULTS).items():
         assert f"## {protocol}" in text
         assert report.table(accuracy.RESULTS, methods) in text
+
+
+def test_rejection_is_measured_on_classes_that_were_not_learnt(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
+    colours = random.integers(0, 200, (8, 1, 1, 3))
+    for part, per_class in (("train", 16), ("test", 8)):
+        arrays[f"{part}_y"] = np.repeat(np.arange(8, dtype=np.uint8), per_class)
+        noise = random.integers(0, 56, (8 * per_class, 16, 16, 3))
+        arrays[f"{part}_x"] = (colours[arrays[f"{part}_y"]] + noise).astype(np.uint8)
+    np.savez(tmp_path / "cifar100.npz", allow_pickle=False, class_names=np.array([*"abcdefgh"]), **arrays)
+    protocol = accuracy.Protocol("tiny", 8, 4, "resnet8", "edge", image_size=16, batch_size=8)
+    found = rejection.run(protocol, 0, load(tmp_path), tmp_path, "cpu", QUICK)
+    assert found["classes"] == {"known": 4, "unseen": 4}
+    assert set(found["auroc"]) == set(rejection.KINDS)
+    assert len(found["false_rejections_by_task"]) == 2
+    assert 0 <= found["ece_after"] <= 1 and found["commit"]
+    assert rejection.run(protocol, 0, load(tmp_path), tmp_path, "cpu", QUICK) == found, "from its file"
+    assert "| tiny | 0 | 4, 4 |" in rejection.describe(tmp_path)
+    assert "Rejection and calibration" in report.write(tmp_path)

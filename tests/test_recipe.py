@@ -277,6 +277,8 @@ class TestFlatNames:
             "remember.min_images",
             "refine.head",
             "schedule.freeze_batchnorm",
+            "refine.calibrate",
+            "refine.false_rejections",
             "schedule.mixed_precision",
             "schedule.adapt",
             "schedule.later_learning_rate",

@@ -40,7 +40,7 @@ def command(
     check_out(out, model)
     learner = load_learner(model, device, module, recipe, changes, memory_budget=memory_budget)
     images = learner.dream(per_class * len(learner.classes), quality=quality)
-    labels = [prediction.label for prediction in learner.predict(images)]
+    labels = [prediction.top[0][0] for prediction in learner.predict(images)]
     contact_sheet(images, labels, learner.classes, per_class).save(out)
     counts = {name: labels.count(name) for name in learner.classes}
     answer({"image": str(out), "dreams": counts}, as_json, [f"{out} shows {len(labels)} dreams"])

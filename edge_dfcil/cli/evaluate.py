@@ -23,5 +23,6 @@ def command(model: Path, images: Path, module: str | None, strict: bool, device:
     folder = open_pictures(images, learner, strict)
     evaluation = learner.evaluate(folder.loader)
     lines = [f"accuracy {evaluation.accuracy:.1%} on {evaluation.n} pictures"]
+    lines += [f"expected calibration error {evaluation.calibration_error:.1%}"]
     lines += [f"  {name}\t{accuracy:.1%}" for name, accuracy in evaluation.per_class.items()]
     answer({**evaluation.to_dict(), "skipped": list(folder.skipped)}, as_json, lines)

@@ -46,6 +46,7 @@ def _lines(settings: dict[str, Any], size: int, by_kind: dict[str, int]) -> list
     lines = [f"{name} at {settings['image_size']} px{method}, {size} bytes"]
     lines += [_recipe_line(settings["recipe"])] if "recipe" in settings else []
     lines += [f"task {number}: {', '.join(task)}" for number, task in enumerate(settings["tasks"], start=1)]
+    lines += [_calibration_line(settings["calibration"])] if settings.get("calibration") else []
     lines += [f"keeps {count} bytes of {kind.replace('_', ' ')}s" for kind, count in by_kind.items()]
     return [*lines, "keeps no picture, no feature of one, no generator and no dream"]
 
@@ -59,6 +60,11 @@ def _recipe_line(values: dict[str, Any]) -> str:
     changed = "".join(f", {name} {value}" for name, value in changes.items())
     stored = f"of at least {remember.min_images} pictures" if remember.class_statistics else "none"
     return f"recipe {recipe.preset} (version {recipe.version}){changed}; class statistics that may be stored: {stored}"
+
+
+def _calibration_line(values: dict[str, Any]) -> str:
+    rejects = f"thresholds that reject {values['false_rejections']:.1%} of them" if values["thresholds"] else "no thresholds"
+    return f"calibrated on {values['images']} pictures: temperature {values['temperature']:.3f}, {rejects}"
 
 
 def _tensor_line(one: Kept) -> str:

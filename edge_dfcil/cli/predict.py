@@ -17,24 +17,35 @@ AT_ONCE = 64  # pictures that are held in memory
 @MODEL
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=PATH)
 @click.option("--top-k", default=1, show_default=True, type=click.IntRange(min=1), help="How many names an image.")
+@click.option("--reject", is_flag=True, help="Say `unknown` of pictures that belong to no known class.")
 @MODULE
 @DEVICE
 @JSON
 @click.pass_context
 def command(
-    ctx: click.Context, model: Path, images: Sequence[Path], top_k: int, module: str | None, device: str, as_json: bool
+    ctx: click.Context,
+    model: Path,
+    images: Sequence[Path],
+    top_k: int,
+    reject: bool,
+    module: str | None,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Name the pictures IMAGE... Those that cannot be read are named on stderr, and the exit code is 1 then."""
     from edge_dfcil.model.pictures import read_each
 
     learner = load_learner(model, device, module)
+    if reject:
+        learner.model.check_rejecting()
     answers, lines, failed = [], [], []
     for batch in read_each(images, learner.image_size, AT_ONCE):
         failed += [reason for _, reason in batch.failed]
-        predictions = learner.predict(batch.images, top_k) if batch.paths else []
+        predictions = learner.predict(batch.images, top_k, reject) if batch.paths else []
         for path, prediction in zip(batch.paths, predictions, strict=True):
             answers.append({"image": str(path), **prediction.to_dict()})
-            lines.append("\t".join([str(path), *(f"{name} {score:.3f}" for name, score in prediction.top)]))
+            names = [f"{name} {score:.3f}" for name, score in prediction.top]
+            lines.append("\t".join([str(path), *(["unknown"] if prediction.label is None else []), *names]))
     for reason in failed:
         note(f"error: {reason}")
     if answers:

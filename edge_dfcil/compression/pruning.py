@@ -207,7 +207,7 @@ class PruningWork(PlainWork):
     def _with(self, network: Network) -> Learner:
         """A learner with this network. Class statistics are of the features before, so they are not kept."""
         network = network.requires_grad_(False).eval()
-        return self._learner.with_model(replace(self._learner.model, network=network, statistics={}))
+        return self._learner.with_model(replace(self._learner.model, network=network, statistics={}, calibration=None))
 
 
 def _measured(before: Learner, after: Learner) -> tuple[float, float]:

@@ -26,7 +26,7 @@ def lda_head(means: Tensor, covariance: Tensor, shrinkage: float) -> tuple[Tenso
     shrinkage
         s, from 0 to 1.
     """
-    weight = _solved(shrunk(covariance, shrinkage), means.T).T  # (C, F)
+    weight = solved(shrunk(covariance, shrinkage), means.T).T  # (C, F)
     return weight, -0.5 * (weight * means).sum(1)
 
 
@@ -79,7 +79,7 @@ class Frame:
         return cls(values[:-2], float(values[-2]), float(values[-1]))
 
 
-def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+def solved(matrix: Tensor, right: Tensor) -> Tensor:
     """By Cholesky, which takes half the time; a covariance that has been rounded or moved may be too flat for it."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     return torch.linalg.solve(matrix, right) if bool(failed) else torch.cholesky_solve(right, factor)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from edge_dfcil.heads.drift import DriftSums
 from edge_dfcil.heads.lda import Frame, HeldOut, centred, lda_head, usual_shrinkage
+from edge_dfcil.methods._calibration import HeldFeatures
 from edge_dfcil.methods._class_statistics import SUMS
 from edge_dfcil.methods._own_head import serve_all_features
 from edge_dfcil.methods.task import Task
@@ -71,13 +72,17 @@ class _Sums:
         self._second = torch.zeros(2, features, features, dtype=dtype, device=task.device)  # sum of f f'
         self._count = torch.zeros(2, classes, dtype=dtype, device=task.device)
         self._drift = DriftSums(features, dtype, task.device) if moves and task.teacher is not None else None
+        self._held = HeldFeatures.of(task, 2 if task.recipe.augmentation.flip else 1)
 
     def add(self, batch: Batch) -> None:
         mirrors = self._task.recipe.augmentation.flip
-        for images in (batch.images, batch.images.flip(3)) if mirrors else (batch.images,):
-            self._add(images, batch.targets, 0.5 if mirrors else 1.0)
+        held = self._held.choose(batch.targets) if self._held is not None else []
+        for view, images in enumerate((batch.images, batch.images.flip(3)) if mirrors else (batch.images,)):
+            features = self._add(images, batch.targets, 0.5 if mirrors else 1.0)
+            if self._held is not None:
+                self._held.put(view, features[held])
 
-    def _add(self, images: Tensor, targets: Tensor, weight: float) -> None:
+    def _add(self, images: Tensor, targets: Tensor, weight: float) -> Tensor:
         features = self._task.student.of_all_scales(images).to(self._first.dtype)  # (B, F)
         for half in range(2):
             rows, places = features[half::2], targets[half::2]
@@ -87,6 +92,7 @@ class _Sums:
         if self._drift is not None:
             assert self._task.teacher is not None
             self._drift.add(self._task.teacher.of_all_scales(images), features)
+        return features
 
     def solve(self) -> None:
         """Serves a head over all scales. Rows of classes that nothing is known of stay as they were."""
@@ -101,6 +107,9 @@ class _Sums:
         raw, offset = lda_head(means[rows], found.covariance, shrinkage)
         weight, bias = centred(raw, offset)
         scale = self._as_sure_as_trained(weight, rows) if self._moves else sureness
+        if self._held is not None:
+            made = (rows, means, found.count, found.covariance, found.images, shrinkage, scale)
+            task.calibration = self._held.calibration(task, *made, (weight, bias))
         self._keep(found, Frame(raw.mean(0), scale, shrinkage))
         serve_all_features(task)
         head = task.student.head

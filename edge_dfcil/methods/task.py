@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from edge_dfcil.dreaming.inversion import Dreams
+from edge_dfcil.model.calibration import Calibration
 from edge_dfcil.model.network import Network
 from edge_dfcil.model.statistics import Statistic
 from edge_dfcil.recipe import Recipe
@@ -40,6 +41,8 @@ class Task:
         The class statistics of the model before this task.
     kept
         The class statistics of the model after it, as the method declares them in `state`; committed with the network.
+    calibration
+        Of the head in the end; None where there is nothing to calibrate on.
     share
         Of the recipe's steps that are made: below 1 when a time budget asks for a shorter schedule.
     pretrained
@@ -59,6 +62,7 @@ class Task:
     dreams: Dreams | None = None
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
     kept: dict[str, Statistic] = field(default_factory=dict)
+    calibration: Calibration | None = None
     share: float = 1.0
     pretrained: bool = False
     micro_batches: dict[str, int | None] = field(default_factory=dict)

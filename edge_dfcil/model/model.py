@@ -16,6 +16,7 @@ from edge_dfcil import devices, metrics
 from edge_dfcil._version import __version__
 from edge_dfcil.errors import BackboneError, ClassError, DataError, ModelFileError, NotLearnedError, SettingError
 from edge_dfcil.model import adoption, backbones, file, labels, statistics
+from edge_dfcil.model.calibration import Calibration, expected_scores, found_on
 from edge_dfcil.model.contract import batchnorm_layers, check_image_size, untouched
 from edge_dfcil.model.inputs import as_images, read
 from edge_dfcil.model.labels import Classes
@@ -23,6 +24,7 @@ from edge_dfcil.model.network import Network, check_statistics
 from edge_dfcil.model.scales import find_layers
 from edge_dfcil.model.statistics import Statistic
 from edge_dfcil.results import Evaluation, Prediction
+from exporters import rejection
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,8 @@ class Model:
         How it was learnt, as JSON: the method's name, the recipe, the seed. A `Learner` goes on with these.
     pretrained
         Whether the backbone had been trained before the first task: its BatchNorm statistics were learnt.
+    calibration
+        Temperature, and thresholds of rejection; None where none have been found: probabilities are softmax(logits) then.
     """
 
     network: Network
@@ -56,6 +60,7 @@ class Model:
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
     learning: Mapping[str, Any] = field(default_factory=dict)
     pretrained: bool = False
+    calibration: Calibration | None = None
 
     @classmethod
     def new(
@@ -150,7 +155,7 @@ class Model:
             network = empty.network.grown(len(self.outputs)).requires_grad_(False)
         network.set_statistics(self.network.mean.flatten().tolist(), self.network.std.flatten().tolist())
         network.mirrored = self.network.mirrored
-        return replace(self, network=network, backbone=empty.backbone, statistics={})
+        return replace(self, network=network, backbone=empty.backbone, statistics={}, calibration=None)
 
     def smaller(self, seed: int = 0) -> Iterator[tuple[str, Model]]:
         """Models that need less memory for the same classes, untrained, with the setting that makes them so: half the image
@@ -167,6 +172,37 @@ class Model:
         network = copy.copy(self.network)
         network.mirrored = mirrored
         return replace(self, network=network, learning=learning)
+
+    def calibrated(self, calibration: Calibration | None) -> Model:
+        """The same with another calibration, whose thresholds are of outputs that all compete. Weights are shared."""
+        model = replace(self, calibration=calibration)
+        return model if calibration is None or self.groups is None else model._recalibrated(model._expected_scores(None))
+
+    def calibrate(self, loader: Any, classes: Classes | None = None, *, false_rejections: float = 0.05) -> Model:
+        """A model with a temperature and a threshold that are found on labelled images of known classes, whatever its head.
+
+        It must not have learnt from them, nor should they be generated: it is surer of such. They are not kept. `loader` and
+        `classes` are as for `evaluate`; the threshold rejects the share `false_rejections` of the images, and is one for all
+        classes, so that they should all be there. Raises `SettingError` for a share out of range, `DataError` for fewer than 10
+        images, and what `evaluate` raises.
+        """
+        plain, names = replace(self, calibration=None), self.classes
+        self.check_answering()
+        probabilities, true = [torch.zeros(0, len(names))], list[int]()
+        for images, targets in read(loader):
+            found = labels.outputs_of(labels.name_targets(set(targets), loader, classes), names)
+            true += [found[target] for target in targets]
+            probabilities.append(plain._probabilities(images).cpu())
+        return replace(plain, calibration=found_on(torch.cat(probabilities), true, len(self.outputs), false_rejections))
+
+    def _expected_scores(self, groups: Tensor | None) -> Tensor | None:
+        return expected_scores(self.network, self.statistics, self.temperature, groups)
+
+    def _recalibrated(self, before: Tensor | None, keep: Sequence[int] | None = None) -> Model:
+        """This model, whose calibration is that of a model with the expected scores `before`; its outputs are `keep` of those."""
+        if self.calibration is None:
+            return self
+        return replace(self, calibration=self.calibration.moved(before, self._expected_scores(self.groups), keep))
 
     def __repr__(self) -> str:
         count = f"{len(self.classes)} classes in {len(self.tasks)} tasks" if self.classes else "nothing learnt"
@@ -212,7 +248,7 @@ class Model:
             raise NotLearnedError("nothing has been learnt yet; call learn_task(loader) first")
 
     def probabilities(self, images: Any) -> Tensor:
-        """Probabilities (N, C) of `classes` for images; on the CPU.
+        """Probabilities (N, C) of `classes` for images, at the model's temperature; on the CPU.
 
         `images` is a tensor or an array, uint8 or float in [0, 1], of a batch (N, 3, H, W) or of one image, in either order of
         channels; a PIL image; a path; a list of any of these; or a loader. See `model.inputs.as_images`. Raises `DataError`
@@ -222,16 +258,44 @@ class Model:
         chunks = [self._probabilities(chunk).cpu() for chunk in as_images(images, self.image_size)]
         return torch.cat(chunks) if chunks else torch.zeros(0, len(self.classes))
 
-    def predict(self, images: Any, top_k: int = 1) -> list[Prediction]:
-        """The `top_k` most probable classes of each image, best first; `images` as for `probabilities`."""
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by; 1 without a calibration."""
+        return self.calibration.temperature if self.calibration is not None else 1.0
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """The threshold of rejection of each class; empty where there are none."""
+        return self.calibration.of_classes(self.groups) if self.calibration is not None else ()
+
+    def predict(self, images: Any, top_k: int = 1, reject: bool = False) -> list[Prediction]:
+        """The `top_k` most probable classes of each image, best first; `images` as for `probabilities`.
+
+        With `reject`, the label of an image that belongs to no known class is None; its score and its `top` stay what they are.
+        Raises `SettingError` for that when the model has no thresholds.
+        """
         if not isinstance(top_k, int) or top_k < 1:
             raise SettingError(f"top_k={top_k}; it must be a whole number, 1 or more")
+        if reject:
+            self.check_rejecting()
         classes, predictions = self.classes, []
-        scores, found = self.probabilities(images).topk(min(top_k, len(classes)))
-        for row_scores, row in zip(scores.tolist(), found.tolist(), strict=True):
+        probabilities = self.probabilities(images)
+        scores, found = probabilities.topk(min(top_k, len(classes)))
+        known = rejection.margins(probabilities.numpy(), self.thresholds) >= 0 if reject else [True] * len(scores)
+        for row_scores, row, is_known in zip(scores.tolist(), found.tolist(), known, strict=True):
             top = tuple((classes[index], score) for score, index in zip(row_scores, row, strict=True))
-            predictions.append(Prediction(top[0][0], top[0][1], top))
+            predictions.append(Prediction(top[0][0] if is_known else None, top[0][1], top))
         return predictions
+
+    def check_rejecting(self) -> None:
+        """Raises `SettingError` when there are no thresholds to reject by."""
+        self.check_answering()
+        if not self.thresholds:
+            raise SettingError(
+                "this model has no thresholds for reject=True. A task finds them when it has a closed-form head, leaves the "
+                "backbone as it is, and has at least 10 images: learn one with recipe='frozen' (refine.calibrate=True) and a "
+                "pretrained backbone, or after the first task. Or call calibrate(loader) with images that it has not learnt from"
+            )
 
     @torch.inference_mode()
     def embed(self, images: Any) -> Tensor:
@@ -243,29 +307,32 @@ class Model:
         return torch.cat(chunks).clone() if chunks else torch.zeros(0, network.head.in_features)
 
     def evaluate(self, loader: Any, classes: Classes | None = None) -> Evaluation:
-        """Accuracy over a loader, every known class competing.
+        """Accuracy and calibration error over a loader, every known class competing.
 
         Raises `DataError` for a loader without images, `ClassError` for a class that is not known.
         """
         self.check_answering()
         names = self.classes
         confusion = torch.zeros(len(names), len(names), dtype=torch.long)
+        error = metrics.CalibrationError()
         for images, targets in read(loader):
             named = labels.name_targets(set(targets), loader, classes)
             found = labels.outputs_of(named, names)
             true = torch.tensor([found[target] for target in targets], dtype=torch.long)
-            predicted = self._probabilities(images).argmax(1).cpu()
+            scores, predicted = self._probabilities(images).cpu().max(1)
+            for score, right in zip(scores.tolist(), (predicted == true).tolist(), strict=True):
+                error.add(score, right)
             confusion.index_put_((true, predicted), torch.ones(len(true), dtype=torch.long), accumulate=True)
         if not confusion.sum():
             raise DataError("the loader gave no image to evaluate on")
         tasks = [tuple(dict.fromkeys(task)) for task in self.tasks]
-        return metrics.evaluation(confusion.tolist(), names, tasks)
+        return metrics.evaluation(confusion.tolist(), names, tasks, error.value)
 
     @torch.inference_mode()
     def _probabilities(self, images: Tensor) -> Tensor:
         """Probabilities of `classes`; those of a merged class are the sum of its outputs'."""
         with devices.plain_precision(self.device):
-            found: Tensor = self.network(images).float().softmax(1)
+            found: Tensor = (self.network(images).float() / self.temperature).softmax(1)
         return found if self.groups is None else found @ self.groups.to(found.device)
 
     @property
@@ -296,7 +363,8 @@ class Model:
         network.head = network.head_of(keep)
         tasks = tuple(tuple(name for name in task if name not in gone) for task in self.tasks)
         kept = {name: statistic.only(keep) for name, statistic in self.statistics.items()}
-        return replace(self, network=network, tasks=tuple(task for task in tasks if task), statistics=kept)
+        model = replace(self, network=network, tasks=tuple(task for task in tasks if task), statistics=kept)
+        return model._recalibrated(self._expected_scores(self.groups), keep)
 
     def rename(self, names: Mapping[str, str]) -> Model:
         """A model that calls classes by other names, given as `{old: new}`.
@@ -315,7 +383,8 @@ class Model:
         gone = self._known(names)
         if into in self.classes and into not in gone:
             raise ClassError(f"{into!r} is a class already; name it among those that are merged")
-        return self._named(dict.fromkeys(gone, labels.clean_name(into)))
+        model = self._named(dict.fromkeys(gone, labels.clean_name(into)))
+        return model._recalibrated(self._expected_scores(self.groups))
 
     def _named(self, names: Mapping[str, str]) -> Model:
         return replace(self, tasks=tuple(tuple(names.get(name, name) for name in task) for task in self.tasks))
@@ -342,6 +411,7 @@ class Model:
             "pretrained": self.pretrained,
             "tasks": [list(task) for task in self.tasks],
             "statistics": statistics.described(self.statistics),
+            "calibration": self.calibration.to_dict() if self.calibration is not None else None,
             **self.learning,
         }
 
@@ -388,14 +458,15 @@ class Model:
             # Files of schema 1 have it in the recipe.
             network.mirrored = bool(settings.get("mirrored", learning.get("recipe", {}).get("mirrored_answers", False)))
             kept = statistics.unpacked(tensors, settings.get("statistics", {}))
-        except (KeyError, TypeError, RuntimeError, IndexError, ValueError) as error:
+            calibration = Calibration.from_dict(settings.get("calibration"), sum(map(len, tasks)))
+        except (KeyError, TypeError, RuntimeError, IndexError, ValueError, SettingError) as error:
             if isinstance(error, (ModelFileError, BackboneError)):
                 raise
             first_lines = " ".join(str(error).split())[:200]
             raise ModelFileError(f"{path} does not fit this version or backbone: {first_lines}") from error
         normalizes, pretrained = settings["mean"] is not None, bool(settings.get("pretrained", False))
         network.requires_grad_(False).eval()
-        model = cls(network, tasks, settings["backbone"], normalizes, kept, learning, pretrained)
+        model = cls(network, tasks, settings["backbone"], normalizes, kept, learning, pretrained, calibration)
         found = devices.find_device(device)
         network.to(found, memory_format=devices.memory_format(found))  # type: ignore[call-overload]
         return model

@@ -68,9 +68,9 @@ class Serving:
         """Raises `NotLearnedError` before the first task."""
         self._model.check_answering()
 
-    def predict(self, images: Any, top_k: int = 1) -> list[Prediction]:
+    def predict(self, images: Any, top_k: int = 1, reject: bool = False) -> list[Prediction]:
         """The most probable classes of each image; see `Model.predict`."""
-        return self._model.predict(images, top_k)
+        return self._model.predict(images, top_k, reject)
 
     def probabilities(self, images: Any) -> Tensor:
         """Probabilities (N, C) of the classes; see `Model.probabilities`."""
@@ -83,6 +83,10 @@ class Serving:
     def evaluate(self, loader: Any, classes: Classes | None = None) -> Evaluation:
         """Accuracy over a loader; see `Model.evaluate`."""
         return self._model.evaluate(loader, classes)
+
+    def calibrate(self, loader: Any, classes: Classes | None = None, *, false_rejections: float = 0.05) -> None:
+        """Finds a temperature and a threshold on images that were not learnt from; see `Model.calibrate`."""
+        self._replace(self._model.calibrate(loader, classes, false_rejections=false_rejections))
 
     def forget(self, names: str | Iterable[str]) -> None:
         """Forgets classes; see `Model.forget`, also for what the weights still carry."""

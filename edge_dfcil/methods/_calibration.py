@@ -1,0 +1,104 @@
+"""Temperature and thresholds of a closed-form head, from answers to the task's images by the head made without each of them.
+
+Only the classes of this task have images. An old class has the mean and the covariance that its head row was made from: they
+say how high its score lies, and how far it spreads. Images that a head was not made from spread further, and the share that
+is to be rejected lies at so many of the predicted deviations below the mean. That number is taken from the new classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edge_dfcil.heads.leave_one_out import leave_one_out
+from edge_dfcil.methods._class_statistics import stays_frozen
+from edge_dfcil.methods.task import Task
+from edge_dfcil.model.calibration import Calibration, best_temperature
+from exporters.rejection import scores
+
+MOST = 256  # images whose features are held
+
+
+class HeldFeatures:
+    """Features of some of a task's images, evenly over its classes, until the end of the stage. They are never stored.
+
+    Their room is taken when the stage begins, so that a plan counts it.
+    """
+
+    def __init__(self, task: Task, views: int) -> None:
+        images = int(task.counts.sum())
+        self._every = max(1, -(-images // MOST))
+        self._seen = [0] * task.student.n_classes
+        self._targets: list[int] = []
+        self._views = torch.ones(min(images, MOST), views, task.student.all_features, device=task.device)
+
+    @classmethod
+    def of(cls, task: Task, views: int) -> HeldFeatures | None:
+        """None where there is nothing to calibrate on: a backbone that was trained on the same images knows them too well."""
+        return cls(task, views) if task.recipe.refine.calibrate and stays_frozen(task) else None
+
+    def choose(self, targets: Tensor) -> list[int]:
+        """Which images (indices) of a batch with these targets are held; each of their views is then to be `put`."""
+        chosen = []
+        for index, target in enumerate(targets.tolist()):
+            self._seen[target] += 1
+            if self._seen[target] % self._every == 0 and len(self._targets) < len(self._views):
+                chosen.append(index)
+                self._targets.append(target)
+        return chosen
+
+    def put(self, view: int, features: Tensor) -> None:
+        """The features (n, F) of a view of the images chosen last."""
+        end = len(self._targets)
+        self._views[end - len(features) : end, view] = features.to(self._views.dtype)
+
+    def calibration(
+        self,
+        task: Task,
+        rows: Tensor,
+        means: Tensor,
+        count: Tensor,
+        covariance: Tensor,
+        images: float,
+        shrinkage: float,
+        scale: float,
+        head: tuple[Tensor, Tensor],
+    ) -> Calibration | None:
+        """From what the head was made from, its rows (R,) in the order of `means`, and `scale` times the centred head itself."""
+        targets = torch.tensor(self._targets, dtype=torch.long)
+        usable = torch.nonzero(count[targets] > 1).flatten() if len(targets) else targets
+        if len(usable) < task.recipe.remember.min_images or len(rows) < 2:
+            return None
+        places = torch.searchsorted(rows, targets[usable])
+        views = self._views.cpu().double()[usable]
+        asked = views.mean(1) if task.student.mirrored else views[:, 0]
+        logits = scale * leave_one_out(means[rows], count[rows], covariance, images, shrinkage, places, views, asked)
+        temperature = best_temperature(logits, places)
+        share = task.recipe.refine.false_rejections
+        thresholds = torch.zeros(task.student.n_classes, dtype=torch.float64)  # 0 rejects nothing
+        thresholds[rows] = _thresholds(logits / temperature, *_spread(head, means[rows], covariance, scale / temperature), share)
+        return Calibration(temperature, tuple(thresholds.tolist()), len(usable), share)
+
+
+def _spread(head: tuple[Tensor, Tensor], means: Tensor, covariance: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (R,) of the score of each class for its own images, as the statistics have it.
+
+    Logits of a class are normal. Scores end where float32 does: on an easy task they lie closer together than logits do.
+    """
+    weight, bias = scale * head[0], scale * head[1]
+    logits = means @ weight.T + bias  # (R, R)
+    mean = _scores(logits)
+    tiny = torch.finfo(mean.dtype).tiny
+    shorter = mean / logits.diagonal().clamp_min(tiny)
+    return mean, ((weight @ covariance) * weight).sum(1).clamp_min(tiny).sqrt() * shorter.clamp(max=1)
+
+
+def _thresholds(logits: Tensor, mean: Tensor, deviation: Tensor, share: float) -> Tensor:
+    """For each class (R,), as many deviations from its mean as reject `share` of the images with these logits (N, R)."""
+    answers = logits.argmax(1)
+    away = torch.quantile((_scores(logits) - mean[answers]) / deviation[answers], share)
+    return (mean + away * deviation).clamp_min(0)
+
+
+def _scores(logits: Tensor) -> Tensor:
+    return torch.from_numpy(scores(logits.softmax(1).numpy()))
