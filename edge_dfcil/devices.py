@@ -143,18 +143,23 @@ def check_seed(seed: Any) -> int:
     return number
 
 
+def seed_all(seed: int, device: torch.device) -> None:
+    """Seeds the CPU's generator and the device's. torch.manual_seed would seed the devices that are not ours as well."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
 @contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """Every draw inside follows `seed`, if there is one; the caller's random state is as before afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         mps_state = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng does not know MPS
-        if seed is not None:  # torch.manual_seed would seed the devices that are not ours as well
-            torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
-            elif device.type == "mps":
-                torch.mps.manual_seed(seed)
+        if seed is not None:
+            seed_all(seed, device)
         try:
             yield
         finally:

@@ -165,11 +165,6 @@ class TestPresets:
     def test_the_defaults_are_the_papers(self) -> None:
         assert Recipe() == PAPER == Recipe(**{name: group() for name, group in GROUPS.items()})
 
-    def test_strict_trains_at_every_task_without_class_statistics(self) -> None:
-        strict = RECIPES["strict"]
-        assert replace(strict, preset="edge") == EDGE.changed({"remember.class_statistics": False})
-        assert (find_recipe("frozen").schedule.adapt, strict.schedule.adapt) == ("first", "always")
-
 
 class TestFiles:
     def test_round_trip_through_json(self) -> None:

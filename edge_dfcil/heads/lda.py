@@ -48,6 +48,31 @@ def shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
     return found
 
 
+def within(count: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Means (C, F) and the covariance within classes (F, F), from sums: images (C,), of f (C, F), and of f f' (F, F).
+
+    The mean of a class without images is 0. `second` is overwritten, for these matrices are large.
+    """
+    means = first / count.clamp_min(1)[:, None]
+    second.addmm_((means * count[:, None]).T, means, alpha=-1)
+    return means, second.div_((count.sum() - (count > 0).sum()).clamp_min(1))
+
+
+def mixed(own: Tensor, common: Tensor, share: float) -> Tensor:
+    """A share of one covariance and the rest of another, (F, F), each divided by its mean variance first."""
+    parts = (covariance / covariance.diagonal().mean().clamp_min(TINY) for covariance in (own, common))
+    return share * next(parts) + (1 - share) * next(parts)
+
+
+def likelihood_ratios(means: Tensor, centre: Tensor, covariance: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """Weight (C, F) and bias (C,) of log-likelihood ratios: each Gaussian class against one at `centre` (F,).
+
+    W = (mu - c) S^-1 and b = -1/2 diag(W (mu + c)'). A row depends on no other class, unlike that of a centred head.
+    """
+    weight = solved(shrunk(covariance, shrinkage), (means - centre).T).T
+    return weight, -0.5 * (weight * (means + centre)).sum(1)
+
+
 @dataclass(frozen=True)
 class Frame:
     """What the rows of a served LDA head have in common; with the covariance, a row says where its class lies.

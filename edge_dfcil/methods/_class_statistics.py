@@ -17,7 +17,7 @@ def closes(task: Task) -> bool:
 
 
 def stays_frozen(task: Task) -> bool:
-    """Whether the backbone is left as it is in this task, which then is one pass over its images."""
+    """Whether the backbone is left as it is in this task, where its head is closed-form."""
     adapt = task.recipe.schedule.adapt
     trained = task.pretrained or task.teacher is not None
-    return closes(task) and (adapt == "never" or (adapt == "first" and trained))
+    return adapt == "never" or (adapt == "first" and trained)

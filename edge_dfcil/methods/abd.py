@@ -17,6 +17,7 @@ from edge_dfcil.dreaming.inversion import Dream
 from edge_dfcil.methods._class_statistics import STATE, closes, stays_frozen
 from edge_dfcil.methods._dreaming import DreamingMethod
 from edge_dfcil.methods._lda_head import lda_stage
+from edge_dfcil.methods._lda_rows import keeps_rows, lda_rows_stages
 from edge_dfcil.methods._own_head import serve_all_features, train_own_features
 from edge_dfcil.methods._refinement import refine_head
 from edge_dfcil.methods.task import Task
@@ -66,18 +67,21 @@ class ABD(DreamingMethod):
         return F.mse_loss(features[part], before[part])
 
     def closed_form(self, recipe: Recipe) -> bool:
-        return recipe.refine.head == "lda" and recipe.remember.class_statistics
+        return recipe.refine.head == "lda"
 
     def stages(self, task: Task) -> Iterator[Stage]:
-        if self.closed_form(task.recipe) and stays_frozen(task):
-            yield from lda_stage(task, moves=False)
+        closed = self.closed_form(task.recipe) and (closes(task) or keeps_rows(task))
+        if closed and stays_frozen(task):
+            yield from self.refine(task)
             return
         train_own_features(task)
         yield from super().stages(task)
 
     def refine(self, task: Task) -> Iterator[Stage]:
         if self.closed_form(task.recipe) and closes(task):
-            yield from lda_stage(task, moves=True)
+            yield from lda_stage(task, moves=not stays_frozen(task))
+        elif self.closed_form(task.recipe) and keeps_rows(task):
+            yield from lda_rows_stages(task)
         else:
             yield from refine_head(task)
             serve_all_features(task)
