@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from edge_dfcil import Learner
+from edge_dfcil.demo import Batches
 from edge_dfcil.recipe import RECIPES
-from tests.conftest import NAMES, QUICK, Batches, quick_learner
+from tests.conftest import NAMES, QUICK, quick_learner
 
 ROWS = QUICK.changed(
     {
