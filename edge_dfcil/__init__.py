@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from edge_dfcil.model.model import Model
     from edge_dfcil.model.statistics import Statistic
     from edge_dfcil.recipe import RECIPES, Recipe
-    from edge_dfcil.results import Evaluation, MemoryPlan, Prediction, StageReport, TaskReport
+    from edge_dfcil.results import Commit, Evaluation, MemoryPlan, Prediction, StageReport, TaskReport
     from edge_dfcil.training.callbacks import Callback
     from edge_dfcil.training.session import Session
 
@@ -44,7 +44,7 @@ _HOMES = {
     "edge_dfcil.training.session": ("Session",),
     "edge_dfcil.model.backbones": ("list_backbones", "register_backbone"),
     "edge_dfcil.recipe": ("RECIPES", "Recipe"),
-    "edge_dfcil.results": ("Evaluation", "MemoryPlan", "Prediction", "StageReport", "TaskReport"),
+    "edge_dfcil.results": ("Commit", "Evaluation", "MemoryPlan", "Prediction", "StageReport", "TaskReport"),
     "edge_dfcil.training.callbacks": ("Callback",),
     "edge_dfcil.errors": (
         "BackboneError",
@@ -69,6 +69,7 @@ __all__ = [
     "Callback",
     "Cancelled",
     "ClassError",
+    "Commit",
     "DataError",
     "DivergedError",
     "EdgeDfcilError",

@@ -141,15 +141,15 @@ class Learner(Serving, RunsSessions):
         classes: Classes | None = None,
         *,
         relearn: bool = False,
+        instant: bool = True,
         time_budget: float | str | None = None,
         checkpoint: str | Path | None = None,
         callbacks: Sequence[Callback] = (),
         progress: bool = True,
     ) -> TaskReport:
-        """Learns the classes of a loader and keeps those known before. All or nothing: until it returns, the model that
-        answers is the one from before, and an error or Ctrl-C leaves it so. Parameters and errors are those of `session`;
-        a checkpoint is removed after the commit."""
-        options: Any = {"relearn": relearn, "time_budget": time_budget, "checkpoint": checkpoint}
+        """Learns the classes of a loader and keeps those known before. All or nothing: until a commit, the model from before
+        answers, and an error or Ctrl-C leaves it so. Parameters and errors are those of `session`; a checkpoint is removed."""
+        options: Any = {"relearn": relearn, "instant": instant, "time_budget": time_budget, "checkpoint": checkpoint}
         session = self.session(loader, classes, callbacks=callbacks, progress=progress, **options)
         while (report := session.run()) is None:  # a callback has paused it: there is nothing else to wait for here
             pass
@@ -162,6 +162,7 @@ class Learner(Serving, RunsSessions):
         classes: Classes | None = None,
         *,
         relearn: bool = False,
+        instant: bool = True,
         time_budget: float | str | None = None,
         checkpoint: str | Path | None = None,
         callbacks: Sequence[Callback] = (),
@@ -179,6 +180,9 @@ class Learner(Serving, RunsSessions):
             Names by target value: a list, or a mapping. None takes `loader.dataset.classes`.
         relearn
             Whether classes that are known already are refreshed with these images; else they are refused.
+        instant
+            Whether a task that will train the network first commits rows from class statistics, within seconds, where its
+            method can; `on_commit` says when. They stay where the adapted model is expected to be worse, or time is up.
         time_budget
             Seconds, or text such as "10min": the schedule is fitted to the measured speed of a step so that it ends in
             time, as a whole schedule with fewer steps. The report says what it was fitted to.
@@ -193,19 +197,15 @@ class Learner(Serving, RunsSessions):
         """
         before, seconds = self._model, schedule.parse(time_budget)
 
-        def begun(session: Session[Any]) -> None:
-            for callback in session.callbacks:
-                callback.on_task_begin(self)
-
         def commit(model: Model) -> None:
+            nonlocal before
             if self._model is not before:
                 raise SettingError("the learner has another model than when this session was made; make a new session")
-            self._model = model
+            self._model = before = model
 
-        work = self._learning(loader, classes, relearn=relearn, seconds=seconds, begun=begun, commit=commit)
-        return self._new_session(
-            work, callbacks, progress, writes=True, seed=self._seed_of_task(), checkpoint=checkpoint, deadline=seconds
-        )
+        work = self._learning(loader, classes, relearn=relearn, instant=instant, seconds=seconds, learner=self, commit=commit)
+        settings: Any = {"seed": self._seed_of_task(), "checkpoint": checkpoint, "deadline": seconds}
+        return self._new_session(work, callbacks, progress, writes=True, **settings)
 
     def _learning(self, loader: Any, classes: Classes | None, **options: Any) -> Learning:
         options |= {**self.limits, "smaller": lambda: self._model.smaller(self.seed)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -26,13 +27,16 @@ from edge_dfcil.model import labels, statistics
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.model import Model
 from edge_dfcil.recipe import Recipe
-from edge_dfcil.results import Computing, MemoryPlan, StagePlan, StageReport, TaskReport
+from edge_dfcil.results import Commit, Computing, MemoryPlan, StagePlan, StageReport, TaskReport
 from edge_dfcil.training import rehearsal
 from edge_dfcil.training.data import RealBatches, Scan, scan
 from edge_dfcil.training.loop import check_finite
 from edge_dfcil.training.rehearsal import Generated, Rehearsal
-from edge_dfcil.training.session import Session
-from edge_dfcil.training.stage import Stage
+from edge_dfcil.training.session import Enough, Session
+from edge_dfcil.training.stage import Stage, StageSpec
+
+LEAST_SHARE = 0.05  # of a schedule: with less time than that, a task that has an instant model ends with it
+WORSE = 0.01  # expected error by which an adapted model must be worse than the instant one, for that to stay
 
 
 class Assignment:
@@ -49,7 +53,7 @@ class Assignment:
     ) -> None:
         self.model, self.method, self.recipe, self.loader, self.scanned = model, method, recipe, loader, scanned
         names = labels.match_known(labels.name_targets(scanned.counts, loader, classes), model.classes)
-        self._names = names
+        self._names, self.instant = names, False
         self.known = tuple(name for name in names.values() if name in model.classes)
         if self.known and not relearn:
             shown = ", ".join(map(repr, self.known))
@@ -94,6 +98,7 @@ class Assignment:
         return rehearsal.smaller(self.recipe, "remember.pool", "generator.width") if self.task().remembers else [{}]
 
     def rehearsal(self, changes: Mapping[str, int]) -> Rehearsal:
+        instant = self.instant and next(self.method.instant(self.task()), None) is not None
         task, method = self.task(), copy.deepcopy(self.method)
         whole = task.recipe.changed(changes)
         task.make_short(whole, rehearsal.STEPS, rehearsal.POOL)
@@ -105,7 +110,13 @@ class Assignment:
             return Generated(now=held, whole=held * whole.remember.pool // task.recipe.remember.pool)
 
         networks = [task.student, *([task.teacher] if task.teacher is not None else [])]
-        return Rehearsal(method.stages(task), networks, task.student, generated, task.micro_batches)
+        stages = method.stages(task)
+        if instant:
+            first = self.task()
+            first.make_short(whole, rehearsal.STEPS, rehearsal.POOL)
+            stages = itertools.chain(method.instant(first), stages)
+            networks.append(first.student)  # it serves while the task goes on
+        return Rehearsal(stages, networks, task.student, generated, task.micro_batches)
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this task from another: all but the images themselves, of which only the numbers are known."""
@@ -136,24 +147,30 @@ class Learning:
         classes: Classes | None,
         *,
         relearn: bool = False,
+        instant: bool = True,
         memory_budget: int | None = None,
         precision: str = "auto",
         seconds: float | None = None,
         smaller: Callable[[], Iterator[tuple[str, Model]]] = lambda: iter(()),
-        begun: Callable[[Session[Any]], object] = lambda session: None,
+        learner: Any = None,
         commit: Callable[[Model], None] = lambda model: None,
         plan_only: bool = False,
     ) -> None:
         self.model, self.method, self.recipe, self.loader = model, method, recipe, loader
-        self._classes, self._relearn, self._smaller, self._begun, self._commit = classes, relearn, smaller, begun, commit
+        self._classes, self._relearn, self._smaller, self._learner, self._commit = classes, relearn, smaller, learner, commit
         self._budget, self._seconds, self._plan_only = memory_budget, seconds, plan_only
-        self._precision = precision
+        self._precision, self._instant = precision, instant
         self.computing = devices.usual(model.device, precision if recipe.schedule.mixed_precision else "float32")
         self._meter, self._peaks = Meter(model.device), list[int]()
         self._digest = model.digest()
         self.network: nn.Module | None = None
         self.task: Task | None = None
         self.plan: MemoryPlan | None = None
+        self._first: Task | None = None  # that of the instant model, if there is one
+        self._last: Model = model  # that was committed
+        self._commits: list[Commit] = []
+        self._announced = self._has_begun = self._adapted = self._complete = False
+        self._left_out = 0
         self.fitted: dict[str, Any] | None = None
 
     # The contract of `Work`
@@ -168,9 +185,11 @@ class Learning:
         scanned = scan(self.loader, lambda: session.cancelled)
         self._meter.exclude()  # what the loader keeps
         self.assignment = Assignment(self.model, self.method, self.recipe, self.loader, scanned, self._classes, self._relearn)
+        self.assignment.instant = self._instant
 
     def fingerprint(self) -> dict[str, Any]:
         settings = {"budget": self._budget, "time budget": self._seconds, "precision": self._precision}
+        settings["instant"] = self._instant
         return {"model": self._digest, **settings, **self.assignment.fingerprint()}
 
     def decided(self) -> dict[str, Any]:
@@ -185,8 +204,12 @@ class Learning:
 
     def stages(self, session: Session[Any]) -> Iterator[Stage]:
         if not session.resumed:
+            self._plan(session)
+        if self._instant and not self._plan_only:
+            yield from self._instant_stages(session)
+        if not session.resumed:
             self._decide(session)
-        if self._plan_only:
+        if self._plan_only or self._has_no_time():
             return
         self._computes.enter_context(devices.computing(self.computing))
         task = self.task = self.assignment.task()
@@ -195,30 +218,48 @@ class Learning:
         if self.fitted is not None:
             task.share = self.fitted["share"]
             changes |= self.fitted["changes"]
-        task.recipe = task.recipe.changed(changes)
-        self._begun(session)
-        for stage in hold(self.method.stages(task), self.plan, self._meter, self._peaks):
+        task.recipe, task.compared = task.recipe.changed(changes), self._first is not None
+        self._begin(session)
+        yield from self._held(session, self.method.stages(task), task)
+        self._complete = True
+
+    def _instant_stages(self, session: Session[Any]) -> Iterator[Stage]:
+        """Those of a first model, which is committed and serves while the task goes on; none where the method has none."""
+        random, task = devices.random_state(session.device), self.assignment.task()
+        task.recipe, task.compared = task.recipe.changed(self._changes()), True
+        for stage in self._held(session, self.method.instant(task), task):
+            self._begin(session)
+            yield stage
+            self._first = task
+        devices.set_random_state(random, session.device)  # the rest is learnt as it would be without
+        if self._first is not None:
+            self._put(session, task, self.model.learning)
+            session.has_result = True
+
+    def _held(self, session: Session[Any], stages: Iterator[Stage], task: Task) -> Iterator[Stage]:
+        for stage in hold(stages, self.plan, self._meter, self._peaks):
             yield stage
             task.micro_batches[stage.name] = session.reports[-1].at_once
+            self._adapted = self._adapted or (isinstance(stage, StageSpec) and stage.resumable)
+
+    def _begin(self, session: Session[Any]) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            for callback in session.callbacks:
+                callback.on_task_begin(self._learner)
 
     def finish(self, session: Session[Any], reports: Sequence[StageReport]) -> TaskReport | None:
         if self._plan_only:
             return None
-        task, assignment = self.task, self.assignment
-        assert task is not None
         self._computes.close()
-        network: Any = task.student.eval().requires_grad_(False)
-        network.to(memory_format=devices.memory_format(session.device))
-        check_finite(network)
-        statistics.check(task.kept, self.method.state, network.n_classes, task.recipe.remember.min_images)
-        model = replace(
-            self.model,
-            network=network,
-            tasks=assignment.tasks,
-            normalizes=True,
-            statistics=statistics.rounded(task.kept),
-            learning=dict(self.model.learning) | {"last_task": task_id(self.fingerprint())},
-        ).calibrated(task.calibration)
+        # By this a file says which task it ended with; one of an instant commit has not ended it.
+        ended = dict(self.model.learning) | {"last_task": task_id(self.fingerprint())}
+        if self._complete and not self._first_is_better():
+            assert self.task is not None
+            self._put(session, self.task, ended)
+        else:
+            self._commit(replace(self._last, learning=ended))
+        model, assignment = self._last, self.assignment
         report = TaskReport(
             task=len(model.tasks),
             method=self.method.name,
@@ -234,35 +275,75 @@ class Learning:
             resumed=session.resumed,
             fitted=self.fitted,
             computing=self.computing,
+            commits=tuple(self._commits),
         )
-        self._commit(model)
         for callback in session.callbacks:
             callback.on_task_end(report)
         return report
 
+    def _first_is_better(self) -> bool:
+        """Whether the instant model stays, because the adapted one is expected to answer less well."""
+        first, last = (None if task is None else task.expected_error for task in (self._first, self.task))
+        return first is not None and last is not None and last > first + WORSE
+
+    def _put(self, session: Session[Any], task: Task, learning: Mapping[str, Any]) -> None:
+        """Commits the model of a task."""
+        network: Any = task.student.eval().requires_grad_(False)
+        network.to(memory_format=devices.memory_format(session.device))
+        check_finite(network)
+        statistics.check(task.kept, self.method.state, network.n_classes, task.recipe.remember.min_images)
+        found = statistics.rounded(task.kept)
+        made = replace(self.model, network=network, tasks=self.assignment.tasks, normalizes=True, statistics=found)
+        self._last = replace(made, learning=learning).calibrated(task.calibration)
+        self._commit(self._last)
+        commit = Commit("adapted" if self._adapted else "instant", session.seconds)
+        self._commits.append(commit)
+        for callback in session.callbacks:
+            callback.on_commit(commit)
+
     # Decisions
 
+    def _plan(self, session: Session[Any]) -> None:
+        """Plans the memory: on copies, with random numbers of their own, as all that is decided."""
+        if self._budget is None and not self._plan_only:
+            return
+        self._announce(session)
+        with devices.seeded(None, session.device):
+            self.plan = plan_memory(self.assignment, self._budget, self._meter, self._checks(session), self._smaller())
+
     def _decide(self, session: Session[Any]) -> None:
-        """Plans the memory, measures how to compute, and fits the schedule: on copies, with random numbers of their own."""
-
-        def check() -> None:
-            if session.cancelled:  # a pause waits for the first step: what is decided here is decided in one go
-                session.check()
-
+        """Measures how to compute, and fits the schedule."""
+        check = self._checks(session)
         with devices.seeded(None, session.device):
             measures = self._precision == "auto" and speed.pays(self.assignment.task, self.method, session.device)
-            if self._budget is None and self._seconds is None and not self._plan_only and not measures:
-                return
-            for callback in session.callbacks:
-                callback.on_plan_begin()
-            if self._budget is not None or self._plan_only:
-                self.plan = plan_memory(self.assignment, self._budget, self._meter, check, self._smaller())
+            if measures or self._seconds is not None:
+                self._announce(session)
             if measures:
                 self._measure(check)
             if self._seconds is not None:
                 left = self._seconds - session.seconds
                 with devices.computing(self.computing):
                     self.fitted = schedule.fit(self.assignment.task, self.method, left, self._changes(), check)
+
+    def _has_no_time(self) -> bool:
+        """Whether the time that is left is too short to adapt the network, and there is an instant model to end with."""
+        return self._first is not None and self.fitted is not None and self.fitted["share"] < LEAST_SHARE
+
+    def _announce(self, session: Session[Any]) -> None:
+        """Once, before the first of what takes time to decide."""
+        if not self._announced:
+            self._announced = True
+            for callback in session.callbacks:
+                callback.on_plan_begin()
+
+    def _checks(self, session: Session[Any]) -> Callable[[], None]:
+        def check() -> None:
+            if session.cancelled:  # a pause waits for the first step: what is decided here is decided in one go
+                session.check()
+            if self._first is not None and self._seconds is not None and session.seconds >= self._seconds:
+                raise Enough
+
+        return check
 
     def _changes(self) -> dict[str, int]:
         return self.plan.changes if self.plan is not None else {}

@@ -342,6 +342,28 @@ class Computing:
 
 
 @dataclass(frozen=True)
+class Commit:
+    """A model that a task has put in the place of the one before.
+
+    Attributes
+    ----------
+    kind
+        "instant": from the network as it was; "adapted": the network has been trained in this task.
+    seconds
+        From the call to the commit.
+    """
+
+    kind: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.kind} after {self.seconds:.1f} s"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class TaskReport:
     """What one `learn_task` did.
 
@@ -374,6 +396,8 @@ class TaskReport:
     computing
         In which precision, with how many threads and in which memory order its training stages computed, and whether that was
         measured; None in reports of before.
+    commits
+        In order. An instant one stays the last where the adapted model is expected to answer less well, or the time is up.
     """
 
     task: int
@@ -390,6 +414,7 @@ class TaskReport:
     resumed: bool = False
     fitted: dict[str, Any] | None = None
     computing: Computing | None = None
+    commits: tuple[Commit, ...] = ()
 
     def __str__(self) -> str:
         """What was learnt, from what and by what, then a line a stage."""
@@ -404,6 +429,8 @@ class TaskReport:
             lines.append(f"memory: at most {self.peak_bytes / 1e6:.1f} MB of {self.plan.budget / 1e6:.1f} MB")
         if self.fitted:
             lines.append("fitted to the time: " + ", ".join(f"{name} {value}" for name, value in self.fitted.items()))
+        if len(self.commits) > 1:
+            lines.append("committed: " + ", ".join(map(str, self.commits)))
         if self.computing is not None and self.computing.measured:
             ways = ", ".join(f"{way} {seconds:.3g} s" for way, seconds in self.computing.measured.items())
             lines.append(f"computed in {self.computing} (measured: {ways})")

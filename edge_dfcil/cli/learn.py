@@ -98,7 +98,9 @@ def command(
             line = f"{model} had learnt this when the last run was stopped; it knows {len(classes)} classes"
             answer({"new_classes": [], "classes": classes, "model": str(model)}, as_json, [line])
             return
-        session = learner.session(folder.loader, relearn=relearn, time_budget=time_budget, checkpoint=place)
+        # MODEL is written once, in the end: an instant model is of use only where the time may be up before.
+        settings: Any = {"instant": time_budget is not None, "time_budget": time_budget, "checkpoint": place}
+        session = learner.session(folder.loader, relearn=relearn, **settings)
         report = _learn_and_save(session, learner, model)
     answer({**report.to_dict(), "model": str(model), "skipped": list(folder.skipped)}, as_json, _lines(report, model))
 

@@ -27,9 +27,9 @@ SHRINKAGES = (0.005, 0.02, 0.08, 0.3)  # towards the identity: the one that does
 LEAST_SURE = 0.01  # of an LDA head's own logits
 
 
-def lda_stage(task: Task, moves: bool) -> Iterator[Stage]:
+def lda_stage(task: Task, moves: bool, name: str = "lda") -> Iterator[Stage]:
     """`moves`: the backbone has been trained in this task."""
-    yield ClosedFormSpec("lda", task.batches.plain(), lambda: _Sums(task, moves))
+    yield ClosedFormSpec(name, task.batches.plain(), lambda: _Sums(task, moves))
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,17 @@ class _Sums:
         other = self._joined(None, slice(1, 2))
         held = HeldOut(torch.searchsorted(rows, here), other.means[here], other.covariance)
         best = min(heads, key=lambda shrinkage: held.errors(*heads[shrinkage]))
+        self._task.expected_error = self._expected_error(old, heads[best])
         return best * share, min(max(held.sureness(*heads[best]), LEAST_SURE), 1.0)
+
+    def _expected_error(self, old: _Known | None, head: tuple[Tensor, Tensor]) -> float | None:
+        """Of a head from one half of the images: on the other half, and on old classes as their statistics have them."""
+        if not self._task.compared:
+            return None
+        all_classes = self._joined(old, slice(1, 2))
+        rows = torch.nonzero(all_classes.placed).flatten()
+        held = HeldOut(torch.arange(len(rows)), all_classes.means[rows], all_classes.covariance)
+        return held.errors(*head) if len(rows) == len(head[1]) else None
 
     def _joined(self, old: _Known | None, halves: slice) -> _Known:
         """This task's halves and earlier tasks together; a known class that is refreshed has the mean of all its images."""

@@ -77,6 +77,11 @@ class ABD(DreamingMethod):
         train_own_features(task)
         yield from super().stages(task)
 
+    def instant(self, task: Task) -> Iterator[Stage]:
+        trained = task.pretrained or task.teacher is not None
+        if trained and self.closed_form(task.recipe) and closes(task) and not stays_frozen(task):
+            yield from lda_stage(task, moves=False, name="instant")
+
     def refine(self, task: Task) -> Iterator[Stage]:
         if self.closed_form(task.recipe) and closes(task):
             yield from lda_stage(task, moves=not stays_frozen(task))

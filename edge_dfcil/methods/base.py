@@ -37,6 +37,11 @@ class Method(ABC):
         task.student.rotations = None
         yield from self.refine(task)
 
+    def instant(self, task: Task) -> Iterator[Stage]:
+        """Stages that learn a task within seconds with the network as it is; none where that cannot be, or where `stages` is
+        no slower. The model that they make is committed before `stages` begins, on a task of its own."""
+        return iter(())
+
     def prepare(self, task: Task) -> Iterator[Stage]:
         """Stages before the learning; what they make is left in `task`. The first task, with nothing to remember, has it too.
 

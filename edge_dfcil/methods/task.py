@@ -47,6 +47,11 @@ class Task:
         Of the recipe's steps that are made: below 1 when a time budget asks for a shorter schedule.
     pretrained
         Whether the backbone had been trained before the first task.
+    compared
+        Whether its model is compared with that of another task on the same images: `expected_error` is then wanted.
+    expected_error
+        Of the head in the end, from what is held out of its images and from class statistics: an upper bound, so that two of
+        them compare; None where it is not known.
     micro_batches
         Images that went through together at the end of each stage so far, by its name; None: whole batches.
     """
@@ -65,6 +70,8 @@ class Task:
     calibration: Calibration | None = None
     share: float = 1.0
     pretrained: bool = False
+    compared: bool = False
+    expected_error: float | None = None
     micro_batches: dict[str, int | None] = field(default_factory=dict)
 
     def share_of(self, steps: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from edge_dfcil.errors import SettingError
-from edge_dfcil.results import StageReport, TaskReport
+from edge_dfcil.results import Commit, StageReport, TaskReport
 from edge_dfcil.training.stage import Stage
 
 
@@ -33,8 +33,11 @@ class Callback:
     def on_stage_end(self, stage: Stage, report: StageReport) -> None:
         """After a stage's last step."""
 
+    def on_commit(self, commit: Commit) -> None:
+        """After each commit: the learner answers with the new model. A task may have two, an instant and an adapted one."""
+
     def on_task_end(self, report: TaskReport) -> None:
-        """After the commit: the new model answers now."""
+        """After the last commit."""
 
     def on_exit(self) -> None:
         """However the session ended, errors included: the place to close what was opened."""

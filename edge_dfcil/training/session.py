@@ -38,6 +38,10 @@ CHECKPOINT_EVERY = 2.0  # seconds between two checkpoints, at least
 CHECKPOINT_SHARE = 0.02  # of the time that may go into writing them
 
 
+class Enough(Exception):
+    """Ends the stages of a work that has a result already."""
+
+
 class Work(Protocol[Result_co]):
     """What a session does.
 
@@ -168,6 +172,7 @@ class Session(Generic[Result]):
         self._written, self._write_seconds, self._spent = 0.0, 0.0, 0.0
         self._running, self._began = False, 0.0
         self._begun: dict[str, Tensor] | None = None  # the random state before a closed-form stage
+        self.has_result = False  # whether the work has committed something, and may end at any time
         self._network_done = False  # whether a stage that trains the network has ended
 
     # Control, from any thread or callback
@@ -205,7 +210,7 @@ class Session(Generic[Result]):
     def check(self) -> None:
         """Called between steps: raises when the session is to stop, and writes a checkpoint when one is due."""
         if self._cancelled.is_set():
-            raise Cancelled("the session was cancelled; the model is the one from before")
+            raise Cancelled("the session was cancelled; the model is that of the last commit")
         if self._paused.is_set():
             raise _Paused
         if self.deadline is not None and self.seconds >= self.deadline:
@@ -213,6 +218,8 @@ class Session(Generic[Result]):
         if self._finishing.is_set() and isinstance(self._stage, StageSpec):
             if self._has_learnt():
                 raise loop.StageEnded
+            if self.has_result:
+                raise Enough
             if self.deadline is None:
                 raise Cancelled("there is nothing to finish with: the network has made no step; nothing was committed")
         if self.checkpoint is not None and self._resumable():
@@ -247,7 +254,8 @@ class Session(Generic[Result]):
             with devices.own_context(self.device), self.work.context(self):
                 devices.set_random_state(self._random, self.device)
                 try:
-                    self._run_stages()
+                    with contextlib.suppress(Enough):
+                        self._run_stages()
                     self.result = self.work.finish(self, self._reports)
                 except _Paused:
                     logger.info("paused in stage %s", self._stage.name if self._stage else "")
