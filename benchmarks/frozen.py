@@ -81,6 +81,7 @@ class Ridge(Head):
             self.gram, self.sums = torch.zeros(self.WIDTH, self.WIDTH, dtype=hidden.dtype), hidden.new_zeros(self.WIDTH, 0)
         self.sums = F.pad(self.sums, (0, truth.shape[1] - self.sums.shape[1]))
         held = torch.rand(len(hidden), generator=draw) < 0.2
+        held[0] |= not bool(held.any())  # of ten images, none is drawn in one task of nine
         gram = self.gram + hidden[~held].T @ hidden[~held]
         sums = self.sums + hidden[~held].T @ truth[~held]
         errors = {
