@@ -83,7 +83,7 @@ class Assignment:
             student=student,
             teacher=before.frozen() if self.model.tasks else None,
             current=torch.nonzero(counts).flatten(),
-            old=torch.nonzero(counts[: before.n_classes] == 0).flatten(),
+            old=torch.arange(before.n_classes, device=device),
             counts=counts,
             batches=RealBatches(self.loader, scanned, self.outputs, student, self.recipe, self._names),
             recipe=self.recipe,

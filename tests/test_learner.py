@@ -123,7 +123,7 @@ class TestLearning:
         assert learnt.tasks == (("0", "1"), ("2",))
         report = learnt.learn_task(train.of(("0", "1", "2")), NAMES, relearn=True, progress=False)
         assert report.new_classes == ()
-        assert [stage.name for stage in report.stages] == ["learn"], "nothing is left to remember"
+        assert [stage.name for stage in report.stages] == ["dream", "learn", "refine"], "new images add to what is remembered"
         assert learnt.tasks == (("0", "1"), ("2",))
 
     def test_callbacks_are_called_in_order_and_closed(self, learnt: Learner) -> None:
@@ -137,7 +137,7 @@ class TestLearning:
 
         learnt.learn_task(a_task(), NAMES, callbacks=[Watch()], progress=False)
         assert calls[:3] == ["on_task_begin", "on_stage_begin", "on_step_end"]
-        assert calls[-3:] == ["on_stage_end", "on_task_end", "on_exit"]
+        assert calls[-4:] == ["on_stage_end", "on_commit", "on_task_end", "on_exit"]
         assert calls.count("on_stage_begin") == calls.count("on_stage_end") == 3
 
     def test_the_loader_is_never_read_after_the_call(self, learnt: Learner) -> None:

@@ -8,12 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edge_dfcil import SettingError
+from edge_dfcil import Learner, SettingError
+from edge_dfcil.demo import Batches
 from edge_dfcil.methods import find_method, names
 from edge_dfcil.methods._distillation import distil
+from edge_dfcil.methods.abd import ABD
 from edge_dfcil.methods.finetune import Finetune
+from edge_dfcil.methods.task import Task
 from edge_dfcil.testing import check_method
-from tests.conftest import slow_but
+from edge_dfcil.training.data import Batch
+from edge_dfcil.training.stage import Terms
+from tests.conftest import NAMES, slow_but
 
 
 @pytest.mark.parametrize("name", slow_but({"abd", "lda"}, names()))
@@ -76,3 +81,17 @@ def test_distillation_gives_new_classes_probability_zero() -> None:
     assert distil(logits, before).item() == pytest.approx(expected.item(), abs=1e-5)
     assert distil(logits, before) > distil(logits[:, :2], before)
     assert torch.isfinite(F.softmax(logits, 1)).all()
+
+
+def test_a_class_that_is_refreshed_is_remembered_too(learnt: Learner, train: Batches) -> None:
+    """Its new images add to what is remembered of it, and do not replace that."""
+    seen: dict[str, list[int]] = {}
+
+    class Watch(ABD):
+        def loss(self, task: Task, batch: Batch) -> Terms:
+            seen["old"], seen["current"] = task.old.tolist(), task.current.tolist()
+            return super().loss(task, batch)
+
+    learnt.method = Watch()
+    learnt.learn_task(train.of(("1", "2")), NAMES, relearn=True, progress=False)
+    assert seen == {"old": [0, 1], "current": [1, 2]}

@@ -175,6 +175,17 @@ class TestStatistics:
         learner.learn_task([(again.images[:20], again.targets[:20])], NAMES, relearn=True, progress=False)
         assert learner.model.statistics["mean"].images[0] == lda.model.statistics["mean"].images[0] + 20
 
+    def test_refreshing_a_class_of_few_images_moves_its_row(self, train: Batches, test: Batches) -> None:
+        learner = quick_learner(method="lda")
+        learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
+        few = train.of(("2",))
+        learner.learn_task([(few.images[:6], few.targets[:6])], NAMES, progress=False)
+        other = copy.deepcopy(learner)
+        wrong = train.of(("0",)).images[:2]  # two bad pictures do not outweigh the six before
+        learner.learn_task([(wrong, torch.full((2,), 2))], NAMES, relearn=True, progress=False)
+        found, before = (one.evaluate(test.of(("0", "2")), NAMES).per_class for one in (learner, other))
+        assert found["2"] > before["2"] - 0.3 and found["0"] > before["0"] - 0.3
+
     def test_strict_recipes_store_none(self, train: Batches) -> None:
         learner = quick_learner(method="lda", recipe=QUICK.changed({"remember.class_statistics": False}))
         with pytest.raises(SettingError, match="does not allow"):

@@ -63,6 +63,16 @@ def test_it_goes_on_from_a_file(two_tasks: list[Learner], train: Batches, tmp_pa
     assert torch.equal(again.network.head.weight, two_tasks[1].network.head.weight)
 
 
+def test_a_few_more_images_of_a_class_refine_its_row(two_tasks: list[Learner], train: Batches, test: Batches) -> None:
+    learner, before = two_tasks[1], two_tasks[1].network.head.weight.detach().clone()
+    known = learner.evaluate(test.of(tuple(NAMES[:6])), NAMES)
+    again = train.of(("0",))
+    learner.learn_task([(again.images[:5], again.targets[:5])], NAMES, relearn=True, progress=False)
+    after = learner.network.head.weight
+    assert torch.equal(after[1:], before[1:]) and 0 < (after[0] - before[0]).norm() < 0.5 * before[0].norm()
+    assert learner.evaluate(test.of(tuple(NAMES[:6])), NAMES).accuracy > known.accuracy - 0.05
+
+
 def test_rows_that_were_trained_are_remembered_by_generated_images(train: Batches) -> None:
     """Rows of an adopted classifier do not compare with those computed in closed form."""
     learner = quick_learner(recipe=ROWS.changed({"refine.head": "trained"}), multiscale=True)

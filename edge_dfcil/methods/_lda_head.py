@@ -23,6 +23,7 @@ from edge_dfcil.training.data import Batch
 from edge_dfcil.training.stage import ClosedFormSpec, Stage
 
 GENERATED_AT_ONCE = 64
+ASSUMED = 5.0  # images behind a row that has no statistics: fewer than are kept as one
 SHRINKAGES = (0.005, 0.02, 0.08, 0.3)  # towards the identity: the one that does best on held-out images is taken
 LEAST_SURE = 0.01  # of an LDA head's own logits
 
@@ -155,12 +156,13 @@ class _Sums:
         if old is None:  # the first task, or classes that another method has learnt
             covariance = scatter.div_(max(images - float((count > 0).sum()), 1))
             return _Known(means, count, count > 0, covariance, images)
-        n, means = len(old.count), means * count[:, None]
-        means[:n] += old.means * old.count[:, None]
+        n, means, weight = len(old.count), means * count[:, None], count.clone()
+        # Of classes that are known by their rows alone the number of images is not kept.
+        before = torch.where(old.placed & (old.count == 0), ASSUMED, old.count)
+        means[:n] += old.means * before[:, None]
+        weight[:n] += before
         count[:n] += old.count
-        means, placed = means / count.clamp_min(1)[:, None], count > 0
-        by_row = old.placed & ~placed[:n]  # known by their rows alone
-        means[:n][by_row], placed[:n] = old.means[by_row], placed[:n] | by_row
+        means, placed = means / weight.clamp_min(1)[:, None], weight > 0
         covariance = scatter.add_(old.covariance, alpha=old.images).div_(max(old.images + images, 1))
         return _Known(means, count, placed, covariance, old.images + images)
 

@@ -24,6 +24,7 @@ from edge_dfcil.training.stage import ClosedFormSpec, Stage
 AT_ONCE = 64
 REAL_SHARE = 0.2  # of the task's own covariance in the mixture; from 0.1 to 0.3 is within a point of the best
 SHRINKAGE = 0.02
+ASSUMED = 100  # images behind a row
 SEED = 0  # of the generator
 FIRST_SPREAD = 3.0  # standard deviation of the first task's logits over generated images
 WITHOUT_CLASSES = {"inversion.content": 0.0, "inversion.diversity": 0.0}
@@ -100,9 +101,18 @@ class _Rows:
         weight, bias = likelihood_ratios(means[rows], centre[0], metric, SHRINKAGE)
         scale = self._scale(weight, common)
         serve_all_features(task)
-        head = student.head
-        head.weight.data[task.current] = (scale * weight).to(head.weight)
-        head.bias.data[task.current] = (scale * bias).to(head.bias)
+        head, share = student.head, self._share_of_these()
+        for values, found in ((head.weight.data, scale * weight), (head.bias.data, (scale * bias))):
+            before = values[task.current]
+            values[task.current] = before.lerp(found.to(before), share.view(-1, *[1] * (before.dim() - 1)))
+
+    def _share_of_these(self) -> Tensor:
+        """How much of each row (C,) follows from the images of this task: all of a new class's. How many images are behind a
+        row that is refreshed is not kept; it stands for `ASSUMED` of them."""
+        task = self._task
+        known = task.teacher.n_classes if task.teacher is not None else 0
+        counts = task.counts[task.current]
+        return torch.where(task.current < known, counts / (counts + ASSUMED), torch.ones_like(counts))
 
     def _generated(self) -> _Moments:
         found = _Moments(1, self._task.student.all_features, self._like)

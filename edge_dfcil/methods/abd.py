@@ -45,9 +45,9 @@ class ABD(DreamingMethod):
             logits = student.head(features[:n])[:, task.current]  # (B, C)
             terms["local"] = (1 - task.rho) * F.cross_entropy(logits, torch.searchsorted(task.current, batch.targets))
         else:
-            terms["standard"] = weighted_cross_entropy(student.head(features), targets, task)
+            terms["standard"] = weighted_cross_entropy(student.head(features), targets, n, task.rho)
         if recipe.remember.head_finetuning:
-            terms["head"] = weighted_cross_entropy(student.head(features.detach()), targets, task)
+            terms["head"] = weighted_cross_entropy(student.head(features.detach()), targets, n, task.rho)
         terms["distillation"] = self.weight(task) * self.distillation(task, features, features_before, dream)
         return terms
 
@@ -92,7 +92,7 @@ class ABD(DreamingMethod):
             serve_all_features(task)
 
 
-def weighted_cross_entropy(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
-    """Cross-entropy over all seen classes, weight rho for samples of old classes and 1 - rho for the others (eq. 8)."""
-    weights = torch.where(torch.isin(targets, task.old), task.rho, 1 - task.rho)  # (2B,)
+def weighted_cross_entropy(logits: Tensor, targets: Tensor, real: int, rho: float) -> Tensor:
+    """Cross-entropy over all seen classes, weight 1 - rho for the first `real` samples and rho for the dreams (eq. 8)."""
+    weights = torch.where(torch.arange(len(targets), device=targets.device) < real, 1 - rho, rho)  # (2B,)
     return (weights * F.cross_entropy(logits, targets, reduction="none")).mean()

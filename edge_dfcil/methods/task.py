@@ -28,9 +28,10 @@ class Task:
     teacher
         A frozen copy of the network before this task; None at the first task.
     current
-        Outputs (C,) of the classes that have real images now: the new ones, and those relearnt.
+        Outputs (C,) of the classes that have real images now: the new ones, and those refreshed.
     old
-        Outputs (K,) of the classes to remember, which have none. Empty when there is nothing to remember.
+        Outputs (K,) of the classes to remember: all that the teacher knows, those that are refreshed among them. Empty when
+        there is nothing to remember.
     counts
         Real images by output (n_seen,) in one pass.
     batches
@@ -81,8 +82,6 @@ class Task:
     def make_short(self, recipe: Recipe, steps: int, pool: int) -> None:
         """For a task that is thrown away: the sizes of `recipe`, but few batches, few steps and a small pool."""
         self.batches = self.batches.first()
-        if self.teacher is not None and self.remembers:
-            self.old = torch.arange(self.teacher.n_classes, device=self.device)  # an untrained generator may miss the others
         self.recipe = short(recipe, steps, pool)
 
     @property
@@ -98,5 +97,6 @@ class Task:
 
     @property
     def rho(self) -> float:
-        """n_old / n_seen (ABD, section 5): the share of seen classes that have no real image now."""
-        return len(self.old) / self.student.n_classes
+        """n_old / n_seen (ABD, section 5), by which every class weighs alike. A refreshed class is of both kinds, and counts
+        once among the classes that are remembered, once among those with real images."""
+        return len(self.old) / (len(self.old) + len(self.current))
