@@ -10,9 +10,10 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import embedding, latency, memory, memory_tables, precision, rejection, speed, tables, workshop, workshop_tables
-from benchmarks.accuracy import omega
+from benchmarks.accuracy import PRESETS, omega
 
 Results = list[dict[str, Any]]  # one a seed
+FEW = "-per_class="  # in the name of a protocol: a preset with another number of images
 
 
 def read(folder: Path) -> dict[str, dict[str, Results]]:
@@ -39,7 +40,10 @@ def final(results: Results) -> str:
 def write(folder: Path) -> str:
     """README.md and the pictures of a folder of results; returns the text."""
     parts = ["# Results", "Made by `python -m benchmarks report` from the JSON files here. No figure is typed in."]
-    for protocol, methods in read(folder).items():
+    found = read(folder)
+    for protocol, methods in found.items():
+        if FEW in protocol:
+            continue
         parts += [f"## {protocol}", describe(next(iter(methods.values()))[0]), table(folder, methods)]
         if len(methods) > 1:
             plot(methods, folder / f"{protocol}.png")
@@ -51,6 +55,8 @@ def write(folder: Path) -> str:
             plot_minutes(methods, folder / f"{protocol}-minutes.png")
             parts += [f"![accuracy against minutes]({protocol}-minutes.png)"]
         parts += _embeddings(folder, protocol, methods)
+    if fewer := few_images(found):
+        parts += ["## Few images", fewer]
     if timed := measured_all(folder, speed.FILE):
         parts += ["## Speed", *map(speed.describe, timed)]
     if (ways := measured(folder / precision.FILE)) is not None:
@@ -71,6 +77,29 @@ def write(folder: Path) -> str:
     text = "\n\n".join(parts) + "\n"
     (folder / "README.md").write_text(text)
     return text
+
+
+def few_images(found: dict[str, dict[str, Results]]) -> str:
+    """Final accuracy by the number of training images of a class, for the presets that were run with several; else empty."""
+    presets: dict[str, dict[int, dict[str, Results]]] = defaultdict(dict)
+    for name, methods in found.items():
+        preset, _, number = name.partition(FEW)
+        if number:
+            presets[preset][int(number)] = methods
+            presets[preset][PRESETS[preset].per_class or 0] = found.get(preset, {})
+    numbers = sorted({number for runs in presets.values() for number in runs if number})
+    rows = []
+    for preset, runs in presets.items():
+        for method in dict.fromkeys(method for number in sorted(runs) for method in runs[number] if number < max(runs)):
+            cells = [runs.get(number, {}).get(method) for number in numbers]
+            rows.append([preset, method, *(final(results) if results else "" for results in cells)])
+    head = ["final accuracy, %, by images of a class", "method", *map(str, numbers)]
+    seeds = sorted({r["seed"] for runs in presets.values() for methods in runs.values() for rs in methods.values() for r in rs})
+    note = (
+        f"Mean over seeds {', '.join(map(str, seeds))}, ± standard deviation. The rivals keep the mean of every class; ours "
+        "keeps none of fewer than ten images, and knows such a class by its row of the head."
+    )
+    return f"{tables.table(head, rows)}\n\n{note}" if rows else ""
 
 
 def measured(path: Path) -> dict[str, Any] | None:
