@@ -60,7 +60,7 @@ def test_adopted_classes_without_statistics_are_remembered_by_generated_images(t
 
 def test_a_recipe_that_adapts_always_trains_at_every_task(train: Batches) -> None:
     learner = quick_learner(recipe=FIRST.changed({"schedule.adapt": "always"}))
-    assert stages_of(learner, train, ("0", "1"), ("2", "3")) == [["learn", "lda"], ["dream", "learn", "lda"]]
+    assert stages_of(learner, train, ("0", "1"), ("2", "3")) == [["learn", "lda"], ["instant", "dream", "learn", "lda"]]
 
 
 def test_an_untrained_backbone_can_be_left_as_it_is(train: Batches, test: Batches) -> None:
@@ -70,7 +70,7 @@ def test_an_untrained_backbone_can_be_left_as_it_is(train: Batches, test: Batche
 
 
 def test_without_statistics_it_trains_at_every_task(train: Batches) -> None:
-    learner = quick_learner(recipe=FIRST.changed({"remember.class_statistics": False}))
+    learner = quick_learner(recipe=FIRST.changed({"remember.class_statistics": False, "schedule.adapt": "always"}))
     assert not learner.network.scales.layers
     assert stages_of(learner, train, ("0", "1"), ("2", "3")) == [["learn"], ["dream", "learn", "refine"]]
 

@@ -67,7 +67,8 @@ class ABD(DreamingMethod):
         return F.mse_loss(features[part], before[part])
 
     def closed_form(self, recipe: Recipe) -> bool:
-        return recipe.refine.head == "lda"
+        rows_stay = recipe.remember.class_statistics or recipe.schedule.adapt != "always"
+        return recipe.refine.head == "lda" and rows_stay
 
     def stages(self, task: Task) -> Iterator[Stage]:
         closed = self.closed_form(task.recipe) and (closes(task) or keeps_rows(task))
