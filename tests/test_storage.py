@@ -56,7 +56,7 @@ def test_everything_in_the_file_is_accounted_for(learnt: Learner, train: Batches
     assert set(json.loads(metadata["edge_dfcil"])) == {"schema", "sha256", "kind"}
     assert set(json.loads(metadata["settings"])) == {
         *("version", "backbone", "architecture", "image_size", "mean", "std", "method", "recipe", "seed", "tasks"),
-        *("mirrored", "last_task", "statistics", "scales", "spread", "pretrained"),
+        *("mirrored", "last_task", "statistics", "scales", "spread", "pretrained", "calibration"),
     }
     settings = json.loads(metadata["settings"])
     kept = privacy.account(tensors, settings)
