@@ -109,8 +109,19 @@ def test_served_rows_say_where_their_classes_lie(classes: int, shrinkage: float,
     covariance = torch.randn(40, 5, generator=draw, dtype=torch.float64).T.cov()
     weight, _ = lda_head(means, covariance, shrinkage)
     common = weight.mean(0)
-    frame = Frame.unpacked(Frame(common, 0.3, shrinkage).packed())
+    frame = Frame.unpacked(Frame(means.mean(0), 0.3, shrinkage).packed())
     assert torch.allclose(frame.means(0.3 * (weight - common), covariance), means)
+
+
+def test_served_rows_say_so_by_a_rounded_covariance_too() -> None:
+    """Features after a ReLU have large means in common, of which a row must not bring back a rounded share."""
+    draw = torch.Generator().manual_seed(0)
+    means = 100 + torch.randn(4, 60, generator=draw, dtype=torch.float64)
+    covariance = (0.1 * torch.randn(300, 60, generator=draw, dtype=torch.float64)).T.cov()
+    weight, _ = lda_head(means, covariance, 0.01)
+    rounded = covariance * (1 + 1e-4 * torch.randn(60, 60, generator=draw, dtype=torch.float64))
+    found = Frame(means.mean(0), 1.0, 0.01).means(weight - weight.mean(0), rounded)
+    assert (found - means).abs().max() < 0.01
 
 
 @given(st.integers(2, 5), st.integers(0, 2**31))

@@ -79,25 +79,26 @@ class Frame:
 
     Attributes
     ----------
-    row
-        What was taken off all rows, (F,).
+    centre
+        The mean of the classes' means, (F,). Rows are centred; what was taken off them says the same, but is so much larger
+        than they are that a rounded covariance moves it by whole deviations.
     scale
-        What they were multiplied by after that.
+        What rows were multiplied by after that.
     shrinkage
         Of the covariance.
     """
 
-    row: Tensor
+    centre: Tensor
     scale: float
     shrinkage: float
 
     def means(self, weight: Tensor, covariance: Tensor) -> Tensor:
         """The means (C, F) of the classes with these rows (C, F)."""
-        return (weight / self.scale + self.row) @ shrunk(covariance, self.shrinkage)
+        return self.centre + (weight / self.scale) @ shrunk(covariance, self.shrinkage)
 
     def packed(self) -> Tensor:
         """As one tensor, (F + 2,)."""
-        return torch.cat([self.row, self.row.new_tensor([self.scale, self.shrinkage])])
+        return torch.cat([self.centre, self.centre.new_tensor([self.scale, self.shrinkage])])
 
     @classmethod
     def unpacked(cls, values: Tensor) -> Frame:

@@ -111,7 +111,7 @@ class _Sums:
         if self._held is not None:
             made = (rows, means, found.count, found.covariance, found.images, shrinkage, scale)
             task.calibration = self._held.calibration(task, *made, (weight, bias))
-        self._keep(found, Frame(raw.mean(0), scale, shrinkage))
+        self._keep(found, Frame(means[rows].mean(0), scale, shrinkage))
         serve_all_features(task)
         head = task.student.head
         rows = rows.to(head.weight.device)

@@ -102,7 +102,7 @@ class _Rows:
         scale = self._scale(weight, common)
         serve_all_features(task)
         head, share = student.head, self._share_of_these()
-        for values, found in ((head.weight.data, scale * weight), (head.bias.data, (scale * bias))):
+        for values, found in ((head.weight.data, scale * weight), (head.bias.data, scale * bias)):
             before = values[task.current]
             values[task.current] = before.lerp(found.to(before), share.view(-1, *[1] * (before.dim() - 1)))
 
