@@ -87,6 +87,12 @@ def test_the_memory_budget_is_planned_for_it(two_tasks: list[Learner], train: Ba
     assert [stage.name for stage in plan.stages] == ["dream", "lda"]
 
 
+def test_a_time_budget_shortens_the_generator_of_a_first_task_too(train: Batches) -> None:
+    learner = quick_learner(recipe=ROWS.changed({"schedule.min_steps": 10**4, "generator.steps": 10**4}))
+    report = learner.learn_task(train.of(("0", "1")), NAMES, time_budget=4, progress=False)
+    assert report.fitted is not None and report.fitted["changes"]["generator.steps"] < 10**3
+
+
 def test_the_recipe_asks_for_it() -> None:
     strict: Any = RECIPES["strict"]
     assert not strict.remember.class_statistics and strict.schedule.adapt == "first" and strict.refine.head == "lda"

@@ -73,9 +73,11 @@ def fit(
     recipe = task.recipe.changed(changes)
     speeds, image_seconds = _speeds(begin(), copy.deepcopy(method), recipe, check)
 
+    generates = task.remembers or "dream" in speeds  # a first task may, too
+
     def expected(share: float) -> float:
-        steps = steps_of(task, recipe, share)
-        pool = _shortened(recipe, share)["remember.pool"] if task.remembers else 0
+        steps = {"dream": _dream_steps(recipe, share), **steps_of(task, recipe, share)}
+        pool = _shortened(recipe, share)["remember.pool"] if generates else 0
         return sum(speed * steps.get(name, len(task.batches)) for name, speed in speeds.items()) + image_seconds * pool
 
     whole, allowed = expected(1.0), max(0.0, seconds) * (1 - MARGIN)
@@ -88,7 +90,7 @@ def fit(
             low, high = (middle, high) if expected(middle) <= allowed else (low, middle)
     return {
         "share": low,
-        "changes": _shortened(recipe, low) if low < 1.0 and task.remembers else {},
+        "changes": _shortened(recipe, low) if low < 1.0 and generates else {},
         "seconds": seconds,
         "whole_recipe_seconds": whole,
         "expected_seconds": expected(low),
@@ -116,10 +118,14 @@ def steps_of(task: Task, recipe: Recipe, share: float) -> dict[str, int]:
         steps["refine"] = max(refine.epochs * per_epoch, refine.min_steps)
     found = {name: max(1, round(share * count)) for name, count in steps.items()}
     if task.remembers:
-        batches = -(-recipe.remember.pool // recipe.pixels.batch) if recipe.remember.dreams == "pixels" else 1
-        key = "pixels.steps" if recipe.remember.dreams == "pixels" else "generator.steps"
-        found["dream"] = batches * _shortened(recipe, share)[key]
+        found["dream"] = _dream_steps(recipe, share)
     return found
+
+
+def _dream_steps(recipe: Recipe, share: float) -> int:
+    batches = -(-recipe.remember.pool // recipe.pixels.batch) if recipe.remember.dreams == "pixels" else 1
+    key = "pixels.steps" if recipe.remember.dreams == "pixels" else "generator.steps"
+    return batches * _shortened(recipe, share)[key]
 
 
 def _speeds(task: Task, method: Method, recipe: Recipe, check: Callable[[], object]) -> tuple[dict[str, float], float]:
