@@ -12,24 +12,18 @@
     ├── ModelFileError    a model file that cannot be written or trusted
     └── ExportError       an artefact that could not be made, or disagrees with its model
 
+Four of them are raised by the runtime too, so `exporters.errors` defines them.
 Whatever is raised, the learner's model is the last committed one, and so is the file on disk.
 """
 
-
-class EdgeDfcilError(Exception):
-    """Base of all errors told on purpose: catch this one to catch them all."""
-
-
-class SettingError(EdgeDfcilError, ValueError):
-    """A constructor argument or recipe value that cannot work."""
+from exporters.errors import DataError as DataError
+from exporters.errors import EdgeDfcilError as EdgeDfcilError
+from exporters.errors import ExportError as ExportError
+from exporters.errors import SettingError as SettingError
 
 
 class BackboneError(EdgeDfcilError, ValueError):
     """A network that cannot be built, split into backbone and head, or inverted."""
-
-
-class DataError(EdgeDfcilError, ValueError):
-    """Images, targets or a loader that cannot be learnt from."""
 
 
 class ClassError(EdgeDfcilError, ValueError):
@@ -54,7 +48,3 @@ class BudgetError(EdgeDfcilError, MemoryError):
 
 class ModelFileError(EdgeDfcilError, OSError):
     """A model file that cannot be written, or cannot be trusted when read."""
-
-
-class ExportError(EdgeDfcilError):
-    """An artefact that could not be made, cannot be read, or disagrees with its model."""

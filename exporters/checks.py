@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from edge_dfcil.errors import ExportError
+from exporters.errors import ExportError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_dfcil.errors import DataError
+from exporters.errors import DataError
 from exporters.resize import fit
 
 Batch = npt.NDArray[np.uint8]
@@ -96,7 +96,7 @@ def _array(item: Any, where: str) -> npt.NDArray[Any]:
 
 def _picture(item: Any, where: str) -> npt.NDArray[np.uint8]:
     try:
-        from edge_dfcil.model.decoding import read_picture, to_rgb
+        from exporters.decoding import read_picture, to_rgb
     except ImportError as error:
         raise DataError(f"{where}: a picture needs Pillow ({error}); pip install pillow, or pass an array") from error
     try:

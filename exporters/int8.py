@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_dfcil.errors import ExportError
+from exporters.errors import ExportError
 from exporters.telemetry import runtime_library
 from exporters.timing import session
 

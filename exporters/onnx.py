@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_dfcil.errors import ExportError
 from exporters.checks import max_difference
+from exporters.errors import ExportError
 from exporters.int8 import Int8, compare, count, quantize
 from exporters.registry import About, Artifact, ExportReport, export, register_exporter
 from exporters.timing import latencies, session

@@ -12,6 +12,7 @@ A format is one function from a classifier to an `Artifact`, registered under a 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import json
 import os
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_dfcil.errors import ExportError
+from exporters.errors import ExportError
 from exporters.files import check_writable, replace_file, resolve
 
 if TYPE_CHECKING:
@@ -297,3 +298,7 @@ def _in_eval_mode(classifier: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+# The format of this package registers itself. It imports this module, so it comes last.
+importlib.import_module("exporters.onnx")

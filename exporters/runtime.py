@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_dfcil.errors import ExportError, SettingError
-from edge_dfcil.results import Prediction
+from exporters.errors import ExportError, SettingError
 from exporters.images import batches
+from exporters.predictions import Prediction
 from exporters.rejection import margins
 from exporters.telemetry import runtime_library
 from exporters.timing import session

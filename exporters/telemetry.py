@@ -13,7 +13,7 @@ import os
 import sys
 from typing import Any
 
-from edge_dfcil.errors import ExportError
+from exporters.errors import ExportError
 
 VARIABLES = {"onnxruntime": "ORT_DISABLE_TELEMETRY", "huggingface_hub": "HF_HUB_DISABLE_TELEMETRY"}
 

@@ -19,8 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each may import from those below it in this list, and from itself.
 HOUSE = ["demos", "benchmarks", "edge_dfcil", "exporters"]
 STANDS_ALONE = "demos.abd_in_one_file"  # imports nothing of ours, so that benchmarks may measure against it
-# All that exporters may share with the package above them.
-LIGHT = ("edge_dfcil.errors", "edge_dfcil.results", "edge_dfcil.model.decoding")
 INSIDE = [
     "__main__ cli",
     "demo compression testing",
@@ -62,8 +60,6 @@ def test_imports_point_down(package: Any) -> None:
     above = HOUSE[: HOUSE.index(package)]
     for path in files(package):
         for name in imports(path):
-            if package == "exporters" and name.startswith(LIGHT):
-                continue
             if f"{name}.".startswith(f"{STANDS_ALONE}.") or (package == "benchmarks" and name == "demos"):
                 continue
             assert name.split(".")[0] not in above, f"{path} imports {name}, which is above it"
@@ -90,12 +86,6 @@ def test_imports_inside_the_package_point_down() -> None:
 def test_no_cycle_between_the_parts_of_the_package() -> None:
     graph = grimp.build_graph("edge_dfcil", cache_dir=None)
     assert graph.nominate_cycle_breakers("edge_dfcil") == set()
-
-
-def test_exporters_share_only_light_types() -> None:
-    for path in files("exporters"):
-        shared = {name for name in imports(path) if name.startswith("edge_dfcil")}
-        assert all(name.startswith(LIGHT) for name in shared), path
 
 
 def loaded_by(code: str) -> set[str]:

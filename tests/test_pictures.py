@@ -20,10 +20,10 @@ from PIL import Image, TiffImagePlugin
 
 from edge_dfcil import ClassError, DataError, SettingError
 from edge_dfcil.dreaming.sheet import check_drawable, contact_sheet, writable
-from edge_dfcil.model import decoding
-from edge_dfcil.model.decoding import to_rgb
 from edge_dfcil.model.pictures import PictureFolder, open_folder, read_each, read_picture, read_pictures
 from edge_dfcil.model.preprocessing import fit
+from exporters import decoding
+from exporters.decoding import to_rgb
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 RAMP = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))
@@ -262,7 +262,7 @@ class TestHeif:
         (folder / "cat" / "b.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(60))
         opened = open_folder(folder, 16)
         assert opened.skipped == (str(folder / "cat" / "b.heic"),)
-        assert "edge-dfcil[heif]" in opened.reasons[opened.skipped[0]]
+        assert "pip install pillow-heif" in opened.reasons[opened.skipped[0]]
 
 
 class TestFolder:

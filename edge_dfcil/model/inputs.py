@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from edge_dfcil.errors import DataError, EdgeDfcilError
-from edge_dfcil.model.decoding import read_picture, to_rgb
 from edge_dfcil.model.labels import plain_value
 from edge_dfcil.model.pictures import to_image
 from edge_dfcil.model.preprocessing import fit
+from exporters.decoding import read_picture, to_rgb
 
 AT_ONCE = 256  # images of a batch that `as_images` yields, at most
 IMAGE_KEYS = ("image", "images", "pixel_values", "img")

@@ -1,4 +1,4 @@
-"""One picture file to one upright RGB image in bounded memory. Pillow alone, so that code without torch can share it."""
+"""One picture file to one upright RGB image in bounded memory, with Pillow alone: for the model and for the runtime."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from edge_dfcil.errors import DataError
+from exporters.errors import DataError
 
 # Pillow keeps four bytes a pixel: a picture takes 270 MB at most, and one that is kept 70 MB.
 MAX_PIXELS = 2**26  # more are refused
@@ -125,7 +125,7 @@ def _open_heif(path: str | Path) -> Image.Image:
     try:
         import pillow_heif
     except ImportError:
-        raise DataError("HEIC and AVIF need a plugin: pip install 'edge-dfcil[heif]'") from None
+        raise DataError("HEIC and AVIF need a plugin: pip install pillow-heif") from None
     file = pillow_heif.open_heif(path, convert_hdr_to_8bit=True)
     _check_size(file.size)
     picture: Image.Image = file.to_pillow()

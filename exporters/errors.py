@@ -1,0 +1,17 @@
+"""The errors that the runtime raises. `edge_dfcil.errors` has these and the others of the family."""
+
+
+class EdgeDfcilError(Exception):
+    """Base of all errors raised on purpose: catch this one to catch them all."""
+
+
+class SettingError(EdgeDfcilError, ValueError):
+    """A constructor argument or recipe value that cannot work."""
+
+
+class DataError(EdgeDfcilError, ValueError):
+    """Images, targets or a loader that cannot be learnt from, or answered."""
+
+
+class ExportError(EdgeDfcilError):
+    """An artefact that could not be made, cannot be read, or disagrees with its model."""
