@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import textwrap
 import zipfile
+from collections.abc import Iterator
 from email import message_from_bytes
 from email.message import Message
 from pathlib import Path
@@ -116,14 +118,23 @@ class Environment:
 
 
 @pytest.fixture(scope="module")
-def alone(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    return Environment(tmp_path_factory.mktemp("alone"), wheels["edge-dfcil-runtime"])
+def alone(wheels: dict[str, Path]) -> Iterator[Environment]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Environment(Path(folder), wheels["edge-dfcil-runtime"])
 
 
 @pytest.fixture
 def with_pillow(alone: Environment, wheels: dict[str, Path]) -> Environment:
     alone.install(f"{wheels['edge-dfcil-runtime']}[pillow]")
     return alone
+
+
+@pytest.fixture
+def both(wheels: dict[str, Path]) -> Iterator[Environment]:
+    with tempfile.TemporaryDirectory() as folder:
+        environment = Environment(Path(folder), wheels["edge-dfcil-runtime"])
+        environment.install("--no-deps", wheels["edge-dfcil"])
+        yield environment
 
 
 def metadata(wheel: Path) -> tuple[set[str], Message]:
@@ -226,9 +237,7 @@ def test_arrays_need_no_pillow(alone: Environment, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_both_wheels_work_together_and_removing_one_leaves_the_other(wheels: dict[str, Path], tmp_path: Path) -> None:
-    both = Environment(tmp_path / "both", wheels["edge-dfcil-runtime"])
-    both.install("--no-deps", wheels["edge-dfcil"])
+def test_both_wheels_work_together_and_removing_one_leaves_the_other(both: Environment, tmp_path: Path) -> None:
     # torch and the other libraries are those of the tests: to install them would take gigabytes.
     others = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     path_file = both.packages / "libraries_of_the_tests.pth"
