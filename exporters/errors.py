@@ -2,7 +2,7 @@
 
 
 class EdgeDfcilError(Exception):
-    """Base of all errors raised on purpose: catch this one to catch them all."""
+    """Base of all errors that this package raises on purpose: catch this one to catch them all."""
 
 
 class SettingError(EdgeDfcilError, ValueError):

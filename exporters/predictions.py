@@ -13,7 +13,7 @@ class Prediction:
     Attributes
     ----------
     label
-        The most probable class name; None for an image that belongs to no known class, where that was asked (`reject`).
+        The most probable class name; None for an image that belongs to no known class, with `reject` only.
     score
         The probability of the most probable class, in [0, 1].
     top
