@@ -29,8 +29,7 @@ coverage: $(STAMP)
 test-lowest:
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet uv
-	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct \
-		--editable ./exporters --editable '.[dev]'
+	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[dev]'
 	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -W default
 
 lint: $(STAMP)
@@ -48,13 +47,13 @@ figures: $(STAMP)
 structure: $(STAMP)
 	$(BIN)/python -m docs.structure
 
-# Both distributions, edge-dfcil-runtime and edge-dfcil, as sdist and wheel, checked as a registry checks them.
+# Both distributions, edge-dfcil and edge-dfcil-runtime, as sdist and wheel, checked as a registry checks them.
 DIST ?= dist
 wheels:
 	$(PYTHON) -m venv .venv-wheels
 	.venv-wheels/bin/python -m pip install --quiet 'build>=1.2' 'twine>=6.1'
-	.venv-wheels/bin/python -m build --outdir $(DIST) exporters
 	.venv-wheels/bin/python -m build --outdir $(DIST) .
+	.venv-wheels/bin/python -m build --outdir $(DIST) exporters
 	.venv-wheels/bin/python -m twine check --strict $(DIST)/edge_dfcil*
 
 # The published protocol, in pieces of under nine minutes: run it again until it says that all has been run. What is done
@@ -66,10 +65,10 @@ paper-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks accuracy --data $(DATA) --out $(OUT) --preset paper-5,paper-10,paper-20 --seeds 0,1,2 \
 		--methods abd,deep_inversion,lwf_mc,rehearsal --minutes $(MINUTES)
 
-$(STAMP): pyproject.toml exporters/pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ./exporters --editable '.[dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
 	touch $@
 
 clean:

@@ -16,6 +16,19 @@ Four of them are raised by the runtime too, so `exporters.errors` defines them.
 Whatever is raised, the learner's model is the last committed one, and so is the file on disk.
 """
 
+from edge_dfcil._version import __version__
+
+# `exporters` is also in the wheel edge-dfcil-runtime: installed over this one, or removed, it leaves other files or none.
+try:
+    from exporters._version import __version__ as _found
+except ModuleNotFoundError:
+    _found = "missing"
+if _found != __version__:
+    raise ImportError(
+        f"edge-dfcil is {__version__} and its package exporters is {_found}: edge-dfcil-runtime has replaced or removed "
+        f"its files; pip uninstall edge-dfcil-runtime, then pip install --force-reinstall --no-deps edge-dfcil=={__version__}"
+    )
+
 from exporters.errors import DataError as DataError
 from exporters.errors import EdgeDfcilError as EdgeDfcilError
 from exporters.errors import ExportError as ExportError

@@ -1,7 +1,7 @@
 """From a classifier to files that ship, and a runtime for them without torch.
 
-Knows nothing of learning. The distribution edge-dfcil-runtime has `OnnxClassifier` and what it needs: numpy and onnxruntime.
-The distribution edge-dfcil adds the formats, which need torch, in files of its own. Names are imported when they are first used.
+Knows nothing of learning. The distribution edge-dfcil holds all of it. edge-dfcil-runtime, for devices without torch, holds the
+same files except those of the formats, which need torch. Names are imported when they are first used.
 Importing this package switches off the telemetry of ONNX Runtime for the process, see `exporters.telemetry`.
 """
 
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 from exporters import telemetry
+from exporters._version import __version__
 from exporters.errors import DataError, EdgeDfcilError, ExportError, SettingError
 from exporters.predictions import Prediction
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from exporters.runtime import OnnxClassifier
 
 _REGISTRY = "About Artifact ExportReport check_target export find_exporter list_exporters register_exporter"
-# The modules of edge-dfcil, with the names that they define. edge-dfcil-runtime has none of them.
+# Modules that edge-dfcil-runtime does not have, with the names that they define.
 _WITH_TORCH = {
     "exporters.checks": "max_difference",
     "exporters.int8": "Int8",
@@ -43,7 +45,24 @@ _WITH_TORCH = {
 }
 _HOME = {name: home for home, names in _WITH_TORCH.items() for name in names.split()} | {"OnnxClassifier": "exporters.runtime"}
 
-__all__ = ["DataError", "EdgeDfcilError", "ExportError", "OnnxClassifier", "Prediction", "SettingError"]
+
+def _what_to_install(name: str) -> str:
+    return (
+        f"{name} is not installed: edge-dfcil-runtime holds only what works without torch; "
+        "pip uninstall edge-dfcil-runtime, then pip install edge-dfcil"
+    )
+
+
+class _NotInstalled:
+    """Says what `from exporters.registry import x` lacks, where only edge-dfcil-runtime is. Asked after the other finders."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        if name.startswith("exporters."):
+            raise ModuleNotFoundError(_what_to_install(name), name=name)
+
+
+__all__ = ["DataError", "EdgeDfcilError", "ExportError", "OnnxClassifier", "Prediction", "SettingError", "__version__"]
 if importlib.util.find_spec("exporters.registry") is not None:
     __all__ += [
         "About",
@@ -58,6 +77,8 @@ if importlib.util.find_spec("exporters.registry") is not None:
         "max_difference",
         "register_exporter",
     ]
+else:
+    sys.meta_path.append(_NotInstalled)
 
 
 def __getattr__(name: str) -> Any:
@@ -74,10 +95,7 @@ def _module(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise ExportError(
-            f"{name} is not installed: it needs torch, and edge-dfcil-runtime, which is installed, answers without; "
-            "pip install edge-dfcil"
-        ) from error
+        raise ExportError(_what_to_install(name)) from error
 
 
 def __dir__() -> list[str]:

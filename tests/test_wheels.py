@@ -1,4 +1,4 @@
-"""Two wheels that share no file: the runtime installs and answers without torch, and edge-dfcil adds its files beside it."""
+"""Two wheels: edge-dfcil holds everything, edge-dfcil-runtime those of its files that answer without torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tempfile
 import textwrap
 import zipfile
@@ -39,13 +40,6 @@ LIBRARIES = {"numpy", "onnxruntime", "PIL", "pillow_heif"}
 # What is listed
 
 
-def test_no_file_of_exporters_is_in_both_distributions() -> None:
-    excluded = set(WHOLE["tool"]["hatch"]["build"]["exclude"])
-    about = {"LICENSE", "README.md", "pyproject.toml"}
-    assert excluded == {f"/exporters/{name}" for name in about | set(OF_RUNTIME)}
-    assert all((ROOT / "exporters" / name).is_file() for name in OF_RUNTIME)
-
-
 @pytest.mark.parametrize("name", [name for name in OF_RUNTIME if name.endswith(".py") and name != "__init__.py"])
 def test_the_runtime_imports_only_its_own_files_and_its_libraries(name: str) -> None:
     own = {f"exporters.{Path(other).stem}" for other in OF_RUNTIME}
@@ -57,8 +51,8 @@ def test_the_runtime_imports_only_its_own_files_and_its_libraries(name: str) -> 
 
 def test_both_have_one_version_and_one_set_of_requirements() -> None:
     ours, theirs = RUNTIME["project"], WHOLE["project"]
-    assert ours["version"] == __version__
-    assert f"edge-dfcil-runtime=={__version__}" in theirs["dependencies"]
+    assert exporters.__version__ == __version__
+    assert not [line for line in theirs["dependencies"] if line.startswith("edge-dfcil")]
     assert {*ours["dependencies"], *ours["optional-dependencies"]["pillow"]} <= set(theirs["dependencies"])
     assert ours["requires-python"] == theirs["requires-python"]
     assert (ROOT / "exporters" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
@@ -72,6 +66,20 @@ def test_a_name_that_needs_torch_says_so_where_it_is_not_installed(monkeypatch: 
             getattr(exporters, name)
     with pytest.raises(AttributeError, match="onyx"):
         _ = exporters.onyx
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        ("sys.modules['exporters._version'] = None", "missing"),
+        ("import exporters._version; exporters._version.__version__ = '0.0.7'", "0.0.7"),
+    ],
+)
+def test_files_of_exporters_that_are_missing_or_of_another_version_are_refused(left: str, said: str) -> None:
+    done = subprocess.run([sys.executable, "-c", f"import sys; {left}; import edge_dfcil.errors"], capture_output=True, text=True)
+    expected = f"ImportError: edge-dfcil is {__version__} and its package exporters is {said}: "
+    assert done.returncode == 1 and expected in done.stderr, done.stderr
+    assert f"pip install --force-reinstall --no-deps edge-dfcil=={__version__}" in done.stderr
 
 
 # What is built
@@ -103,11 +111,11 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class Environment:
     """A virtual environment with a wheel in it. Its Python sees neither this checkout nor the libraries of the tests."""
 
-    def __init__(self, folder: Path, wheel: Path) -> None:
+    def __init__(self, folder: Path, *arguments: Any) -> None:
         called(sys.executable, "-m", "venv", folder)
         self.folder, self.python = folder, folder / "bin" / "python"
         self.packages = next(folder.glob("lib/python*/site-packages"))
-        self.install(wheel)
+        self.install(*arguments)
 
     def install(self, *arguments: Any) -> None:
         called(self.python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", *arguments)
@@ -129,19 +137,19 @@ def with_pillow(alone: Environment, wheels: dict[str, Path]) -> Environment:
     return alone
 
 
-@pytest.fixture
-def both(wheels: dict[str, Path]) -> Iterator[Environment]:
+@pytest.fixture(scope="module")
+def whole(wheels: dict[str, Path]) -> Iterator[Environment]:
+    """edge-dfcil with torch and the other libraries of the tests: to install them would take gigabytes."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = Environment(Path(folder), wheels["edge-dfcil-runtime"])
-        environment.install("--no-deps", wheels["edge-dfcil"])
+        environment = Environment(Path(folder), "--no-deps", wheels["edge-dfcil"])
+        others = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+        (environment.packages / "libraries_of_the_tests.pth").write_text("\n".join(sorted(others)))
         yield environment
 
 
-def metadata(wheel: Path) -> tuple[set[str], Message]:
-    """The files and the metadata of a wheel."""
+def metadata(wheel: Path) -> Message:
     with zipfile.ZipFile(wheel) as opened:
-        names = set(opened.namelist())
-        return names, message_from_bytes(opened.read(next(name for name in names if name.endswith("/METADATA"))))
+        return message_from_bytes(opened.read(next(name for name in opened.namelist() if name.endswith("/METADATA"))))
 
 
 def photographs(folder: Path) -> list[Path]:
@@ -155,19 +163,38 @@ def photographs(folder: Path) -> list[Path]:
     return found
 
 
+def contents(wheel: Path) -> dict[str, bytes]:
+    """The files of a wheel that are not its metadata."""
+    with zipfile.ZipFile(wheel) as opened:
+        return {name: opened.read(name) for name in opened.namelist() if ".dist-info/" not in name}
+
+
 @pytest.mark.slow
-def test_the_wheels_share_no_file_and_one_requires_the_other(wheels: dict[str, Path]) -> None:
-    (files, runtime), (others, whole) = metadata(wheels["edge-dfcil-runtime"]), metadata(wheels["edge-dfcil"])
-    assert not files & others
-    assert {name for name in files if name.startswith("exporters/")} == {f"exporters/{name}" for name in OF_RUNTIME}
-    assert {name for name in files | others if name.startswith("exporters/") and name.endswith(".py")} == {
-        str(path.relative_to(ROOT)) for path in (ROOT / "exporters").glob("*.py")
-    }
-    assert f"edge-dfcil-runtime=={runtime['Version']}" in whole.get_all("Requires-Dist", [])
-    for about in (runtime, whole):
-        assert about["Version"] == __version__
+def test_edge_dfcil_holds_everything_and_the_runtime_the_same_files(wheels: dict[str, Path]) -> None:
+    runtime, whole = contents(wheels["edge-dfcil-runtime"]), contents(wheels["edge-dfcil"])
+    assert set(runtime) == {f"exporters/{name}" for name in OF_RUNTIME}
+    assert runtime.items() <= whole.items()
+    sources = {path for folder in ("edge_dfcil", "exporters") for path in (ROOT / folder).rglob("*.py")}
+    typed = {"edge_dfcil/py.typed", "exporters/py.typed"}
+    assert set(whole) == {path.relative_to(ROOT).as_posix() for path in sources} | typed
+
+
+@pytest.mark.slow
+def test_the_metadata_of_both(wheels: dict[str, Path]) -> None:
+    for name, wheel in wheels.items():
+        about = metadata(wheel)
+        assert (about["Name"], about["Version"]) == (name, __version__)
         assert about["Summary"] and about["License-Expression"] == "Apache-2.0"
-        assert str(about.get_payload()).startswith(f"# {about['Name']}\n")
+        assert str(about.get_payload()).startswith(f"# {name}\n")
+
+
+@pytest.mark.slow
+def test_the_source_archive_holds_the_tests(wheels: dict[str, Path]) -> None:
+    (archive,) = wheels["edge-dfcil"].parent.glob("edge_dfcil-*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    assert {"pyproject.toml", "LICENSE", "README.md", "exporters/pyproject.toml", "tests/conftest.py"} <= names
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("*.py")} <= names
 
 
 @pytest.mark.slow
@@ -209,9 +236,13 @@ def test_the_runtime_alone_says_what_the_parts_with_torch_need(alone: Environmen
             from exporters import register_exporter
         except EdgeDfcilError as error:
             messages.append(str(error))
+        try:
+            from exporters.registry import register_exporter
+        except ModuleNotFoundError as error:
+            messages.append(str(error))
         print(json.dumps({"messages": messages, "names": dir(exporters)}))
     """)
-    assert len(found["messages"]) == 6
+    assert len(found["messages"]) == 7
     assert all("torch" in message and "pip install edge-dfcil" in message for message in found["messages"])
     assert "OnnxClassifier" in found["names"] and "export" not in found["names"]
 
@@ -236,31 +267,39 @@ def test_arrays_need_no_pillow(alone: Environment, tmp_path: Path) -> None:
     assert "pip install pillow" in found[1]
 
 
-@pytest.mark.slow
-def test_both_wheels_work_together_and_removing_one_leaves_the_other(both: Environment, tmp_path: Path) -> None:
-    # torch and the other libraries are those of the tests: to install them would take gigabytes.
-    others = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    path_file = both.packages / "libraries_of_the_tests.pth"
-    path_file.write_text("\n".join(sorted(others)))
-    found = both.answer(f"""
-        import json, sys
-        import numpy as np
-        from edge_dfcil import ExportError, Learner, Prediction
-        from exporters import OnnxClassifier, errors
-        learner = Learner.load({str(GOLDEN / "cifar.safetensors")!r}, "cpu")
-        report = learner.export({str(tmp_path / "x.onnx")!r})
-        (mine,), (theirs,) = (one.predict(np.zeros((1, 3, 16, 16), np.uint8)) for one in (learner, OnnxClassifier(report.path)))
-        print(json.dumps({{
-            "homes": [sys.modules[name].__file__ for name in ("edge_dfcil", "exporters", "exporters.registry")],
-            "same": [mine.label == theirs.label, type(mine) is type(theirs) is Prediction, ExportError is errors.ExportError],
-        }}))
-    """)
-    assert all(Path(home).is_relative_to(both.packages) for home in found["homes"])
+ROUND_TRIP = f"""
+    import json, sys
+    import numpy as np
+    from edge_dfcil import ExportError, Learner, Prediction
+    from exporters import OnnxClassifier, errors
+    learner = Learner.load({str(GOLDEN / "cifar.safetensors")!r}, "cpu")
+    report = learner.export("x.onnx")
+    (mine,), (theirs,) = (one.predict(np.zeros((1, 3, 16, 16), np.uint8)) for one in (learner, OnnxClassifier(report.path)))
+    print(json.dumps({{
+        "homes": [sys.modules[name].__file__ for name in ("edge_dfcil", "exporters", "exporters.registry")],
+        "same": [mine.label == theirs.label, type(mine) is type(theirs) is Prediction, ExportError is errors.ExportError],
+    }}))
+"""
+
+
+def assert_works(whole: Environment) -> None:
+    found = whole.answer(ROUND_TRIP)
+    assert all(Path(home).is_relative_to(whole.packages) for home in found["homes"])
     assert found["same"] == [True, True, True]
-    path_file.unlink()
-    called(both.python, "-m", "pip", "uninstall", "--quiet", "--yes", "edge-dfcil")
-    left = f"from exporters import OnnxClassifier; print(len(OnnxClassifier({str(tmp_path / 'x.onnx')!r}).classes))"
-    assert both.answer(left) == 5
-    assert sorted(path.name for path in (both.packages / "exporters").glob("*.py")) == sorted(
-        name for name in OF_RUNTIME if name.endswith(".py")
-    )
+
+
+@pytest.mark.slow
+def test_edge_dfcil_needs_no_runtime_wheel(whole: Environment) -> None:
+    assert_works(whole)
+
+
+@pytest.mark.slow
+def test_both_work_together_and_after_one_is_removed_it_says_how_to_repair(whole: Environment, wheels: dict[str, Path]) -> None:
+    whole.install("--no-deps", wheels["edge-dfcil-runtime"])
+    assert_works(whole)
+    called(whole.python, "-m", "pip", "uninstall", "--quiet", "--yes", "edge-dfcil-runtime")
+    done = subprocess.run([whole.python, "-I", "-m", "edge_dfcil", "demo"], capture_output=True, text=True, cwd=whole.folder)
+    assert done.returncode == 1
+    assert f"pip install --force-reinstall --no-deps edge-dfcil=={__version__}" in done.stderr
+    whole.install("--force-reinstall", "--no-deps", wheels["edge-dfcil"])
+    assert_works(whole)
