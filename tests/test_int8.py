@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import threading
@@ -54,6 +55,18 @@ def test_it_answers_nearly_as_the_model_in_a_third_of_the_space(able: Learner, i
     answers = [answer.label for answer in OnnxClassifier(path).predict(known.images.numpy())]
     right = np.mean([label == NAMES[target] for label, target in zip(answers, known.targets.tolist(), strict=True)])
     assert right == pytest.approx(as_int8), "what was reported is what the file does"
+
+
+def test_it_rejects_as_the_model(able: Learner, test: Batches, tmp_path: Path) -> None:
+    learner, known = copy.deepcopy(able), test.of(("0", "1", "2", "3"))
+    half = len(known.images) // 2
+    learner.calibrate([(known.images[:half], known.targets[:half])], NAMES)
+    learner.export(tmp_path / "int8.onnx", "int8", progress=False)
+    classifier = OnnxClassifier(tmp_path / "int8.onnx")
+    assert classifier.thresholds == learner.model.thresholds
+    mine, theirs = (one.predict(test.images.numpy(), reject=True) for one in (classifier, learner))
+    assert {answer.label for answer in mine} > {None}
+    assert np.mean([(one.label is None) == (other.label is None) for one, other in zip(mine, theirs, strict=True)]) > 0.85
 
 
 def test_the_file_says_what_it_is(able: Learner, int8: Any) -> None:
