@@ -106,10 +106,10 @@ def _fitted(graph: _Graph, shape: str, size: int) -> str:
     before = graph("Min", shape, longest)
     scale = graph("Div", np.float64(size), _doubles(graph, short))
     after = graph("Max", _whole(graph, graph("Round", graph("Mul", _doubles(graph, before), scale))), _ints(size))
-    sides = [[graph("Gather", sizes, np.int64(side)) for sizes in (before, after)] for side in (0, 1)]
-    images = _resampled(graph, images, *sides[1], size)
-    turned = graph("Transpose", images, perm=[0, 1, 3, 2])
-    return graph("Transpose", _resampled(graph, turned, *sides[0], size), perm=[0, 1, 3, 2])
+    rows, columns = ([graph("Gather", sizes, np.int64(side)) for sizes in (before, after)] for side in (0, 1))
+    narrow = _resampled(graph, images, columns[0], columns[1], size)
+    turned = graph("Transpose", narrow, perm=[0, 1, 3, 2])
+    return graph("Transpose", _resampled(graph, turned, rows[0], rows[1], size), perm=[0, 1, 3, 2])
 
 
 def _resampled(graph: _Graph, images: str, before: str, after: str, size: int) -> str:
