@@ -9,7 +9,19 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks import embedding, latency, memory, memory_tables, precision, rejection, speed, tables, workshop, workshop_tables
+from benchmarks import (
+    embedding,
+    images,
+    latency,
+    memory,
+    memory_tables,
+    precision,
+    rejection,
+    speed,
+    tables,
+    workshop,
+    workshop_tables,
+)
 from benchmarks.accuracy import PRESETS, omega
 
 Results = list[dict[str, Any]]  # one a seed
@@ -74,6 +86,8 @@ def write(folder: Path) -> str:
         parts += ["## Rejection and calibration", known]
     if (answers := measured(folder / latency.FILE)) is not None:
         parts += ["## Latency", latency.describe(answers)]
+    if (photographs := measured(folder / images.FILE)) is not None:
+        parts += ["## Images of any size", images.describe(photographs)]
     text = "\n\n".join(parts) + "\n"
     (folder / "README.md").write_text(text)
     return text
