@@ -130,7 +130,8 @@ def _resampled(graph: _Graph, images: str, before: str, after: str, size: int) -
         columns = graph("Slice", rows, _ints(2 * number * group), _ints(2 * (number + 1) * group), _ints(1))
         products.append(graph("MatMulInteger", part, columns))
     halves = graph("Reshape", graph("Concat", *products, axis=3), _ints(0, 0, 0, groups, 2, group))
-    sums = graph("ReduceSum", graph("Mul", halves, np.array([[256], [1]], np.int32)), _ints(4), keepdims=0)
+    high, low = (graph("Slice", halves, _ints(half), _ints(half + 1), _ints(4)) for half in (0, 1))
+    sums = graph("Add", graph("Mul", high, np.int32(256)), low)
     lines = graph("Slice", graph("Reshape", sums, _ints(0, 0, 0, groups * group)), _ints(0), _ints(size), _ints(3))
     whole = graph("Cast", factor, to=_type(np.int32))
     rounded = graph("Div", graph("Add", lines, graph("Div", whole, np.int32(2))), whole)
@@ -162,14 +163,16 @@ def _weights(graph: _Graph, before: str, after: str) -> tuple[str, str, str, str
 
 def _matrix(graph: _Graph, first: str, before: str, taps: str, weights: str, groups: int, group: int) -> str:
     """Weights (columns, taps) as a matrix (before, groups * 2 * group), uint8: of each group the high bytes, then the low."""
-    padded = graph("Pad", weights, _ints(0, 0, 0, 1))
-    place = graph("Sub", graph("Range", np.int64(0), before, np.int64(1)), _column(graph, first))
-    inside = graph("Min", place, taps)  # at `taps` there is the 0 of the padding
-    index = graph("Where", graph("Less", place, np.int64(0)), taps, inside)
-    dense = graph("Transpose", graph("GatherElements", padded, index, axis=1), perm=[1, 0])
-    columns = graph("Reshape", dense, _ints(-1, groups, 1, group))
-    halves = graph("Concat", graph("Div", columns, np.int32(256)), graph("Mod", columns, np.int32(256)), axis=2)
-    return graph("Cast", graph("Reshape", halves, _ints(-1, groups * 2 * group)), to=_type(np.uint8))
+    place = graph("Sub", graph("Range", np.int64(1), graph("Add", before, np.int64(1)), np.int64(1)), _column(graph, first))
+    inside = graph("Min", graph("Max", place, np.int64(0)), graph("Add", taps, np.int64(1)))  # at both ends is a padding of 0
+    index = graph("Cast", inside, to=_type(np.int32))
+    halves = []
+    for half in (graph("Div", weights, np.int32(256)), graph("Mod", weights, np.int32(256))):
+        padded = graph("Pad", graph("Cast", half, to=_type(np.uint8)), _ints(0, 1, 0, 1))
+        dense = graph("GatherElements", padded, index, axis=1)
+        halves.append(graph("Reshape", dense, _ints(groups, 1, group, -1)))
+    rows = graph("Reshape", graph("Concat", *halves, axis=1), _ints(groups * 2 * group, -1))
+    return graph("Transpose", rows, perm=[1, 0])
 
 
 def _doubles(graph: _Graph, name: str) -> str:
