@@ -19,7 +19,7 @@ BITS, MOST_BITS = 15, 22  # of a weight of uint8 images, without its sign, and b
 def fit(images: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
     """Images (..., H, W), uint8 or float32, scaled until the short side is `size`, then cropped to the centre (size, size).
 
-    The dtype is kept. uint8 images are torch's to the bit where torch resizes uint8 by itself, as it does on x86 and Arm CPUs;
+    The dtype is kept. uint8 images are torch's to the bit where it does not make floats of them first, as on CPUs with AVX2;
     elsewhere, and of floats, a pixel differs by 1/255 at most.
     """
     height, width = images.shape[-2:]

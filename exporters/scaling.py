@@ -1,8 +1,9 @@
 """Scaling and cropping inside an ONNX graph, to the bit as `edge_dfcil.model.preprocessing.fit` does it on uint8 images.
 
-ONNX has an antialiased `Resize`, but leaves open how it rounds. ONNX Runtime's differs from torch's in up to a fifth of the
-pixels of a photograph, by one or two of 255 steps, which moved the confidence of a sharp classifier by up to 0.12. Here the
-weights are made as torch makes them, in 16 bits, and the sums are of integers. That takes operators every runtime has on a CPU.
+ONNX has an antialiased `Resize`, but leaves open how it rounds. ONNX Runtime's differs from torch's in up to a quarter of the
+pixels of a photograph, by one step of 255, and that moved the confidence of a sharp classifier by up to 0.12
+(docs/research-log.md). Here the weights are made as torch makes them, in 16 bits, and the sums are of integers: `MatMulInteger`,
+on the high and on the low bytes of the weights.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def test_a_graph_scales_as_torch_does(graphs: Any, height: int, width: int, size
     found = run(graphs[size], photo).astype(int)
     assert found.shape == (2, 3, size, size)
     assert np.abs(found - fit(torch.from_numpy(photo), size).numpy()).max() <= 1
-    # Equal, but for a weight that a processor may round to its neighbour. ONNX Runtime's Resize differs in up to a fifth.
+    # Equal, but for a weight that a processor may round to its neighbour. ONNX Runtime's Resize differs in up to a quarter.
     assert (found != resize.fit(photo, size)).mean() < 1e-3
 
 
