@@ -326,6 +326,7 @@ def test_committed_figures_come_from_committed_files() -> None:
     text = (accuracy.RESULTS / "README.md").read_text()
     found = report.read(accuracy.RESULTS)
     assert report.few_images(found) in text
+    assert images.describe(json.loads((accuracy.RESULTS / images.FILE).read_text())) in text
     for protocol, methods in found.items():
         if report.FEW in protocol:
             continue
