@@ -25,16 +25,14 @@ def for_any_size(content: bytes, size: int) -> bytes:
     """
     import onnx
 
-    model, front = onnx.load_from_string(content), scaling_graph(size)
-    for node in model.graph.node:
+    model, front = onnx.load_from_string(content), scaling_graph(size).graph
+    graph = model.graph
+    for node in graph.node:
         node.input[:] = [PREFIX + "squares" if name == "images" else name for name in node.input]
-    for part in ("node", "initializer"):
-        added, present = getattr(front.graph, part), getattr(model.graph, part)
-        joined = [*added, *present]
-        del present[:]
-        present.extend(joined)
-    del model.graph.input[:]
-    model.graph.input.extend(front.graph.input)
+    constants = [*front.initializer, *graph.initializer]
+    nodes = [*front.node, *graph.node]
+    joined = onnx.helper.make_graph(nodes, graph.name, front.input, graph.output, constants, value_info=graph.value_info)
+    model.graph.CopyFrom(joined)
     for entry in model.metadata_props:
         if entry.key == "input":
             entry.value = "any"
