@@ -19,6 +19,7 @@ import torch
 from edge_dfcil import DataError, ExportError, Learner
 from edge_dfcil.demo import Batches
 from exporters import Int8, OnnxClassifier, export, export_onnx
+from exporters.timing import session
 from tests.conftest import NAMES, QUICK, quick_learner
 
 pytestmark = pytest.mark.slow
@@ -98,9 +99,15 @@ def test_ranges_can_be_wider_than_those_of_the_calibration(able: Learner, tmp_pa
         assert scales[1][name] == pytest.approx(1.5 * scale, rel=1e-5), name
 
 
-def test_it_can_be_calibrated_on_pictures(able: Learner, train: Batches, tmp_path: Path) -> None:
-    report = able.export(tmp_path / "a.onnx", "int8", calibration=[*train.of(("0", "1", "2", "3"))], progress=False)
-    assert report.agreement["dreams"] >= 0.9
+def test_it_can_be_calibrated_on_pictures_and_take_every_size(
+    able: Learner, train: Batches, test: Batches, tmp_path: Path
+) -> None:
+    known, path = ("0", "1", "2", "3"), tmp_path / "a.onnx"
+    report = able.export(path, "int8", calibration=[*train.of(known)], input="any", progress=False)
+    assert report.agreement["dreams"] >= 0.9 and report.input == "any"
+    large = test.of(known).images.numpy().repeat(3, axis=2).repeat(3, axis=3)
+    found = session(str(path)).run(["probabilities"], {"images": large})[0].argmax(1)
+    assert (found == able.probabilities(large).numpy().argmax(1)).mean() >= 0.9
 
 
 def test_a_graph_that_answers_otherwise_is_not_written(able: Learner, tmp_path: Path) -> None:
