@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from benchmarks import accuracy, datasets, frozen, memory_tables, readme, steps, workshop_tables
+from benchmarks import images as photographs
 from benchmarks import latency as latencies
 from benchmarks import memory as memories
 from benchmarks import precision as precisions
@@ -245,6 +246,21 @@ def run_latency(model: Path, as_json: bool, quick: bool, out: Path, **others: Pa
         out.mkdir(parents=True, exist_ok=True)
         (out / latencies.FILE).write_text(json.dumps(found, indent=1) + "\n")
     click.echo(json.dumps(found) if as_json else latencies.describe(found))
+
+
+@main.command("images")
+@DATA
+@click.option("--model", type=click.Path(exists=True, path_type=Path), help="A model file of these classes; else one is learnt.")
+@click.option("--quick", is_flag=True, help="Three sizes: whether it runs.")
+@RESULTS
+def run_images(data: Path, model: Path | None, quick: bool, out: Path) -> None:
+    """What the exported file, and apps that scale by themselves, answer to photographs of 30 sizes, beside the learner."""
+    sizes = photographs.SIZES[::10] if quick else photographs.SIZES
+    found = photographs.run(data, model, lambda line: click.echo(line, err=True), sizes)
+    if not quick:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / photographs.FILE).write_text(json.dumps(found, indent=1) + "\n")
+    click.echo(photographs.describe(found))
 
 
 @main.command("report")

@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks import (
     candidates,
     embedding,
+    images,
     latency,
     memory,
     memory_tables,
@@ -91,6 +92,8 @@ def write(folder: Path) -> str:
         parts += ["## Rejection and calibration", known]
     if (answers := measured(folder / latency.FILE)) is not None:
         parts += ["## Latency", latency.describe(answers)]
+    if (photographs := measured(folder / images.FILE)) is not None:
+        parts += ["## Images of any size", images.describe(photographs)]
     text = "\n\n".join(parts) + "\n"
     (folder / "README.md").write_text(text)
     return text

@@ -21,6 +21,7 @@ from edge_dfcil.model import labels
 from edge_dfcil.model.inputs import read
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.model import Model
+from edge_dfcil.model.preprocessing import fit
 from edge_dfcil.recipe import Recipe
 from edge_dfcil.results import MemoryPlan, StageReport
 from edge_dfcil.training.augment import augment
@@ -28,6 +29,7 @@ from edge_dfcil.training.rehearsal import Rehearsal
 from edge_dfcil.training.session import PlainWork, Session
 from edge_dfcil.training.stage import Stage
 from exporters import ExportReport, Int8, registry
+from exporters.onnx import check_input
 
 BATCH = 32  # images that are in memory together
 MIN_CALIBRATION = 1024  # generated images for an INT8 export, at least: half to calibrate on, half to check
@@ -48,6 +50,9 @@ class Exporting(PlainWork):
     quantize
         None for floats; "int8" for a static quantization (QDQ, a scale a channel), calibrated on generated images and checked
         on others. It takes a quarter of the space, and generating images takes its time.
+    input
+        Of an ONNX file: "fixed" takes squares of `image_size` pixels, which the app scales and crops. "any" takes images of every
+        size, and scales and crops them in the graph as `predict` does; it is checked with images of many sizes.
     calibration
         A loader, as for `learn_task`, to calibrate on instead. Nothing of it is kept.
     evaluation
@@ -65,6 +70,7 @@ class Exporting(PlainWork):
         path: str | Path,
         quantize: str | None = None,
         *,
+        input: str = "fixed",
         format: str | None = None,
         source: str | Path | None = None,
         seed: int = 0,
@@ -76,10 +82,12 @@ class Exporting(PlainWork):
             raise ExportError(f"quantize={quantize!r} is no form of quantization; pass None or 'int8'")
         if quantize is None and (calibration is not None or evaluation is not None):
             raise ExportError("calibration and evaluation are for quantize='int8'; a float file is checked without them")
+        check_input(input)
         model.check_answering()
         registry.find_exporter(path, format)
         registry.check_target(path, source)
         self._model, self._recipe, self._path, self._format, self._source = model, recipe, path, format, source
+        self._input = input
         self._seed, self._calibration, self._evaluation, self._classes = seed, calibration, evaluation, classes
         count = max(MIN_CALIBRATION, 8 * len(model.classes))
         self._dreaming = Dreaming(model, recipe, count, None, "fast") if quantize else None
@@ -110,6 +118,8 @@ class Exporting(PlainWork):
         model, options = self._model, dict[str, Any]()
         if self._dreaming is not None:
             options = {"int8": self._int8(self._dreaming.pool), "on_batch": lambda done, total: session.check()}
+        if self._input != "fixed":  # which formats of others need not know
+            options |= {"input": self._input, "fit": lambda images, size: fit(torch.from_numpy(images), size).numpy()}
         return exporters.export(
             Merged(model).cpu().eval(),
             self._path,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4  # largest difference of a probability between a file of floats and the model
 CHECKED_BATCHES = (1, 7)
 
-Run = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+Run = Callable[[npt.NDArray[np.uint8]], npt.NDArray[Any]]
+Fit = Callable[[npt.NDArray[np.uint8], int], npt.NDArray[np.uint8]]
 
 
 def max_difference(run: Run, classifier: nn.Module, image_size: int, tolerance: float = TOLERANCE) -> float:
@@ -49,3 +50,53 @@ def max_difference(run: Run, classifier: nn.Module, image_size: int, tolerance: 
             )
         largest = max(largest, difference)
     return largest
+
+
+def max_difference_at_sizes(run: Run, scale: Run, answer: Run, image_size: int, fit: Fit) -> float:
+    """The largest difference of a probability between a file that takes images of any size and its model.
+
+    Parameters
+    ----------
+    run, scale
+        What the file answers to images (N, 3, H, W), uint8: probabilities (N, C), and the squares (N, 3, S, S) that it scales and
+        crops them to.
+    answer
+        The probabilities that it has to answer for squares.
+    fit
+        How the model scales and crops: images and S to squares.
+
+    Raises `ExportError` that names the size where a pixel differs by more than 1/255, or an answer for the same pixels.
+    """
+    random, largest = np.random.default_rng(0), 0.0
+    for height, width in sizes(image_size):
+        images = _images(random, height, width)
+        squares, expected = scale(images), fit(images, image_size)
+        of = f"images of {height} x {width} pixels"
+        steps = int(np.abs(squares.astype(int) - expected).max()) if squares.shape == expected.shape else 255
+        if steps > 1:
+            raise ExportError(f"the exported graph scales {of} otherwise than the model: a pixel differs by {steps}/255")
+        found = run(images)
+        difference = float(np.abs(found - answer(squares)).max())
+        if not difference < TOLERANCE:
+            raise ExportError(
+                f"the exported graph disagrees with the model on {of}: probabilities differ by {difference:.2g}, {TOLERANCE:g} "
+                "is allowed. Nothing was written"
+            )
+        largest = max(largest, float(np.abs(found - answer(expected)).max()))
+    return largest
+
+
+def sizes(image_size: int) -> list[tuple[int, int]]:
+    """Heights and widths that a file for any size is checked with: near S and far from it, narrow and wide, even and odd."""
+    s = image_size
+    near = [(s, s), (s + 1, s), (s, s + 1), (2 * s, 2 * s), (3 * s, 2 * s), (2 * s, 3 * s + 1), (max(1, s // 2), s)]
+    return [*near, (1, 1), (1, 3 * s), (7 * s, s + 3), (97, 503), (480, 640), (640, 480), (768, 576), (1080, 1920)]
+
+
+def _images(random: np.random.Generator, height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Two images, of a large size one: patches of colours with noise, so that there is something to see at any size."""
+    n = 2 if height * width < 2**18 else 1
+    rows, columns = np.arange(height) * 8 // height, np.arange(width) * 8 // width
+    patches = random.integers(0, 256, (n, 3, 8, 8), np.int16)[:, :, rows][..., columns]
+    noisy = patches + random.integers(-64, 65, (n, 3, height, width), np.int16)
+    return noisy.clip(0, 255).astype(np.uint8)

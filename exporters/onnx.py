@@ -6,13 +6,16 @@ import json
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporters.checks import max_difference
+from exporters import resize
+from exporters.checks import Fit, Run, max_difference, max_difference_at_sizes
 from exporters.errors import ExportError
 from exporters.int8 import Int8, compare, count, quantize
 from exporters.registry import About, Artifact, ExportReport, export, register_exporter
+from exporters.scaling import for_any_size, scaling_graph
 from exporters.timing import latencies, session
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ OPSET = 18
 IR_VERSION = 10  # at most: runtimes from 1.20 on read it
 FORMAT = "edge-dfcil/1"
 RESIZE = "short side to image_size, antialiased bilinear; centre square"
+INPUTS = ("fixed", "any")
 
 # One export at a time: torch traces with global state, and `warnings` keeps its filters for the whole process.
 _TRACING = threading.Lock()
@@ -36,10 +40,11 @@ def export_onnx(
     source_sha256: str = "",
     version: str = "",
     int8: Int8 | None = None,
+    input: str = "fixed",
 ) -> ExportReport:
     """`exporters.export` with format="onnx"."""
     about: dict[str, Any] = {"source_sha256": source_sha256, "version": version}
-    return export(classifier, path, format="onnx", classes=classes, image_size=image_size, int8=int8, **about)
+    return export(classifier, path, format="onnx", classes=classes, image_size=image_size, int8=int8, input=input, **about)
 
 
 def to_onnx(
@@ -48,8 +53,10 @@ def to_onnx(
     *,
     int8: Int8 | None = None,
     on_batch: Callable[[int, int | None], None] | None = None,
+    input: str = "fixed",
+    fit: Fit = resize.fit,
 ) -> Artifact:
-    """ONNX, opset 18: input `images` uint8 (N, 3, S, S) with N free, output `probabilities` (N, C).
+    """ONNX, opset 18: input `images` uint8 (N, 3, S, S) or (N, 3, H, W) with N free, output `probabilities` (N, C).
 
     Parameters
     ----------
@@ -58,22 +65,45 @@ def to_onnx(
     on_batch
         For INT8: called after every batch with the number of images seen and of all there are, None where the sets do not
         say. What it raises ends the export.
+    input
+        "fixed": images are squares of S pixels. "any": H and W are free as well, and the graph scales and crops; it is checked
+        with images of many sizes.
+    fit
+        For "any": how the classifier's images are scaled and cropped, called as `exporters.resize.fit`.
 
     Raises
     ------
     ExportError
-        When the graph cannot be made, or a probability differs from the classifier's by 1e-4; or when the INT8 graph gives
-        another answer than the float one for more than a tenth of a set of images.
+        When the graph cannot be made, or a probability differs from the classifier's by 1e-4; when a pixel that it scales differs
+        from that of `fit` by more than 1/255; or when the INT8 graph gives another answer than the float one for more than a
+        tenth of a set of images.
     """
+    check_input(input)
+    made, answer = _of_squares(classifier, about, int8, on_batch)
+    return made if input == "fixed" else _of_any_size(made, answer, about, fit)
+
+
+def check_input(input: str) -> None:
+    """Raises `ExportError` unless it is one of `INPUTS`."""
+    if input not in INPUTS:
+        raise ExportError(
+            f"input={input!r} is not known; pass 'any' for images of every size, or 'fixed' for squares of one size"
+        )
+
+
+def _of_squares(
+    classifier: nn.Module, about: About, int8: Int8 | None, on_batch: Callable[[int, int | None], None] | None
+) -> tuple[Artifact, Run]:
+    """A checked file for squares of S pixels, and what it has to answer."""
     content = _graph(classifier, about)
     difference = max_difference(_runner(content), classifier, about.image_size)
     if int8 is None:
-        return Artifact(content, difference, opset=OPSET)
+        return Artifact(content, difference, opset=OPSET), _asked(classifier)
     advance = _counter(on_batch, int8)
     small = quantize(content, int8, advance)
     found = compare(content, small, int8, advance)
     seconds = latencies({"float": content, "int8": small}, about.image_size)
-    return Artifact(
+    made = Artifact(
         small,
         max(difference, found.max_difference),
         format="onnx-int8",
@@ -83,11 +113,35 @@ def to_onnx(
         accuracy=found.accuracy,
         speedup=seconds["float"] / seconds["int8"],
     )
+    return made, _runner(small)
 
 
-def _runner(content: bytes) -> Callable[[Any], Any]:
+def _of_any_size(made: Artifact, answer: Run, about: About, fit: Fit) -> Artifact:
+    """A file for squares as one for images of every size, checked with many."""
+    content, size = for_any_size(made.content, about.image_size), about.image_size
+    scale = _runner(scaling_graph(size).SerializeToString())
+    difference = max_difference_at_sizes(_runner(content), scale, answer, size, fit)
+    more = len(content) - len(made.content)
+    float_bytes = None if made.float_bytes is None else made.float_bytes + more
+    highest = max(made.max_difference, difference)
+    return replace(made, content=content, max_difference=highest, float_bytes=float_bytes, input="any")
+
+
+def _runner(content: bytes) -> Run:
+    """A graph's only output for `images`."""
     graph = session(content)
-    return lambda images: graph.run(["probabilities"], {"images": images})[0]
+    return lambda images: graph.run(None, {"images": images})[0]
+
+
+def _asked(classifier: nn.Module) -> Run:
+    """The classifier's probabilities."""
+    import torch
+
+    @torch.inference_mode()
+    def answer(images: Any) -> Any:
+        return classifier(torch.from_numpy(images)).softmax(1).numpy()
+
+    return answer
 
 
 def _counter(on_batch: Callable[[int, int | None], None] | None, setting: Int8) -> Callable[[int], None]:
@@ -115,6 +169,7 @@ def _graph(classifier: nn.Module, about: About) -> bytes:
         "format": FORMAT,
         "image_size": str(about.image_size),
         "resize": RESIZE,
+        "input": "fixed",
         "classes": json.dumps(about.classes),
         "source_sha256": about.source_sha256,
         "version": about.version,

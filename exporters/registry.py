@@ -70,6 +70,8 @@ class Artifact:
         `exporters.checks.max_difference`.
     format
         What the report calls it; empty takes the format's name.
+    input
+        "fixed" or "any", as in `ExportReport`.
     opset, float_bytes, agreement, accuracy, speedup
         As in `ExportReport`, for formats that have them.
     """
@@ -77,6 +79,7 @@ class Artifact:
     content: bytes
     max_difference: float
     format: str = ""
+    input: str = "fixed"
     opset: int | None = None
     float_bytes: int | None = None
     agreement: dict[str, float] = field(default_factory=dict)
@@ -106,6 +109,8 @@ class ExportReport:
         Of an INT8 file: share of right answers of the model and of the file, for sets whose answers are known.
     speedup
         Of an INT8 file: seconds of the float graph for one image over its own, on this machine with one thread.
+    input
+        "fixed" for a file that takes squares of `image_size` pixels alone, "any" for one that scales and crops by itself.
     """
 
     path: str
@@ -121,6 +126,7 @@ class ExportReport:
     agreement: dict[str, float] = field(default_factory=dict)
     accuracy: dict[str, tuple[float, float]] = field(default_factory=dict)
     speedup: float | None = None
+    input: str = "fixed"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -247,7 +253,7 @@ def export(
     temperature, thresholds
         Kept in the file's metadata, for rejection; C thresholds, or none.
     **options
-        The format's own: for ONNX `int8` and `on_batch`, see `exporters.onnx.to_onnx`.
+        The format's own: for ONNX `int8`, `on_batch`, `input` and `fit`, see `exporters.onnx.to_onnx`.
 
     Raises
     ------
@@ -286,6 +292,7 @@ def export(
         agreement=made.agreement,
         accuracy=made.accuracy,
         speedup=made.speedup,
+        input=made.input,
     )
 
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
-from benchmarks import accuracy, candidates, embedding, machine, memory, memory_tables, rejection, report, workshop_tables
+from benchmarks import accuracy, candidates, embedding, images, machine, memory, memory_tables, rejection, report, workshop_tables
 from benchmarks.__main__ import main
 from benchmarks.datasets import Data, class_order, load, pack
 from edge_dfcil import DataError, Learner, Recipe, SettingError
@@ -361,11 +361,33 @@ def test_committed_figures_come_from_committed_files() -> None:
     text = (accuracy.RESULTS / "README.md").read_text()
     found = report.read(accuracy.RESULTS)
     assert report.few_images(found) in text
+    assert images.describe(json.loads((accuracy.RESULTS / images.FILE).read_text())) in text
     for protocol, methods in found.items():
         if report.FEW in protocol:
             continue
         assert f"## {protocol}" in text
         assert report.table(accuracy.RESULTS, methods) in text
+
+
+@pytest.mark.slow
+def test_photographs_of_many_sizes_are_compared_with_the_learners_answers(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for name in "01234":
+        (tmp_path / "test" / name).mkdir(parents=True)
+        for number in range(2):
+            picture = Image.fromarray(random.integers(0, 256, (20, 20, 3)).astype(np.uint8))
+            picture.save(tmp_path / "test" / name / f"{number}.png")
+    golden = Path(__file__).parent / "golden" / "schema1" / "cifar.safetensors"
+    sizes = ((16, 16), (24, 40), (90, 17))
+    found = images.run(tmp_path, golden, lambda line: None, sizes, per_size=5)
+    assert found["photographs"] == 15
+    assert {"Pillow BILINEAR, squeezed", "Pillow BICUBIC, scaled and cropped"} < set(found["ways"])
+    for way in (images.GRAPH, images.CLASSIFIER):
+        assert found["ways"][way]["same"] == 1
+        assert list(found["ways"][way]["largest_by_size"]) == ["16 x 16", "24 x 40", "90 x 17"]
+    assert "15 photographs of 3 sizes, 16 x 16 to 90 x 17" in images.describe(found)
+    picture = Image.fromarray(random.integers(0, 256, (20, 20, 3)).astype(np.uint8))
+    assert images.photograph(picture, 90, 17).size == (17, 90)
 
 
 def test_rejection_is_measured_on_classes_that_were_not_learnt(tmp_path: Path) -> None:

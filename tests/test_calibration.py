@@ -182,16 +182,6 @@ class TestKept:
         with pytest.raises(ModelFileError, match="does not fit"):
             Model.load(path, "cpu")
 
-    def test_int8_files_reject_too(self, rejecting: Model, train: Batches, test: Batches, tmp_path: Path) -> None:
-        path = tmp_path / "int8.onnx"
-        learner = Learner.of(rejecting, recipe=CLOSED_FORM)
-        learner.export(path, "int8", calibration=[*train.of(KNOWN)], progress=False)
-        classifier = OnnxClassifier(path)
-        assert classifier.thresholds == rejecting.thresholds
-        images = test.images[:200]
-        pairs = zip(classifier.predict(images.numpy(), reject=True), rejecting.predict(images, reject=True), strict=True)
-        assert np.mean([(mine.label is None) == (theirs.label is None) for mine, theirs in pairs]) > 0.85
-
     def test_bad_values_in_an_export_are_refused(self, exported: Path, tmp_path: Path) -> None:
         model = onnx.load(exported)
         next(entry for entry in model.metadata_props if entry.key == "thresholds").value = "[1.0]"

@@ -95,8 +95,8 @@ def test_the_whole_story(pictures: Any, model: Path, tmp_path: Path) -> None:
     assert sum(answer["dreams"].values()) == 12
     assert (tmp_path / "dreams.png").stat().st_size > 0
 
-    answer = json.loads(cli("export", model, tmp_path / "m.onnx", "--json").stdout)
-    assert answer["classes"] == 4
+    answer = json.loads(cli("export", model, tmp_path / "m.onnx", "--input", "any", "--json").stdout)
+    assert (answer["classes"], answer["input"]) == (4, "any")
     assert answer["bytes"] == (tmp_path / "m.onnx").stat().st_size
 
 

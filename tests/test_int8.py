@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import threading
@@ -18,6 +19,7 @@ import torch
 from edge_dfcil import DataError, ExportError, Learner
 from edge_dfcil.demo import Batches
 from exporters import Int8, OnnxClassifier, export, export_onnx
+from exporters.timing import session
 from tests.conftest import NAMES, QUICK, quick_learner
 
 pytestmark = pytest.mark.slow
@@ -56,6 +58,18 @@ def test_it_answers_nearly_as_the_model_in_a_third_of_the_space(able: Learner, i
     assert right == pytest.approx(as_int8), "what was reported is what the file does"
 
 
+def test_it_rejects_as_the_model(able: Learner, test: Batches, tmp_path: Path) -> None:
+    learner, known = copy.deepcopy(able), test.of(("0", "1", "2", "3"))
+    half = len(known.images) // 2
+    learner.calibrate([(known.images[:half], known.targets[:half])], NAMES)
+    learner.export(tmp_path / "int8.onnx", "int8", progress=False)
+    classifier = OnnxClassifier(tmp_path / "int8.onnx")
+    assert classifier.thresholds == learner.model.thresholds
+    mine, theirs = (one.predict(test.images.numpy(), reject=True) for one in (classifier, learner))
+    assert {answer.label for answer in mine} > {None}
+    assert np.mean([(one.label is None) == (other.label is None) for one, other in zip(mine, theirs, strict=True)]) > 0.85
+
+
 def test_the_file_says_what_it_is(able: Learner, int8: Any) -> None:
     model = onnx.load(int8[1])
     onnx.checker.check_model(model, full_check=True)
@@ -85,9 +99,15 @@ def test_ranges_can_be_wider_than_those_of_the_calibration(able: Learner, tmp_pa
         assert scales[1][name] == pytest.approx(1.5 * scale, rel=1e-5), name
 
 
-def test_it_can_be_calibrated_on_pictures(able: Learner, train: Batches, tmp_path: Path) -> None:
-    report = able.export(tmp_path / "a.onnx", "int8", calibration=[*train.of(("0", "1", "2", "3"))], progress=False)
-    assert report.agreement["dreams"] >= 0.9
+def test_it_can_be_calibrated_on_pictures_and_take_every_size(
+    able: Learner, train: Batches, test: Batches, tmp_path: Path
+) -> None:
+    known, path = ("0", "1", "2", "3"), tmp_path / "a.onnx"
+    report = able.export(path, "int8", calibration=[*train.of(known)], input="any", progress=False)
+    assert report.agreement["dreams"] >= 0.9 and report.input == "any"
+    large = test.of(known).images.numpy().repeat(3, axis=2).repeat(3, axis=3)
+    found = session(str(path)).run(["probabilities"], {"images": large})[0].argmax(1)
+    assert (found == able.probabilities(large).numpy().argmax(1)).mean() >= 0.9
 
 
 def test_a_graph_that_answers_otherwise_is_not_written(able: Learner, tmp_path: Path) -> None:

@@ -30,6 +30,14 @@ if TYPE_CHECKING:
 @MODEL
 @click.argument("out", type=PATH, metavar="OUT.onnx")
 @click.option("--format", "form", metavar="NAME", help="onnx, or one that was registered; by the ending of OUT by default.")
+@click.option(
+    "--input",
+    "accepted",
+    type=click.Choice(["fixed", "any"]),
+    default="fixed",
+    show_default=True,
+    help="fixed: squares of the network's size, which the app scales and crops; any: images of every size.",
+)
 @click.option("--quantize", type=click.Choice(["int8"]), help="A quarter of the size, calibrated on dreams.")
 @click.option("--calibration", type=PATH, metavar="IMAGES", help="For int8: calibrate on these pictures.")
 @EVALUATION
@@ -43,6 +51,7 @@ def command(
     model: Path,
     out: Path,
     form: str | None,
+    accepted: str,
     quantize: str | None,
     calibration: Path | None,
     evaluation: Path | None,
@@ -64,6 +73,7 @@ def command(
         out,
         quantize,
         format=form,
+        input=accepted,
         source=model,
         calibration=loader_of(calibration, learner, strict),
         evaluation=loader_of(evaluation, learner, strict),
@@ -75,6 +85,8 @@ def _lines(report: ExportReport, out: Path) -> list[str]:
     lines = [
         f"{out}: {report.classes} classes, {report.bytes} bytes, probabilities within {report.max_difference:.1g} of the model's"
     ]
+    if report.input == "any":
+        lines.append(f"takes images of every size, and scales and crops them to {report.image_size} x {report.image_size} pixels")
     if report.speedup is not None:
         lines.append(f"{report.bytes / report.float_bytes:.0%} of the float file's size, {report.speedup:.1f} times as fast")
         lines += [f"answers as the model does for {share:.1%} of the {name}" for name, share in report.agreement.items()]
