@@ -54,7 +54,7 @@ def _what_to_install(name: str) -> str:
 
 
 class _NotInstalled:
-    """Says what `from exporters.registry import x` lacks, where only edge-dfcil-runtime is. Asked after the other finders."""
+    """Makes `from exporters.registry import x` say what to install, where only edge-dfcil-runtime is. Asked last."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> None:
