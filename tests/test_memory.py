@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -134,6 +135,16 @@ class TestRefusal:
         learner = Learner("resnet14", image_size=32, recipe=QUICK, device="cpu", memory_budget=10_000)
         with pytest.raises(BudgetError, match=r"image_size=16 needs [\d.]+ MB; backbone='resnet8' needs [\d.]+ MB"):
             learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
+
+    @pytest.mark.slow
+    def test_features_of_one_scale_need_less_for_a_closed_form_head(self, train: Batches) -> None:
+        learner = quick_learner(method="lda", memory_budget=10_000)
+        with pytest.raises(BudgetError, match=r"a budget of [\d.]+ MB; multiscale=False needs [\d.]+ MB") as refused:
+            learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
+        both, one = map(float, re.findall(r"(?:of|False needs) ([\d.]+) MB", str(refused.value))[-2:])
+        between = int(1e6 * (both + one) / 2)
+        plan = quick_learner(method="lda", multiscale=False, memory_budget=between).plan(train.of(("0", "1")), NAMES)
+        assert plan.peak_bytes <= between
 
 
 RESIDENT = """

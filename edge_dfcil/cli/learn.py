@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 @click.option("--image-size", type=click.IntRange(min=8), help="For a new model: side in pixels, 32 by default.")
 @click.option("--method", help="For a new model: abd (default), or a baseline.")
 @click.option("--weights", help="For a new model: torchvision's pretrained weights, for example DEFAULT.")
+@click.option(
+    "--multiscale/--no-multiscale",
+    default=None,
+    help="For a new model: whether features are of several scales; only where the head is closed-form by default.",
+)
 @click.option("--seed", type=int, help="For a new model: 0 by default.")
 @click.option("--no-flip", is_flag=True, help="For a new model: do not mirror pictures (letters, digits, signs).")
 @recipe_options
