@@ -14,17 +14,18 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from edge_dfcil import devices
 from edge_dfcil.dreaming.inversion import Dream, Dreamer, Pool, make_pool
 from edge_dfcil.dreaming.pixels import paint
+from edge_dfcil.dreaming.work import GeneratingWork
 from edge_dfcil.errors import SettingError
 from edge_dfcil.methods._distillation import distil
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe
-from edge_dfcil.results import DistillReport, MemoryPlan, StageReport
+from edge_dfcil.results import DistillReport, StageReport
 from edge_dfcil.training import augment, rehearsal
 from edge_dfcil.training.callbacks import Callback
 from edge_dfcil.training.loop import check_finite
 from edge_dfcil.training.rehearsal import Generated, Rehearsal
-from edge_dfcil.training.session import PlainWork, Session
+from edge_dfcil.training.session import Session
 from edge_dfcil.training.stage import Stage, StageSpec, Terms, set_batchnorm_momentum
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def distill(
     return found
 
 
-class Distilling(PlainWork):
+class Distilling(GeneratingWork):
     """The work of a session that teaches a student."""
 
     def __init__(
@@ -107,7 +108,6 @@ class Distilling(PlainWork):
     ) -> None:
         learner.check_answering()
         self._learner, self._recipe, self._settings = learner, learner.recipe, settings
-        self._at_once: int | None = None
         self._evaluation, self._classes = evaluation, classes
         # A head that is trained learns less over features of several scales.
         self._student = learner.model.untrained(to, seed=learner.seed, multiscale=False)
@@ -134,9 +134,6 @@ class Distilling(PlainWork):
     def rehearsal(self, changes: Mapping[str, int]) -> Rehearsal:
         student, teacher = self._student.network.grown(0), self._learner.network.frozen()
         return rehearsed(student, teacher, self._recipe.changed(changes), self._settings)
-
-    def keep_to(self, plan: MemoryPlan) -> None:
-        self._recipe, self._at_once = self._recipe.changed(plan.changes), plan.at_once("dream")
 
     def finish(self, session: Session[Any], reports: Sequence[StageReport]) -> tuple[Learner, DistillReport]:
         learner, network, settings = self._learner, self._network, self._settings

@@ -25,16 +25,17 @@ from torch import Tensor, nn
 from edge_dfcil.compression.distillation import REPAIR, Distillation, Lesson, parameters, rehearsed, smaller_generator
 from edge_dfcil.compression.latency import LatencyTable, Shape
 from edge_dfcil.dreaming.inversion import Dream, Dreamer, Pool, make_pool
+from edge_dfcil.dreaming.work import GeneratingWork
 from edge_dfcil.errors import BackboneError, SettingError
 from edge_dfcil.methods._own_head import own_head
 from edge_dfcil.model.backbones import BATCHNORM
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.network import Network
-from edge_dfcil.results import MemoryPlan, PruneReport, StageReport
+from edge_dfcil.results import PruneReport, StageReport
 from edge_dfcil.training.callbacks import Callback
 from edge_dfcil.training.loop import check_finite
 from edge_dfcil.training.rehearsal import Rehearsal, short
-from edge_dfcil.training.session import PlainWork, Session
+from edge_dfcil.training.session import Session
 from edge_dfcil.training.stage import Stage
 from exporters.timing import latencies
 
@@ -128,7 +129,7 @@ def prune(
     return found
 
 
-class PruningWork(PlainWork):
+class PruningWork(GeneratingWork):
     """The work of a session that prunes a network and repairs it."""
 
     def __init__(
@@ -143,7 +144,6 @@ class PruningWork(PlainWork):
         learner.check_answering()
         self._learner, self._settings, self._table, self._timing = learner, settings, table, timing
         self._recipe = learner.recipe
-        self._at_once: int | None = None
         self._evaluation, self._classes = evaluation, classes
 
     def stages(self, session: Session[Any]) -> Iterator[Stage]:
@@ -179,9 +179,6 @@ class PruningWork(PlainWork):
             return rehearsed(self._plain(), teacher, recipe, self._settings.repair)
         dreamer = Dreamer(teacher, torch.arange(teacher.n_classes, device=teacher.mean.device), short(recipe))
         return Rehearsal(iter([dreamer.stage()]), [teacher])
-
-    def keep_to(self, plan: MemoryPlan) -> None:
-        self._recipe, self._at_once = self._recipe.changed(plan.changes), plan.at_once("dream")
 
     def finish(self, session: Session[Any], reports: Sequence[StageReport]) -> tuple[Learner, PruneReport]:
         learner, cutter = self._learner, self._cutter
