@@ -169,7 +169,7 @@ class Learning:
         self._first: Task | None = None  # that of the instant model, if there is one
         self._last: Model = model  # that was committed
         self._commits: list[Commit] = []
-        self._announced = self._has_begun = self._adapted = self._complete = False
+        self._has_begun = self._adapted = self._complete = False
         self._left_out = 0
         self.fitted: dict[str, Any] | None = None
 
@@ -307,7 +307,7 @@ class Learning:
         """Plans the memory: on copies, with random numbers of their own, as all that is decided."""
         if self._budget is None and not self._plan_only:
             return
-        self._announce(session)
+        session.announce_plan()
         with devices.seeded(None, session.device):
             self.plan = plan_memory(self.assignment, self._budget, self._meter, self._checks(session), self._smaller())
 
@@ -317,7 +317,7 @@ class Learning:
         with devices.seeded(None, session.device):
             measures = self._precision == "auto" and speed.pays(self.assignment.task, self.method, session.device)
             if measures or self._seconds is not None:
-                self._announce(session)
+                session.announce_plan()
             if measures:
                 self._measure(check)
             if self._seconds is not None:
@@ -328,13 +328,6 @@ class Learning:
     def _has_no_time(self) -> bool:
         """Whether the time that is left is too short to adapt the network, and there is an instant model to end with."""
         return self._first is not None and self.fitted is not None and self.fitted["share"] < LEAST_SHARE
-
-    def _announce(self, session: Session[Any]) -> None:
-        """Once, before the first of what takes time to decide."""
-        if not self._announced:
-            self._announced = True
-            for callback in session.callbacks:
-                callback.on_plan_begin()
 
     def _checks(self, session: Session[Any]) -> Callable[[], None]:
         def check() -> None:

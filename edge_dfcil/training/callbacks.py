@@ -16,7 +16,8 @@ class Callback:
     """Empty hooks, called in this order. Override those you want; raise to stop, and nothing is committed."""
 
     def on_plan_begin(self) -> None:
-        """Before a memory budget is planned, which takes some seconds to a minute. Not called without a budget."""
+        """Once, before a memory budget is planned or the speed of a step is measured, which takes some seconds to a minute.
+        Not called where neither is needed."""
 
     def on_task_begin(self, learner: Any) -> None:
         """Before the first stage. `learner` answers with the model from before the task until it is committed."""

@@ -171,6 +171,7 @@ class Session(Generic[Result]):
         self._tensors: Mapping[str, Tensor] = {}
         self._written, self._write_seconds, self._spent = 0.0, 0.0, 0.0
         self._running, self._began = False, 0.0
+        self._announced = False  # whether callbacks know that something is planned
         self._begun: dict[str, Tensor] | None = None  # the random state before a closed-form stage
         self.has_result = False  # whether the work has committed something, and may end at any time
         self._network_done = False  # whether a stage that trains the network has ended
@@ -233,6 +234,13 @@ class Session(Generic[Result]):
 
     def _resumable(self) -> bool:
         return isinstance(self._stage, StageSpec) and self._stage.resumable
+
+    def announce_plan(self) -> None:
+        """Calls `on_plan_begin`, once in a session: a work does so before the first thing that takes time to decide."""
+        if not self._announced:
+            self._announced = True
+            for callback in self.callbacks:
+                callback.on_plan_begin()
 
     # Running
 
