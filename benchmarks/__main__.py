@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from benchmarks import accuracy, datasets, frozen, memory_tables, readme, steps, workshop_tables
+from benchmarks import accuracy, datasets, memory_tables, readme, runners, steps, workshop_tables
 from benchmarks import latency as latencies
 from benchmarks import memory as memories
 from benchmarks import precision as precisions
@@ -57,7 +57,7 @@ def main() -> None:
     default="finetune,deep_inversion,abd",
     show_default=True,
     help="Names with commas between: a method, a yardstick with its coreset (bic-400, bic-1MB), a head on a frozen backbone "
-    f"({', '.join(frozen.HEADS)}), or ablations.",
+    f"({', '.join(runners.names())}), or ablations.",
 )
 @click.option("--seeds", default="0", show_default=True, help="Numbers, with commas between; the class order follows them.")
 @click.option("--dataset", type=click.Choice(datasets.DATASETS), help="Other than the preset's.")
@@ -95,10 +95,7 @@ def run_accuracy(
             loaded = datasets.load(data, protocol.dataset, protocol.image_size)
             for seed in map(int, seeds.split(",")):
                 for method in accuracy.expand(methods):
-                    if method in frozen.names():
-                        result = frozen.run(protocol, method, seed, loaded, out, device, numbers)
-                    else:
-                        result = accuracy.run(protocol, method, seed, loaded, out, device, numbers, in_time)
+                    result = runners.run(protocol, method, seed, loaded, out, device, numbers, in_time)
                     each = " ".join(f"{100 * value:.1f}" for value in result["accuracy"])
                     click.echo(f"{protocol.name} {method} seed {seed}: {each} %, {sum(result['seconds']) / 60:.1f} minutes")
     except accuracy.Stopped:
