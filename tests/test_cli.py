@@ -342,7 +342,7 @@ class TestCheckpoint:
     def test_the_same_command_goes_on(self, pictures: Any, model: Path, tmp_path: Path, stopped: Any) -> None:
         whole = shutil.copy(model, tmp_path / "whole.safetensors")
         done = cli("learn", pictures[1], "--model", model, expect=1)
-        assert "the same command goes on" in done.stderr and "the model is the one from before" in done.stderr
+        assert "the same command continues" in done.stderr and "the model is the one from before" in done.stderr
         (checkpoint,) = tmp_path.glob(".*")
         assert Learner.load(model).classes == ("0", "1")
         stopped.undo()
