@@ -25,7 +25,7 @@ FEW = 64  # images that are held as floats together
 
 
 class GeneratingWork(PlainWork):
-    """A work that generates images by a recipe; a memory plan may change the recipe, and says how many go through at once."""
+    """A work that generates images by a recipe; a memory plan may change the recipe, and says how many are generated together."""
 
     _recipe: Recipe
     _at_once: int | None = None  # images that are generated together; None: a batch of the generator's

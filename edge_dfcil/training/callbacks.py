@@ -23,7 +23,7 @@ class Callback:
         """Before the first stage. `learner` answers with the model from before the task until it is committed."""
 
     def on_stage_begin(self, stage: Stage) -> None:
-        """Before a stage's first step, also of one that goes on where a checkpoint left it."""
+        """Before a stage's first step, also of one that continues from a checkpoint."""
 
     def on_step_end(self, stage: Stage, step: int, losses: Mapping[str, Tensor], images: int) -> None:
         """After each step, numbered from 1. `losses` are detached scalars; `images` went through this step."""
@@ -41,11 +41,11 @@ class Callback:
         """After the last commit."""
 
     def on_exit(self) -> None:
-        """However the session ended, errors included: the place to close what was opened."""
+        """However the session ended, errors included: close here what was opened."""
 
 
 def check_callbacks(callbacks: Iterable[Callback] | None) -> Sequence[Callback]:
-    """The callbacks as a list. Raises `SettingError` for anything that is none."""
+    """The callbacks as a list. Raises `SettingError` for an object that is not a callback."""
     found = [] if callbacks is None else list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
     for callback in found:
         missing = [
