@@ -34,8 +34,8 @@ DATA = click.option(
 DEVICE = click.option("--device", default="auto", show_default=True)
 
 
-class Told(click.Group):
-    """Ends with the message of an error that was told on purpose."""
+class ReportsErrors(click.Group):
+    """Ends with the message of an error that the package raises on purpose, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -44,9 +44,9 @@ class Told(click.Group):
             raise click.ClickException(str(error)) from error
 
 
-@click.group(cls=Told, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=ReportsErrors, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Is it as good as we say."""
+    """Accuracy, speed and memory of the package and of rivals, and the tables of results."""
 
 
 @main.command("accuracy")
@@ -84,7 +84,7 @@ def run_accuracy(
     device: str,
     **other: Any,
 ) -> None:
-    """Accuracy after each task. Stopped, it goes on from the last finished task when run again."""
+    """Accuracy after each task. Run again, a stopped run continues from the last finished task."""
     given = {name: value for name, value in other.items() if value is not None}
     protocols = [changed(accuracy.find_preset(name), given) for name in preset.split(",")]
     numbers = {name: _value(value) for name, _, value in (change.partition("=") for change in changes)}
@@ -99,7 +99,7 @@ def run_accuracy(
                     each = " ".join(f"{100 * value:.1f}" for value in result["accuracy"])
                     click.echo(f"{protocol.name} {method} seed {seed}: {each} %, {sum(result['seconds']) / 60:.1f} minutes")
     except accuracy.Stopped:
-        click.echo("stopped, because the next task would not end in time; run the same command again to go on")
+        click.echo("stopped, because the next task would not end in time; run the same command again to continue")
     else:
         click.echo("all of it has been run")
 
@@ -117,7 +117,7 @@ def _deadline(minutes: float | None) -> Callable[[float], bool]:
 
 
 def changed(protocol: accuracy.Protocol, other: dict[str, Any]) -> accuracy.Protocol:
-    """A preset with other settings, and a name that tells them."""
+    """A preset with other settings, which its name then contains."""
     if not other:
         return protocol
     name = "-".join([protocol.name, *(f"{key}={value}" for key, value in other.items())])
@@ -136,7 +136,7 @@ def _value(text: str) -> Any:
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--limit", default=60.0, show_default=True, help="MiB.")
 def run_pack(data: Path, out: Path, limit: float) -> None:
-    """Packs CIFAR-100 into a smaller file, for a machine that takes no larger one; results say how."""
+    """Packs CIFAR-100 into a smaller file, for a machine that accepts no larger one; results say how."""
     click.echo(f"{out}: {datasets.pack(datasets.load(data), out, int(limit * 2**20))}")
 
 
@@ -157,7 +157,7 @@ def run_speed(as_json: bool, quick: bool, out: Path, device: str) -> None:
 @main.command("precision")
 @DATA
 @click.option("--quick", is_flag=True, help="A tiny network: whether it runs, not how fast.")
-@click.option("--remark", help="What else the machine did meanwhile; kept in the result.")
+@click.option("--remark", help="What else ran on the machine at that time; kept in the result.")
 @click.option("--name", default=precisions.FILE, show_default=True, help="Of the result's file.")
 @RESULTS
 def run_precision(data: Path, quick: bool, remark: str | None, name: str, out: Path) -> None:
@@ -194,7 +194,7 @@ def run_memory(data: Path, kinds: str, seeds: str, out: Path) -> None:
 @click.option(
     "--table",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Latencies of the device that is pruned for; else this one's, measured.",
+    help="Latencies of the device to prune for; without it they are measured on this one.",
 )
 @RESULTS
 @DEVICE
@@ -233,7 +233,7 @@ def run_rejection(data: Path, preset: str, seeds: str, per_class: int | None, ou
 @click.option("--quick", is_flag=True, help="A few rounds, without torch.compile: whether it runs, not how fast.")
 @RESULTS
 def run_latency(model: Path, as_json: bool, quick: bool, out: Path, **others: Path | None) -> None:
-    """How fast a model answers in every form that it ships in, and how soon after its process starts."""
+    """How fast a model answers in every form that it is shipped in, and how soon after its process starts."""
     given = {name: path for name, path in others.items() if path is not None}
     rounds = 3 if quick else 30
     found = latencies.run(model, given, lambda line: click.echo(line, err=True), rounds=rounds, compiled=not quick)

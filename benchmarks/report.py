@@ -1,4 +1,4 @@
-"""Tables and plots from result files, never by hand."""
+"""Tables and plots, made from result files."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def write(folder: Path) -> str:
         parts += ["## Few images", fewer]
     if timed := measured_all(folder, speed.FILE):
         parts += ["## Speed", *map(speed.describe, timed)]
-    if (ways := measured(folder / precision.FILE)) is not None:
-        parts += ["## Precision", precision.describe(ways)]
+    if (steps := measured(folder / precision.FILE)) is not None:
+        parts += ["## Precision", precision.describe(steps)]
     if (held := measured(folder / memory.FILE)) is not None:
         parts += ["## Memory", memory_tables.describe(held)]
         if memory_tables.has_replay(held):
@@ -103,7 +103,7 @@ def few_images(found: dict[str, dict[str, Results]]) -> str:
 
 
 def measured(path: Path) -> dict[str, Any] | None:
-    """What was measured apart from the protocols, if it has been."""
+    """A measurement apart from the protocols; None if it was not run."""
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -178,7 +178,7 @@ def plot(methods: dict[str, Results], path: Path) -> None:
 
 
 def keeps_differ(methods: dict[str, Results]) -> bool:
-    """Whether some methods keep more than others, beyond a hundredth: else a picture of it would say nothing."""
+    """Whether some methods keep more than others, beyond a hundredth: else a plot of it would show nothing."""
     kept = [mean(r["bytes_kept"] for r in results) for results in methods.values()]
     return max(kept) > 1.01 * min(kept)
 
@@ -231,7 +231,7 @@ def _embeddings(folder: Path, protocol: str, methods: dict[str, Results]) -> lis
     head = ["method", "old real to new real", "old real to old synthetic", "second over first"]
     parts = [
         "MID, the distance of mean features over the standard deviation of old real images' features (ABD, section 4), mean "
-        "over tasks and seeds. Above 1 in the last column, the features tell real from dreamt before old from new.",
+        "over tasks and seeds. Above 1 in the last column, the features separate real from generated before old from new.",
         tables.table(head, rows),
     ]
     files = {method: folder / f"{protocol}-{method}-seed0-features.npz" for method in ("deep_inversion", "abd")}

@@ -32,7 +32,7 @@ MAX_HEADER = 100_000_000  # bytes; no safetensors file has more
 
 @dataclass(frozen=True)
 class About:
-    """What an exported file says of itself.
+    """The metadata of an exported file.
 
     Attributes
     ----------

@@ -1,7 +1,7 @@
 """Telemetry of the libraries below, switched off before they are loaded.
 
 ONNX Runtime's wheels from 1.27 on may write a device id and a queue of events for its vendor into the user's cache folder as
-soon as they are imported; huggingface_hub, which timm loads weights with, may report its use. Both look at the environment.
+soon as they are imported; huggingface_hub, which timm loads weights with, may report its use. Both read environment variables.
 The variables are set when `exporters` is imported, unless the user has set them, and stay set, so that processes started later
 inherit them. The other dependencies have no telemetry (searched for in their sources, 2026).
 """

@@ -1,6 +1,6 @@
-"""Heads on a frozen backbone, such as anyone can write in an evening: the rivals that a method has to beat.
+"""Simple heads on a frozen backbone: the rivals that a method has to beat.
 
-The backbone is trained in the first task, or comes with weights, and is then left alone. Each head keeps statistics of the
+The backbone is trained in the first task, or comes with weights, and is not trained afterwards. Each head keeps statistics of the
 backbone's last features and takes a task in one pass. Their numbers are chosen as the papers choose them.
 """
 
