@@ -1,4 +1,4 @@
-"""Class-incremental accuracy: one JSON a run, resumable at any task."""
+"""Class-incremental accuracy: a JSON file for each run, resumable at any task."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def omega(result: dict[str, Any], out: Path) -> float | None:
 def _learner(
     protocol: Protocol, name: str, seed: int, recipe: Recipe, device: str, path: Path, resumes: bool
 ) -> tuple[Learner, yardsticks.Yardstick | None]:
-    """A learner, new or as the last finished task left it, and its method where that keeps something."""
+    """A learner, new or as after the last finished task, and its method if that keeps something."""
     method = yardsticks.find(name)
     state = method if isinstance(method, yardsticks.Yardstick) else None
     if resumes:

@@ -115,7 +115,7 @@ def read(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 
 def describe(folder: Path) -> str:
-    """Markdown, a row a protocol; nothing where there is no result."""
+    """Markdown, a row for each protocol; empty if there is no result."""
     head = ["protocol", "seeds", "classes, unseen", *(f"AUROC, {name}" for name in KINDS.values())]
     head += ["rejected, %", "by task, %", "unseen rejected, %", "temperature", "ECE before, %", "ECE after, %", "accuracy, %"]
     rows = []

@@ -125,7 +125,7 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def table(folder: Path, methods: dict[str, Results]) -> str:
-    """Markdown, a row a method."""
+    """Markdown with a row for each method."""
     head = ["method", "seeds", "after each task, %", "final, %", "average, %", "forgetting, %", "Omega"]
     head += ["kept, MB", "process peak, MB", "minutes"]
     rows = []
@@ -164,7 +164,7 @@ def by_task(results: Results) -> list[float]:
 
 
 def plot(methods: dict[str, Results], path: Path) -> None:
-    """Accuracy by classes seen, a line a method."""
+    """Accuracy by classes seen, a line for each method."""
     figure, axes = _figure()
     for number, (method, results) in enumerate(methods.items()):
         accuracy = by_task(results)
@@ -184,13 +184,13 @@ def keeps_differ(methods: dict[str, Results]) -> bool:
 
 
 def plot_bytes(methods: dict[str, Results], path: Path) -> None:
-    """Final accuracy by bytes kept between tasks, model included, a point a method."""
+    """Final accuracy by bytes kept between tasks, model included, a point for each method."""
     kept = {method: mean(r["bytes_kept"] for r in results) / 1e6 for method, results in methods.items()}
     _plot_points(methods, kept, "kept between tasks, MB (model included)", path)
 
 
 def plot_minutes(methods: dict[str, Results], path: Path) -> None:
-    """Final accuracy by minutes of learning for all tasks, a point a method."""
+    """Final accuracy by minutes of learning for all tasks, a point for each method."""
     taken = {method: mean(sum(r["seconds"]) for r in results) / 60 for method, results in methods.items()}
     _plot_points(methods, taken, "minutes for all tasks", path)
 

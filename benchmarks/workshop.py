@@ -226,7 +226,7 @@ class Workshop:
         return {"accuracy": teacher.evaluate(self._test, self._data.names).accuracy}
 
     def _page(self) -> dict[str, Any]:
-        """A page of pictures: real ones, a generator's dreams, and pixel dreams, a row a class."""
+        """A page of pictures: real ones, a generator's dreams, and pixel dreams, a row for each class."""
         from matplotlib.figure import Figure
 
         teacher, rows, columns = self._teacher, min(10, self._setting.classes), 5
@@ -370,5 +370,5 @@ class Workshop:
 
 
 def _seed_said(seed: int, seeds: tuple[int, ...]) -> str:
-    """The end of a step's name, where it is run with several seeds."""
+    """The end of a step's name, if it is run with several seeds."""
     return f"{SEED}{seed}" if len(seeds) > 1 else ""

@@ -52,7 +52,7 @@ def _taught_for_longer(found: dict[str, Any]) -> str:
 def _rows(
     found: dict[str, Any], part: str, figures: Callable[[dict[str, Any]], list[Figure]], several: bool = False
 ) -> list[list[str]]:
-    """A row for each step of a part, seeds together: the rest of its name, the number of seeds where there may be several,
+    """A row for each step of a part, seeds together: the rest of its name, the number of seeds if there may be several,
     and its figures or why it was refused."""
     steps: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for name, row in found.items():
@@ -69,7 +69,7 @@ def _rows(
 
 
 def _cell(values: Sequence[Figure]) -> str:
-    """One figure of all seeds: their mean, with the standard deviation where there are several."""
+    """One figure of all seeds: their mean, with the standard deviation if there are several."""
     first = values[0]
     if isinstance(first, tuple):
         return " / ".join(map(_cell, zip(*values, strict=True)))

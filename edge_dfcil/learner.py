@@ -182,7 +182,7 @@ class Learner(Serving, RunsSessions):
             Whether classes that are known already are refreshed with these images; else they are refused.
         instant
             Whether a task that will train the network first commits rows from class statistics, within seconds, where its
-            method can; `on_commit` says when. They stay where the adapted model is expected to be worse, or time is up.
+            method can; `on_commit` says when. They stay if the adapted model is expected to be worse, or the time is up.
         time_budget
             Seconds, or text such as "10min": the schedule is fitted to the measured speed of a step so that it ends in
             time, as a whole schedule with fewer steps. The report says what it was fitted to.
@@ -222,7 +222,7 @@ class Learner(Serving, RunsSessions):
         return work.plan
 
     def with_model(self, model: Model) -> Learner:
-        """A learner with another model and all else alike."""
+        """A learner with another model and the same settings."""
         return Learner.of(model, method=self._method, recipe=self._recipe, seed=self.seed, **self.limits)
 
     def _seed_of_task(self) -> int:

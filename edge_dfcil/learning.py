@@ -315,7 +315,7 @@ class Learning:
         """Measures which setting computes fastest, and fits the schedule."""
         check = self._checks(session)
         with devices.seeded(None, session.device):
-            measures = self._precision == "auto" and speed.pays(self.assignment.task, self.method, session.device)
+            measures = self._precision == "auto" and speed.is_worth_measuring(self.assignment.task, self.method, session.device)
             if measures or self._seconds is not None:
                 session.announce_plan()
             if measures:

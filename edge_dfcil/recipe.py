@@ -342,7 +342,7 @@ class Recipe:
         return replace(self, **_changed(groups, typed))
 
     def differences(self) -> dict[str, Any]:
-        """The settings that are not as in the preset, by dotted name; all of them where the preset is not one of ours."""
+        """The settings that are not as in the preset, by dotted name; all of them if the preset is not one of the package."""
         preset = PRESETS.get((self.preset, self.version))
         own, theirs = _settings(self), {} if preset is None else _settings(preset)
         return {name: value for name, value in own.items() if name not in theirs or theirs[name] != value}
@@ -397,7 +397,7 @@ def _changed(groups: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
 
 def _of_text(setting: str, text: str) -> Any:
-    """What a text stands for: a number, a truth value, None, or some numbers with commas between. Else the text."""
+    """The value in a text: a number, a truth value, None, or numbers with commas between. Otherwise the text."""
     group, _, name = setting.partition(".")
     field: Any = GROUPS[group].__pydantic_fields__[name]  # type: ignore[attr-defined]
     if get_origin(field.annotation) is Literal:

@@ -75,7 +75,7 @@ class Evaluation:
         return sum(self.per_class.values()) / len(self.per_class)
 
     def to_frame(self) -> Any:
-        """`confusion` as a pandas DataFrame: a row a true class, a column a predicted one, image counts.
+        """`confusion` as a pandas DataFrame: rows are true classes, columns predicted ones, values image counts.
 
         Raises `SettingError` when pandas is not installed.
         """
@@ -157,7 +157,7 @@ class MemoryPlan:
         return {**asdict(self), "peak_bytes": self.peak_bytes}
 
     def __str__(self) -> str:
-        """A table: an item a line, a stage a column, in MB."""
+        """A table with a line for each item and a column for each stage, in MB."""
         items = list(dict.fromkeys(item for stage in self.stages for item in stage.items))
         rows = [["MB", *(stage.name for stage in self.stages)]]
         rows += [[item, *(f"{stage.items.get(item, 0) / 1e6:.1f}" for stage in self.stages)] for item in items]
@@ -397,7 +397,7 @@ class TaskReport:
         In which precision, with how many threads and in which memory order its training stages computed, and whether that was
         measured; None in reports of earlier versions.
     commits
-        In order. An instant one stays the last where the adapted model is expected to answer less well, or the time is up.
+        In order. An instant one stays the last if the adapted model is expected to answer less well, or the time is up.
     """
 
     task: int

@@ -54,7 +54,7 @@ class RunsSessions:
 
     @property
     def precision(self) -> str:
-        """ "auto", "float32" or "bfloat16": what training stages compute in, where the recipe allows for it."""
+        """ "auto", "float32" or "bfloat16": what training stages compute in, if the recipe allows it."""
         return self._precision
 
     @precision.setter

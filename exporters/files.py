@@ -126,7 +126,7 @@ def _remove_stale_parts(target: Path) -> None:
 
 
 def _mode_of(path: Path) -> int | None:
-    """The permission bits of a file; None where there is none."""
+    """The permission bits of a file; None if it does not exist."""
     try:
         return stat.S_IMODE(os.stat(path).st_mode)
     except FileNotFoundError:

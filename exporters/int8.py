@@ -75,7 +75,7 @@ class Comparison:
 
 
 def count(images: ImageSet) -> int | None:
-    """The number of images in a set; None where that is not known before it has been read."""
+    """The number of images in a set; None if that is not known before it has been read."""
     if isinstance(images, (list, tuple)):
         return sum(map(len, images))
     return len(images) if isinstance(images, Sized) else None

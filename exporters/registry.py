@@ -45,7 +45,7 @@ class About:
     temperature
         What the classifier divides its logits by; for information, since its answers have it already.
     thresholds
-        Of each class, for `exporters.rejection`; empty where there are none.
+        Of each class, for `exporters.rejection`; empty if there are none.
     """
 
     classes: tuple[str, ...]

@@ -36,7 +36,7 @@ def switch_off() -> None:
 def runtime_library() -> Any:
     """The module `onnxruntime` with its telemetry off; every import of it in this package comes through here.
 
-    Raises `ExportError` where it is not installed.
+    Raises `ExportError` if it is not installed.
     """
     switch_off()
     try:

@@ -37,7 +37,7 @@ def names() -> list[str]:
 
 
 def run(protocol: accuracy.Protocol, method: str, *arguments: Any, **settings: Any) -> dict[str, Any]:
-    """Runs a protocol with a method, by whatever runs it; arguments and result are those of `accuracy.run`."""
+    """Runs a protocol with a method, by the file that runs it; arguments and result are those of `accuracy.run`."""
     runner = next((runner for runner in _runners() if method in runner.names()), accuracy)
     return runner.run(protocol, method, *arguments, **settings)
 

@@ -83,7 +83,7 @@ class Meter:
         """Most bytes above the level since `reset`."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_reserved(self._device) - self.level
-        return self._look()
+        return self._measure()
 
     @property
     def highest(self) -> int:
@@ -113,14 +113,14 @@ class Meter:
             self.level = max(self.level, held(self._device))
             self._peak = self._highest = 0
 
-    def _look(self) -> int:
+    def _measure(self) -> int:
         with self._lock:
             self._peak = max(self._peak, held(self._device) - self.level)
             return self._peak
 
     def _sample(self) -> None:
         while not self._stop.wait(SAMPLING):
-            self._look()
+            self._measure()
 
 
 def held(device: torch.device) -> int:

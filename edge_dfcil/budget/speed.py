@@ -48,7 +48,7 @@ def timed(setting: Computing, step: Callable[[], object]) -> float:
         return time.perf_counter() - begin
 
 
-def pays(begin: Callable[[], Task], method: Method, device: torch.device) -> bool:
+def is_worth_measuring(begin: Callable[[], Task], method: Method, device: torch.device) -> bool:
     """Whether it is worth measuring: on a CPU, for a task that begins with a training stage and has many steps in all."""
     if device.type != "cpu":
         return False

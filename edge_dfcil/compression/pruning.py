@@ -294,10 +294,10 @@ class Cutter:
         group.prune()
         try:
             with torch.no_grad():
-                alike = _alike(self._whole(images), masked, ALIKE_AT_A_CUT)
+                agrees = _alike(self._whole(images), masked, ALIKE_AT_A_CUT)
         except (RuntimeError, ValueError):  # the shapes of its layers do not fit together
-            alike = False
-        if not alike:
+            agrees = False
+        if not agrees:
             raise BackboneError(
                 f"{self._names[root]} cannot lose {len(channels)} channels: the layers after it do not follow, so the network "
                 "cannot be pruned as far as that. Ask for less, or distil into another backbone"
@@ -363,7 +363,7 @@ class Cutter:
         return (graph or self._graph).get_pruning_group(root, torch_pruning.prune_conv_out_channels, idxs=channels)
 
     def _candidates(self) -> list[nn.Conv2d]:
-        """A convolution for each set of layers that lose channels together, where it has enough of them and BatchNorm."""
+        """A convolution for each set of layers that lose channels together, if it has enough of them and BatchNorm."""
         found = []
         for group in self._graph.get_all_groups(ignored_layers=[self._network.head], root_module_types=[nn.Conv2d]):
             root = group[0][0].target.module
@@ -390,7 +390,7 @@ class Cutter:
             layer = dep.target.module
             if not isinstance(layer, nn.Conv2d) or layer.groups == 1 or _is_depthwise(layer) or len(index) != len(leader):
                 continue
-            size = (layer.out_channels if _gives(dep) else layer.in_channels) // layer.groups
+            size = (layer.out_channels if _is_output(dep) else layer.in_channels) // layer.groups
             first: dict[int, int] = {}  # of each place inside a group, the first channel there
             for channel, place in enumerate(index):
                 leader[find(channel)] = find(first.setdefault(place % size, channel))
@@ -491,7 +491,7 @@ class Cutter:
             end = (layer, "both" if _is_depthwise(layer) else dep.handler) if layer in after else None
             if end is not None and end not in ends:
                 ends.add(end)
-                after[layer] = _less(after[layer], dep, len(index))
+                after[layer] = _shape_without(after[layer], dep, len(index))
         return sum(self._table(shapes[layer]) - self._table(after[layer]) for layer in shapes if after[layer] != shapes[layer])
 
 
@@ -507,7 +507,7 @@ def _is_batchnorm(dep: Any) -> bool:
 
 
 def _is_depthwise(layer: Any) -> bool:
-    """As torch-pruning sees it: such a layer loses what it takes and what it gives together."""
+    """As torch-pruning sees it: such a layer loses inputs and outputs together."""
     return layer.groups == layer.out_channels and layer.out_channels > 1
 
 
@@ -516,7 +516,7 @@ def _zero(group: Any) -> Iterator[None]:
     """With the channels of a group at zero, by the weights of all layers that make them."""
     before: dict[nn.Parameter, Tensor] = {}
     for dep, index in group:
-        if not (_is_batchnorm(dep) or _gives(dep)):
+        if not (_is_batchnorm(dep) or _is_output(dep)):
             continue
         for parameter in dep.target.module.parameters(recurse=False):
             before.setdefault(parameter, parameter.detach().clone())
@@ -532,8 +532,8 @@ def _alike(logits: Tensor, masked: Tensor, tolerance: float) -> bool:
     return bool((logits - masked).abs().max() <= tolerance * masked.abs().max())
 
 
-def _gives(dep: Any) -> bool:
-    """Whether a dependency is of what a layer gives, not of what it takes; depthwise layers do both."""
+def _is_output(dep: Any) -> bool:
+    """Whether a dependency is of a layer's output, not of its input; of depthwise layers it is both."""
     import torch_pruning
 
     giving = (
@@ -544,7 +544,7 @@ def _gives(dep: Any) -> bool:
     return dep.handler in giving
 
 
-def _less(shape: Shape, dep: Any, n: int) -> Shape:
+def _shape_without(shape: Shape, dep: Any, n: int) -> Shape:
     """A convolution's shape after a dependency has taken `n` channels off one of its ends, or off both of a depthwise one."""
     import torch_pruning
 

@@ -199,7 +199,7 @@ class _Noise:
 
 
 class Pool:
-    """Dreams kept while a task is learnt, a byte a value: each image is rounded to 256 steps between its darkest and its
+    """Dreams kept while a task is learnt, one byte for each value: an image is rounded to 256 steps between its darkest and its
     brightest value, a hundredth of a deviation apart, and nothing is clipped.
 
     Attributes
@@ -308,20 +308,20 @@ def make_pool(dreamer: Dreamer, size: int, at_once: int | None = None) -> Pool:
     have = torch.zeros(teacher.n_classes, dtype=torch.long, device=dreamer.wanted.device)
     pool = Pool(size, teacher, dreamer.wanted.device)
     filled = spare = 0  # dreams within their class's quota, from the front; others, from the back, until those need the room
-    in_vain, once = 0, -(-size // batch_size)
-    for _ in range(TRIES * once):
+    misses, rounds = 0, -(-size // batch_size)
+    for _ in range(TRIES * rounds):
         dream = dreamer.dream(batch_size)
         one_hot = F.one_hot(dream.labels, teacher.n_classes)
         rank = have[dream.labels] + (one_hot.cumsum(0) * one_hot).sum(1)  # 1 for a class's first dream, and so on
         within = rank <= quota
         have += one_hot[within].sum(0)
-        in_vain = 0 if bool(within.any()) else in_vain + 1
+        misses = 0 if bool(within.any()) else misses + 1
         filled += pool.write(filled, size, dream[within])
         spare = min(spare, size - filled)
         spare += pool.write(filled, size - spare, dream[~within], from_the_back=True)
         if filled == size:
             return pool
-        if in_vain == max(once, TRIES):  # as many images as are needed held none of these classes: more would not either
+        if misses == max(rounds, TRIES):  # so many images held none of the classes that lack some: more would not either
             break
     pool.close_gap(filled, spare)
     _check_some(pool, dreamer)

@@ -89,7 +89,7 @@ def _font_of_matplotlib() -> str | None:
 
 @functools.lru_cache
 def _font_of_system(characters: str) -> str | None:
-    """The file of the font that fontconfig, where it is installed, would write these characters with."""
+    """The file of the font that fontconfig, if it is installed, chooses for these characters."""
     if shutil.which("fc-match") is None:
         return None
     pattern = ":charset=" + " ".join(f"{ord(character):x}" for character in characters)

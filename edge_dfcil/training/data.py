@@ -207,9 +207,9 @@ class RealBatches:
             classes = ", ".join(
                 repr(names[target]) if target in names else f"target {target!r}" for target in sorted(missing, key=str)
             )
-            raise DataError(f"no image of {classes} would be learnt from: {self._why()}")
+            raise DataError(f"no image of {classes} would be learnt from: {self._reason()}")
 
-    def _why(self) -> str:
+    def _reason(self) -> str:
         if self._smallest > 2:
             return (
                 f"they are all in batches of fewer than {self._largest} images, which the recipe leaves out; give the loader "
