@@ -68,6 +68,7 @@ def main() -> None:
 @click.option("--image-size", type=int)
 @click.option("--batch-size", type=int)
 @click.option("--per-class", type=int, help="Training images of a class; the preset's, or all.")
+@click.option("--imbalance", type=float, help="Images of the largest class over those of the smallest; accuracy is as before.")
 @click.option("--multiscale/--no-multiscale", default=None, help="Whether features are of several scales.")
 @click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change a number of the recipe; kept in the result.")
 @click.option("--minutes", type=float, help="Begin no task that would not end in this time.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import embedding, machine, pretrained, yardsticks  # noqa: F401  # pretrained registers its backbones
+from benchmarks import candidates, embedding, machine, pretrained, yardsticks  # noqa: F401  # pretrained registers its backbones
 from benchmarks.datasets import Data, Part, class_order
 from edge_dfcil import Learner, devices, metrics
 from edge_dfcil.errors import SettingError
@@ -41,6 +42,7 @@ class Protocol:
     multiscale: bool | None = None  # as for `Learner`
     weights: str | None = None
     per_class: int | None = None  # training images of a class, drawn by the seed; None: all
+    imbalance: float = 1.0  # images of the largest class over those of the smallest; those between fall geometrically
     seen_before: str = ""  # which data the backbone has been trained on
 
 
@@ -182,14 +184,17 @@ def run(
             raise Stopped
         new, seen = order[task * size : (task + 1) * size], order[: (task + 1) * size]
         probe = embedding.Probe(data.part("test", seen[: task * size], 500), data.part("test", new, 500))
+        test = data.part("test", seen, 500)
+        pair = candidates.Candidates(test, data.names)
         machine.reset_peak(learner.device)
         begin = time.perf_counter()
         train = training(protocol, data, new, seed)
-        report = learner.learn_task(train, data.names, callbacks=[probe])
-        seconds = time.perf_counter() - begin - probe.seconds
-        found = learner.evaluate(data.part("test", seen, 500), data.names)
+        report = learner.learn_task(train, data.names, callbacks=[probe, pair])
+        seconds = time.perf_counter() - begin - probe.seconds - pair.seconds
+        found = learner.evaluate(test, data.names)
         record(result, found.accuracy, found.per_task, seconds, learner, out)
         result["stages"].append([stage.to_dict() for stage in report.stages])
+        result.setdefault("candidates", []).append(pair.found)
         if probe.mid:
             result["mid"].append(probe.mid)
             if task == 1:
@@ -269,7 +274,13 @@ def _precision(device: str) -> str:
 def training(protocol: Protocol, data: Data, classes: Sequence[int], seed: int) -> Part:
     """The training images of a task's classes, as many as the protocol has of each."""
     part = data.part("train", classes, protocol.batch_size)
-    return part if protocol.per_class is None else part.few(protocol.per_class, seed)
+    if protocol.imbalance == 1:
+        return part if protocol.per_class is None else part.few(protocol.per_class, seed)
+    order = class_order(len(data.names), seed)[: protocol.classes]
+    random.Random(seed).shuffle(order)  # large and small classes in every task
+    most = protocol.per_class or int(part.targets.bincount().max())
+    shares = {number: protocol.imbalance ** -(place / (len(order) - 1)) for place, number in enumerate(order)}
+    return part.few({number: max(1, round(most * shares[number])) for number in classes}, seed)
 
 
 def _save(learner: Learner, state: yardsticks.Yardstick | None, path: Path) -> int:
@@ -306,4 +317,5 @@ def begun(protocol: Protocol, method: str, seed: int, recipe: Recipe, learner: L
         "peak_bytes": [],
         "stages": [],
         "mid": [],
+        "candidates": [],
     }

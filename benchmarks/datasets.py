@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,11 +31,12 @@ class Part:
     batch_size: int
     shuffle: bool
 
-    def few(self, n: int, seed: int) -> Part:
-        """At most `n` images of each class, drawn by a seed."""
+    def few(self, n: int | Mapping[int, int], seed: int) -> Part:
+        """At most `n` images of each class, or as many as `n` has for its target, drawn by a seed."""
         draw = torch.Generator().manual_seed(seed)
         shuffled = torch.randperm(len(self.targets), generator=draw)
-        chosen = [shuffled[self.targets[shuffled] == target][:n] for target in self.targets.unique()]
+        most = {target: n if isinstance(n, int) else n[target] for target in self.targets.unique().tolist()}
+        chosen = [shuffled[self.targets[shuffled] == target][: most[target]] for target in most]
         index = torch.cat(chosen).sort().values
         return Part(self.images[index], self.targets[index], self.batch_size, self.shuffle)
 

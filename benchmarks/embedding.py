@@ -17,7 +17,6 @@ from torch import Tensor
 from benchmarks.datasets import Part
 from edge_dfcil import Callback, Learner
 from edge_dfcil.learning import Learning
-from edge_dfcil.methods.task import Task
 from edge_dfcil.model.network import Network
 from edge_dfcil.results import StageReport
 from edge_dfcil.training.stage import Stage
@@ -46,17 +45,17 @@ class Probe(Callback):
 
     def __init__(self, old: Part, new: Part) -> None:
         self._old, self._new = old, new
-        self._task: Task | None = None
+        self._work: Learning | None = None
         self.features: dict[str, Tensor] = {}
         self.mid: dict[str, float] = {}
         self.seconds = 0.0
 
     def on_task_begin(self, learner: Learner) -> None:
         assert learner.running is not None and isinstance(learner.running.work, Learning)
-        self._task = learner.running.work.task
+        self._work = learner.running.work
 
     def on_stage_end(self, stage: Stage, report: StageReport) -> None:
-        task = self._task
+        task = self._work.task if self._work is not None else None
         if stage.name != "learn" or task is None or task.dreams is None:
             return
         begin, rng = time.perf_counter(), torch.get_rng_state()  # reading must not change what follows

@@ -9,11 +9,24 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks import embedding, latency, memory, memory_tables, precision, rejection, speed, tables, workshop, workshop_tables
+from benchmarks import (
+    candidates,
+    embedding,
+    latency,
+    memory,
+    memory_tables,
+    precision,
+    rejection,
+    speed,
+    tables,
+    workshop,
+    workshop_tables,
+)
 from benchmarks.accuracy import PRESETS, omega
 
 Results = list[dict[str, Any]]  # one a seed
 FEW = "-per_class="  # in the name of a protocol: a preset with another number of images
+UNEVEN = "imbalance="  # the same, of which classes have very different numbers
 
 
 def read(folder: Path) -> dict[str, dict[str, Results]]:
@@ -42,7 +55,7 @@ def write(folder: Path) -> str:
     parts = ["# Results", "Made by `python -m benchmarks report` from the JSON files here. No figure is typed in."]
     found = read(folder)
     for protocol, methods in found.items():
-        if FEW in protocol:
+        if FEW in protocol or UNEVEN in protocol:
             continue
         parts += [f"## {protocol}", describe(next(iter(methods.values()))[0]), table(folder, methods)]
         if len(methods) > 1:
@@ -57,6 +70,10 @@ def write(folder: Path) -> str:
         parts += _embeddings(folder, protocol, methods)
     if fewer := few_images(found):
         parts += ["## Few images", fewer]
+    if uneven := imbalanced(found):
+        parts += ["## Imbalance", uneven]
+    if both := candidates.describe(found):
+        parts += ["## Instant and adapted", both]
     if timed := measured_all(folder, speed.FILE):
         parts += ["## Speed", *map(speed.describe, timed)]
     if (steps := measured(folder / precision.FILE)) is not None:
@@ -84,7 +101,7 @@ def few_images(found: dict[str, dict[str, Results]]) -> str:
     presets: dict[str, dict[int, dict[str, Results]]] = defaultdict(dict)
     for name, methods in found.items():
         preset, _, number = name.partition(FEW)
-        if number:
+        if number and UNEVEN not in name:
             presets[preset][int(number)] = methods
             presets[preset][PRESETS[preset].per_class or 0] = found.get(preset, {})
     numbers = sorted({number for runs in presets.values() for number in runs if number})
@@ -100,6 +117,26 @@ def few_images(found: dict[str, dict[str, Results]]) -> str:
         "keeps none of fewer than ten images, and knows such a class by its row of the head."
     )
     return f"{tables.table(head, rows)}\n\n{note}" if rows else ""
+
+
+def imbalanced(found: dict[str, dict[str, Results]]) -> str:
+    """Accuracy where the largest class has many times the images of the smallest; else empty."""
+    rows = []
+    for name, methods in found.items():
+        preset = name.partition("-" + UNEVEN)[0].partition(FEW)[0]
+        for method, results in methods.items() if UNEVEN in name else ():
+            seeds = ", ".join(str(r["seed"]) for r in results)
+            each = " / ".join(f"{value:.1f}" for value in by_task(results))
+            rows.append([preset, _images(results[0]), method, seeds, each, final(results)])
+    head = ["preset", "images of a class", "method", "seeds", "after each task, %", "final, %"]
+    note = "Test images are as many of every class. Sizes fall geometrically, in an order drawn by the seed."
+    return f"{tables.table(head, rows)}\n\n{note}" if rows else ""
+
+
+def _images(result: dict[str, Any]) -> str:
+    protocol = result["protocol"]
+    most = protocol["per_class"] or (500 if protocol["dataset"] == "cifar100" else None)
+    return f"{most} to {round(most / protocol['imbalance'])}" if most else f"all to 1/{protocol['imbalance']:g} of them"
 
 
 def measured(path: Path) -> dict[str, Any] | None:

@@ -166,7 +166,7 @@ class Learning:
         self.network: nn.Module | None = None
         self.task: Task | None = None
         self.plan: MemoryPlan | None = None
-        self._first: Task | None = None  # that of the instant model, if there is one
+        self.first: Task | None = None  # that of the instant model, if there is one
         self._last: Model = model  # that was committed
         self._commits: list[Commit] = []
         self._has_begun = self._adapted = self._complete = False
@@ -218,7 +218,7 @@ class Learning:
         if self.fitted is not None:
             task.share = self.fitted["share"]
             changes |= self.fitted["changes"]
-        task.recipe, task.compared = task.recipe.changed(changes), self._first is not None
+        task.recipe, task.compared = task.recipe.changed(changes), self.first is not None
         self._begin(session)
         yield from self._held(session, self.method.stages(task), task)
         self._complete = True
@@ -230,9 +230,9 @@ class Learning:
         for stage in self._held(session, self.method.instant(task), task):
             self._begin(session)
             yield stage
-            self._first = task
+            self.first = task
         devices.set_random_state(random, session.device)  # the rest is learnt as without an instant model
-        if self._first is not None:
+        if self.first is not None:
             self._put(session, task, self.model.learning)
             session.has_result = True
 
@@ -283,7 +283,7 @@ class Learning:
 
     def _first_is_better(self) -> bool:
         """Whether the instant model stays, because the adapted one is expected to answer less well."""
-        first, last = (None if task is None else task.expected_error for task in (self._first, self.task))
+        first, last = (None if task is None else task.expected_error for task in (self.first, self.task))
         return first is not None and last is not None and last > first + WORSE
 
     def _put(self, session: Session[Any], task: Task, learning: Mapping[str, Any]) -> None:
@@ -327,13 +327,13 @@ class Learning:
 
     def _has_no_time(self) -> bool:
         """Whether the time that is left is too short to adapt the network, and there is an instant model to end with."""
-        return self._first is not None and self.fitted is not None and self.fitted["share"] < LEAST_SHARE
+        return self.first is not None and self.fitted is not None and self.fitted["share"] < LEAST_SHARE
 
     def _checks(self, session: Session[Any]) -> Callable[[], None]:
         def check() -> None:
             if session.cancelled:  # a pause waits for the first step: planning is not interrupted by it
                 session.check()
-            if self._first is not None and self._seconds is not None and session.seconds >= self._seconds:
+            if self.first is not None and self._seconds is not None and session.seconds >= self._seconds:
                 raise Enough
 
         return check

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
-from benchmarks import accuracy, embedding, machine, memory, memory_tables, rejection, report, workshop_tables
+from benchmarks import accuracy, candidates, embedding, machine, memory, memory_tables, rejection, report, workshop_tables
 from benchmarks.__main__ import main
 from benchmarks.datasets import Data, class_order, load, pack
 from edge_dfcil import DataError, Learner, Recipe, SettingError
@@ -134,6 +135,40 @@ def test_presets_are_the_published_protocols() -> None:
     with pytest.raises(SettingError, match="edge-9x9"):
         accuracy.find_preset("edge-9x9")
     assert accuracy.expand("lwf,ablations")[:2] == ["lwf", "abd:published"]
+
+
+def test_classes_of_an_imbalanced_protocol_have_from_all_images_to_few(data: Data) -> None:
+    protocol = replace(TINY, classes=6, tasks=3, imbalance=4.0)
+    order = class_order(6, 0)
+    counts = [accuracy.training(protocol, data, [number], 0).targets.numel() for number in order]
+    together = accuracy.training(protocol, data, order, 0).targets.bincount()
+    assert sorted(counts) == [2, 3, 3, 5, 6, 8]
+    assert [int(together[number]) for number in order] == counts
+
+
+def test_instant_and_adapted_models_are_tested_apart(data: Data, tmp_path: Path) -> None:
+    result = accuracy.run(TINY, "abd:drift", 0, data, tmp_path, "cpu", QUICK)
+    first, later = result["candidates"]
+    assert first == {}  # an untrained network has no instant model
+    assert later.keys() == {"instant", "adapted"}
+    assert all(0 <= later[kind]["accuracy"] <= 1 and later[kind]["expected_error"] >= 0 for kind in later)
+    assert result["accuracy"][1] in {later[kind]["accuracy"] for kind in later}
+    assert "## Instant and adapted\n\n| protocol |" in report.write(tmp_path)
+
+
+def test_the_choice_between_instant_and_adapted_by_hand() -> None:
+    def pair(instant: tuple[float, float], adapted: tuple[float, float]) -> dict[str, Any]:
+        both = {"instant": instant, "adapted": adapted}
+        return {kind: {"accuracy": accuracy, "expected_error": error} for kind, (accuracy, error) in both.items()}
+
+    pairs = [
+        pair((0.6, 0.4), (0.7, 0.3)),  # taken, and better
+        pair((0.6, 0.4), (0.5, 0.405)),  # taken, and worse
+        pair((0.6, 0.4), (0.5, 0.6)),  # dropped, and worse
+        {},  # a task without an instant model
+    ]
+    table = candidates.describe({"tiny": {"abd": [{"seed": 0, "candidates": pairs}]}})
+    assert "| tiny | abd | 0 | 3 | 60.0 | 56.7 | 2 | 2 | -10.0 | 1 | 2 of 3 | 60.0 |" in table
 
 
 def test_mid_by_hand() -> None:

@@ -36,6 +36,19 @@ def test_an_affine_drift_is_found_from_any_parts(seed: int, parts: int) -> None:
     assert torch.allclose(drift.covariance(before.T.cov()), after.T.cov(), atol=1e-4)
 
 
+def test_a_moved_covariance_has_what_the_map_does_not_explain() -> None:
+    draw = torch.Generator().manual_seed(0)
+    before = torch.randn(500, 4, generator=draw, dtype=torch.float64)
+    after = before @ torch.randn(4, 4, generator=draw, dtype=torch.float64)
+    after += 2 * torch.randn(500, 4, generator=draw, dtype=torch.float64)
+    for ridge in (1e-9, 1.0):
+        drift = sums_of(before, after).solve(ridge)
+        rest = after - drift.means(before)
+        assert torch.allclose(drift.residual, rest.T.cov(correction=0), atol=1e-8)
+    exact = sums_of(before, after).solve(1e-9)
+    assert torch.allclose(exact.covariance(before.T.cov(correction=0)), after.T.cov(correction=0), atol=1e-6)
+
+
 def test_it_shrinks_to_the_identity() -> None:
     torch.manual_seed(0)
     before = torch.randn(60, 4, dtype=torch.float64)

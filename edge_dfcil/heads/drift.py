@@ -24,18 +24,22 @@ class DriftMap:
         M, (F, F).
     offset
         b, (F,).
+    residual
+        R, the covariance of what the map does not explain, (F, F).
     """
 
     matrix: Tensor
     offset: Tensor
+    residual: Tensor
 
     def means(self, means: Tensor) -> Tensor:
         """Class means (C, F), moved."""
         return means @ self.matrix + self.offset
 
     def covariance(self, covariance: Tensor) -> Tensor:
-        """A covariance (F, F), moved."""
-        return self.matrix.T @ covariance @ self.matrix
+        """A covariance (F, F), moved: M' S M + R. A new backbone tells images apart that the old one did not; without R the
+        moved classes would look narrower than they are."""
+        return (self.matrix.T @ covariance @ self.matrix).add_(self.residual)
 
 
 class DriftSums:
@@ -44,6 +48,7 @@ class DriftSums:
     def __init__(self, features: int, dtype: torch.dtype, device: torch.device) -> None:
         self._within = torch.zeros(features, features, dtype=dtype, device=device)  # sum of x x'
         self._across = torch.zeros(features, features, dtype=dtype, device=device)  # sum of x y'
+        self._beyond = torch.zeros(features, features, dtype=dtype, device=device)  # sum of y y'
         self._before = torch.zeros(features, dtype=dtype, device=device)
         self._after = torch.zeros(features, dtype=dtype, device=device)
         self._count = 0
@@ -53,6 +58,7 @@ class DriftSums:
         before, after = before.to(self._within.dtype), after.to(self._within.dtype)
         self._within += before.T @ before
         self._across += before.T @ after
+        self._beyond += after.T @ after
         self._before += before.sum(0)
         self._after += after.sum(0)
         self._count += len(before)
@@ -62,14 +68,17 @@ class DriftSums:
 
         Without any pair, the identity. On the CPU, in float64.
         """
-        sums = (self._within, self._across, self._before, self._after)
-        within, across, before, after = (each.cpu().double() for each in sums)
+        sums = (self._within, self._across, self._beyond, self._before, self._after)
+        within, across, beyond, before, after = (each.cpu().double() for each in sums)
         identity = torch.eye(len(before), dtype=within.dtype)
         if not self._count:
-            return DriftMap(identity, torch.zeros_like(before))
+            return DriftMap(identity, torch.zeros_like(before), torch.zeros_like(within))
         x, y = before / self._count, after / self._count
-        within = within - self._count * torch.outer(x, x)
-        across = across - self._count * torch.outer(x, y)
+        within = within / self._count - torch.outer(x, x)  # covariances from here
+        across = across / self._count - torch.outer(x, y)
+        beyond = beyond / self._count - torch.outer(y, y)
         r = (ridge * within.diagonal().mean()).clamp_min(torch.finfo(within.dtype).tiny)
         matrix = identity + torch.linalg.solve(within + r * identity, across - within)
-        return DriftMap(matrix, y - x @ matrix)
+        common = matrix.T @ across
+        residual = beyond - common - common.T + matrix.T @ within @ matrix
+        return DriftMap(matrix, y - x @ matrix, residual)
