@@ -17,7 +17,7 @@ Whatever is raised, the learner's model is the last committed one, and so is the
 
 
 class EdgeDfcilError(Exception):
-    """Base of all errors told on purpose: catch this one to catch them all."""
+    """Base of all errors that this package raises on purpose: catch this one to catch them all."""
 
 
 class SettingError(EdgeDfcilError, ValueError):

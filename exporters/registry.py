@@ -32,7 +32,7 @@ MAX_HEADER = 100_000_000  # bytes; no safetensors file has more
 
 @dataclass(frozen=True)
 class About:
-    """What an exported file says of itself.
+    """The metadata of an exported file.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class About:
     temperature
         What the classifier divides its logits by; for information, since its answers have it already.
     thresholds
-        Of each class, for `exporters.rejection`; empty where there are none.
+        Of each class, for `exporters.rejection`; empty if there are none.
     """
 
     classes: tuple[str, ...]
