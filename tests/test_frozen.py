@@ -12,6 +12,7 @@ import torch
 from benchmarks import accuracy, runners
 from benchmarks.runners import frozen
 from edge_dfcil import SettingError
+from tests.conftest import slow_but
 from tests.test_benchmarks import QUICK, TINY, data  # noqa: F401  # a fixture
 
 
@@ -25,7 +26,7 @@ def classes(task: int, n: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
     return (centres + noise).clamp_min(0), targets
 
 
-@pytest.mark.parametrize("name", frozen.HEADS)
+@pytest.mark.parametrize("name", slow_but({"frozen_lda", "fecam"}, frozen.HEADS))
 def test_a_head_tells_classes_of_all_tasks_apart(name: str) -> None:
     head = frozen.HEADS[name](0)
     for task in range(3):
@@ -45,7 +46,7 @@ def test_learning_lda_task_by_task_gives_what_learning_at_once_gives() -> None:
     assert torch.allclose(by_task.scores(features), at_once.scores(features))
 
 
-@pytest.mark.parametrize("method", ["frozen_lda", "fecam:rotations"])
+@pytest.mark.parametrize("method", slow_but({"frozen_lda"}, ["frozen_lda", "fecam:rotations"]))
 def test_a_run_has_what_other_runs_have(method: str, data: Any, tmp_path: Path) -> None:  # noqa: F811
     ours = runners.run(TINY, method, 0, data, tmp_path, "cpu", QUICK)
     theirs = runners.run(TINY, "finetune", 0, data, tmp_path, "cpu", QUICK)

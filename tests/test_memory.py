@@ -286,6 +286,7 @@ class TestOtherOperations:
         for name, taken in json.loads(done.stdout).items():
             assert taken <= 64e6, name
 
+    @pytest.mark.slow
     def test_one_that_is_too_small_is_refused_and_says_what_is_needed(self, learnt: Learner, tmp_path: Path) -> None:
         learnt.memory_budget = 10_000
         for operation in (
