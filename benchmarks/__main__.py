@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from benchmarks import accuracy, datasets, frozen, memory_tables, readme, steps, workshop_tables
+from benchmarks import accuracy, datasets, memory_tables, readme, runners, steps, workshop_tables
 from benchmarks import images as photographs
 from benchmarks import latency as latencies
 from benchmarks import memory as memories
@@ -35,8 +35,8 @@ DATA = click.option(
 DEVICE = click.option("--device", default="auto", show_default=True)
 
 
-class Told(click.Group):
-    """Ends with the message of an error that was told on purpose."""
+class ReportsErrors(click.Group):
+    """Ends with the message of an error that the package raises on purpose, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -45,9 +45,9 @@ class Told(click.Group):
             raise click.ClickException(str(error)) from error
 
 
-@click.group(cls=Told, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=ReportsErrors, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Is it as good as we say."""
+    """Accuracy, speed and memory of the package and of rivals, and the tables of results."""
 
 
 @main.command("accuracy")
@@ -58,7 +58,7 @@ def main() -> None:
     default="finetune,deep_inversion,abd",
     show_default=True,
     help="Names with commas between: a method, a yardstick with its coreset (bic-400, bic-1MB), a head on a frozen backbone "
-    f"({', '.join(frozen.HEADS)}), or ablations.",
+    f"({', '.join(runners.names())}), or ablations.",
 )
 @click.option("--seeds", default="0", show_default=True, help="Numbers, with commas between; the class order follows them.")
 @click.option("--dataset", type=click.Choice(datasets.DATASETS), help="Other than the preset's.")
@@ -86,7 +86,7 @@ def run_accuracy(
     device: str,
     **other: Any,
 ) -> None:
-    """Accuracy after each task. Stopped, it goes on from the last finished task when run again."""
+    """Accuracy after each task. Run again, a stopped run continues from the last finished task."""
     given = {name: value for name, value in other.items() if value is not None}
     protocols = [changed(accuracy.find_preset(name), given) for name in preset.split(",")]
     numbers = {name: _value(value) for name, _, value in (change.partition("=") for change in changes)}
@@ -97,14 +97,11 @@ def run_accuracy(
             loaded = datasets.load(data, protocol.dataset, protocol.image_size)
             for seed in map(int, seeds.split(",")):
                 for method in accuracy.expand(methods):
-                    if method in frozen.names():
-                        result = frozen.run(protocol, method, seed, loaded, out, device, numbers)
-                    else:
-                        result = accuracy.run(protocol, method, seed, loaded, out, device, numbers, in_time)
+                    result = runners.run(protocol, method, seed, loaded, out, device, numbers, in_time)
                     each = " ".join(f"{100 * value:.1f}" for value in result["accuracy"])
                     click.echo(f"{protocol.name} {method} seed {seed}: {each} %, {sum(result['seconds']) / 60:.1f} minutes")
     except accuracy.Stopped:
-        click.echo("stopped, because the next task would not end in time; run the same command again to go on")
+        click.echo("stopped, because the next task would not end in time; run the same command again to continue")
     else:
         click.echo("all of it has been run")
 
@@ -122,7 +119,7 @@ def _deadline(minutes: float | None) -> Callable[[float], bool]:
 
 
 def changed(protocol: accuracy.Protocol, other: dict[str, Any]) -> accuracy.Protocol:
-    """A preset with other settings, and a name that tells them."""
+    """A preset with other settings, which its name then contains."""
     if not other:
         return protocol
     name = "-".join([protocol.name, *(f"{key}={value}" for key, value in other.items())])
@@ -141,7 +138,7 @@ def _value(text: str) -> Any:
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--limit", default=60.0, show_default=True, help="MiB.")
 def run_pack(data: Path, out: Path, limit: float) -> None:
-    """Packs CIFAR-100 into a smaller file, for a machine that takes no larger one; results say how."""
+    """Packs CIFAR-100 into a smaller file, for a machine that accepts no larger one; results say how."""
     click.echo(f"{out}: {datasets.pack(datasets.load(data), out, int(limit * 2**20))}")
 
 
@@ -162,7 +159,7 @@ def run_speed(as_json: bool, quick: bool, out: Path, device: str) -> None:
 @main.command("precision")
 @DATA
 @click.option("--quick", is_flag=True, help="A tiny network: whether it runs, not how fast.")
-@click.option("--remark", help="What else the machine did meanwhile; kept in the result.")
+@click.option("--remark", help="What else ran on the machine at that time; kept in the result.")
 @click.option("--name", default=precisions.FILE, show_default=True, help="Of the result's file.")
 @RESULTS
 def run_precision(data: Path, quick: bool, remark: str | None, name: str, out: Path) -> None:
@@ -199,7 +196,7 @@ def run_memory(data: Path, kinds: str, seeds: str, out: Path) -> None:
 @click.option(
     "--table",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Latencies of the device that is pruned for; else this one's, measured.",
+    help="Latencies of the device to prune for; without it they are measured on this one.",
 )
 @RESULTS
 @DEVICE
@@ -238,7 +235,7 @@ def run_rejection(data: Path, preset: str, seeds: str, per_class: int | None, ou
 @click.option("--quick", is_flag=True, help="A few rounds, without torch.compile: whether it runs, not how fast.")
 @RESULTS
 def run_latency(model: Path, as_json: bool, quick: bool, out: Path, **others: Path | None) -> None:
-    """How fast a model answers in every form that it ships in, and how soon after its process starts."""
+    """How fast a model answers in every form that it is shipped in, and how soon after its process starts."""
     given = {name: path for name, path in others.items() if path is not None}
     rounds = 3 if quick else 30
     found = latencies.run(model, given, lambda line: click.echo(line, err=True), rounds=rounds, compiled=not quick)

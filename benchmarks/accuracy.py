@@ -1,4 +1,4 @@
-"""Class-incremental accuracy: one JSON a run, resumable at any task."""
+"""Class-incremental accuracy: a JSON file for each run, resumable at any task."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UPPER_BOUND = "upper_bound"
 
 @dataclass(frozen=True)
 class Protocol:
-    """Which classes come when, and what learns them."""
+    """Which classes are learnt in which task, and by what."""
 
     name: str
     classes: int  # of the run's class order, from its start
@@ -48,7 +48,7 @@ class Protocol:
 
 # As published (ABD, supplement; REFERENCE: 250 epochs, batch 128, CIFAR-100's own mean and deviation).
 PAPER = Protocol("paper-5", 100, 5, "resnet32", "paper", mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
-# Photographs of hands, which ImageNet has none of; tiny-ImageNet's classes are among those that the backbone knows.
+# Photographs of hands, which are not in ImageNet; tiny-ImageNet's classes are among those that the backbone knows.
 PRETRAINED = Protocol(
     "pretrained-signs",
     10,
@@ -70,7 +70,7 @@ PRESETS = {
         PAPER,
         replace(PAPER, name="paper-10", tasks=10),
         replace(PAPER, name="paper-20", tasks=20),
-        # On a CPU a step's time follows its images, so that many steps on few images teach more a minute.
+        # On a CPU a step's time is proportional to its images, so many steps of few images learn more in a minute.
         Protocol("edge-5x4", 20, 5, "resnet20", "edge", batch_size=16, changes=SMALL_STEPS),
         # About two hours on two cores: more passes, and more dreams, in batches that can hold most of the old classes.
         Protocol(
@@ -96,7 +96,7 @@ PRESETS = {
     )
 }
 
-# ABD less one part each. The head refinement, which is ours and would make up for some of it, is off in all of them.
+# ABD without one part each. The head refinement, which is ours and would make up for some of it, is off in all of them.
 UNREFINED = {"refine.epochs": 0, "refine.align_head": 0.0}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "abd:published": UNREFINED,
@@ -164,7 +164,7 @@ def run(
     changes
         Numbers of the recipe to replace; they are part of the result and of its file's name.
     in_time
-        Asked before each task, with the seconds of the longest so far; False raises `Stopped`.
+        Called before each task, with the seconds of the longest so far; False raises `Stopped`.
     """
     name, parts = (method.split(":")[0], VARIANTS[method]) if method in VARIANTS else (method, {})
     recipe = find_recipe(protocol.recipe).changed(dotted(protocol.changes) | parts | dotted(changes or {}))
@@ -239,7 +239,7 @@ def omega(result: dict[str, Any], out: Path) -> float | None:
 def _learner(
     protocol: Protocol, name: str, seed: int, recipe: Recipe, device: str, path: Path, resumes: bool
 ) -> tuple[Learner, yardsticks.Yardstick | None]:
-    """A learner, new or as the last finished task left it, and its method where that keeps something."""
+    """A learner, new or as after the last finished task, and its method if that keeps something."""
     method = yardsticks.find(name)
     state = method if isinstance(method, yardsticks.Yardstick) else None
     if resumes:
@@ -250,7 +250,7 @@ def _learner(
 
 
 def new_learner(protocol: Protocol, method: str | Method, seed: int, recipe: Recipe, device: str) -> Learner:
-    """A learner that knows nothing yet."""
+    """A learner before its first task."""
     return Learner(
         protocol.backbone,
         image_size=protocol.image_size,
@@ -284,7 +284,7 @@ def training(protocol: Protocol, data: Data, classes: Sequence[int], seed: int) 
 
 
 def _save(learner: Learner, state: yardsticks.Yardstick | None, path: Path) -> int:
-    """Leaves all that the next task needs beside the result; returns the bytes of it, which is what the method keeps."""
+    """Saves all that the next task needs beside the result; returns the bytes of it, which is what the method keeps."""
     learner.save(_model(path))
     if state is None:
         return _model(path).stat().st_size

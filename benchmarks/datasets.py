@@ -66,7 +66,7 @@ class Data:
 
 
 def load(path: Path, dataset: str = "cifar100", image_size: int = 32) -> Data:
-    """A data set from where it lies.
+    """Reads a data set from disk.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def load(path: Path, dataset: str = "cifar100", image_size: int = 32) -> Data:
     image_size
         For folders of pictures: the side to which they are scaled and cropped.
 
-    Raises `DataError` that says what was looked for.
+    Raises `DataError` that says what was expected.
     """
     if path.is_file():
         return _npz(path)
@@ -139,8 +139,8 @@ def class_order(n: int, run: int) -> list[int]:
     return order
 
 
-# Packing: CIFAR-100 is 184 MB of pixels, and 92 MB at the best lossless coding that we know. To move it to a machine that
-# takes no more than 60 MiB, training images become JPEG without chroma subsampling, whose 8x8 blocks stay inside a 32x32
+# Packing: CIFAR-100 is 184 MB of pixels, and 92 MB with the best lossless coding that we know. To move it to a machine that
+# accepts no more than 60 MiB, training images become JPEG without chroma subsampling, whose 8x8 blocks stay inside a 32x32
 # image; test images stay exact.
 
 COLUMNS = 100  # images a row of a sheet
@@ -160,11 +160,11 @@ def pack(data: Data, path: Path, limit: int) -> str:
             rest |= {"train_sheet": train, "packed": np.array(packed)}
             np.savez(path, allow_pickle=False, **rest)
             return packed
-    raise DataError(f"the data does not fit into {limit} bytes at any JPEG quality worth learning from")
+    raise DataError(f"the data does not fit into {limit} bytes at any JPEG quality that is good enough to learn from")
 
 
 def _sheet(images: np.ndarray, form: str, **settings: object) -> np.ndarray:
-    """Images (N, S, S, 3) as one coded sheet a thousand, behind one another with their lengths in front."""
+    """Images (N, S, S, 3) as one coded sheet a thousand, one after the other, with their lengths in front."""
     size, coded = images.shape[1], []
     for begin in range(0, len(images), COLUMNS * 10):
         part = images[begin : begin + COLUMNS * 10]

@@ -1,8 +1,8 @@
-"""Does the network see old and new, or real and dreamt? The MID diagnostic of ABD, and a picture of the embedding.
+"""Do features separate old classes from new ones, or real images from generated ones? The MID diagnostic of ABD, and a plot.
 
 MID, Mean Image Distance (Smith et al., ICCV 2021, section 4): the distance between the mean penultimate features of two
 sets of images, over the standard deviation of the reference set's features. Its reference is real images of old classes.
-If they are nearer to new real images than to their own dreams, the features tell domains apart before classes.
+If they are nearer to new real images than to generated images of their own classes, features separate domains before classes.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def mid(features: Tensor, reference: Tensor) -> float:
 
 
 class Probe(Callback):
-    """Looks at the features once a task has been learnt, while its dreams are still there.
+    """Reads the features once a task has been learnt, while its generated images still exist.
 
     Attributes
     ----------
     mid
         From old real images "to_new_real" and "to_old_synthetic"; empty for methods that do not dream.
     seconds
-        What looking took.
+        Time that reading took.
     """
 
     def __init__(self, old: Part, new: Part) -> None:
@@ -58,7 +58,7 @@ class Probe(Callback):
         task = self._work.task if self._work is not None else None
         if stage.name != "learn" or task is None or task.dreams is None:
             return
-        begin, rng = time.perf_counter(), torch.get_rng_state()  # looking changes nothing in what follows
+        begin, rng = time.perf_counter(), torch.get_rng_state()  # reading must not change what follows
         images = sum(len(part) for part, _ in self._old)
         dreams = task.dreams.sample(images).images
         self.features = {

@@ -1,4 +1,4 @@
-"""How fast a classifier answers, in every form that it ships in; ratios of what was taken in turns in one run."""
+"""How fast a classifier answers, in every form that it is shipped in; ratios of what was taken in turns in one run."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def describe(found: dict[str, Any]) -> str:
     """The findings as Markdown: how many times as fast as torch eager."""
     columns = list(found["seconds"])
     base = [f"{1000 * found['seconds'][column][BASE]:.2f} ms for {column}" for column in columns]
-    told = (
+    text = (
         f"{found['backbone']}, {found['machine']['processor']}, torch {found['versions']['torch']}: times as fast as {BASE}, "
         f"which takes {', '.join(base)}; medians, in turns."
     )
@@ -126,7 +126,7 @@ def describe(found: dict[str, Any]) -> str:
         size = found["sizes"].get(name)
         shown = [f"{ratios[column][name]:.2f}" for column in columns]
         rows.append([name, "" if size is None else f"{size / 1e3:.0f}", *shown])
-    return "\n\n".join([told, table(["form", "size, kB", *columns], rows), _start(found)])
+    return "\n\n".join([text, table(["form", "size, kB", *columns], rows), _start(found)])
 
 
 def summary(found: dict[str, Any]) -> str:

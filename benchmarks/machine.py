@@ -1,4 +1,4 @@
-"""What a run was made with and on, and the most memory that it took."""
+"""The software and the machine of a run, and the most memory that it took."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What every result file says of its making: "commit", "versions" and "machine"."""
+    """What every result file says of how it was made: "commit", "versions" and "machine"."""
     return {"commit": commit(), "versions": versions(), "machine": machine(device)}
 
 
@@ -29,7 +29,7 @@ def commit(root: Path = ROOT) -> str | None:
     """The git commit of the code as 40 hex digits, with "-dirty" where code or settings differ from it.
 
     Outside a git checkout: what the environment variable GIT_COMMIT says, such as on a machine that the files alone were
-    copied to; else None. Result files are no code: writing one makes nothing dirty.
+    copied to; else None. Result files are not code: writing one does not make it dirty.
     """
     if _git(root, "rev-parse", "--show-toplevel") != str(root.resolve()):  # not in git, or within a repository of others
         return os.environ.get("GIT_COMMIT")
@@ -60,8 +60,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": _processor(),
         "threads": torch.get_num_threads(),
-        # glibc's allocator gives freed memory back and takes it anew at every step, unless told otherwise: on a CPU that
-        # shows in the time.
+        # glibc's allocator returns freed memory and takes it again at every step, unless these variables say otherwise: on
+        # a CPU that takes time.
         "allocator": {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")},
     }
 

@@ -1,4 +1,4 @@
-"""Planned, held and shown: what learning takes under a budget, and what replay takes beside it.
+"""Memory: what learning takes under a budget, beside its plan, and what replay takes for comparison.
 
 Every run is a process of its own, or one for each task; what the meter says is checked against the kernel's count.
 """
@@ -43,7 +43,7 @@ class Cell:
     ----------
     kind
         "budget", "accuracy", "replay" or "growth", all in one process; or "restarted": a process a task, as on the command
-        line, where libraries make anew what they need.
+        line, where libraries allocate again what they need.
     images
         Of each class; 0 takes all.
     """
@@ -107,7 +107,7 @@ def run(chosen: list[Cell], data: Path, out: Path, say: Callable[[str], None]) -
 
 
 def in_processes(cell: Cell, data: Path) -> dict[str, Any]:
-    """One cell in a process of its own, or one for each task, which hand the model on in a file."""
+    """One cell in a process of its own, or one for each task, which pass the model on in a file."""
     tasks = range(cell.tasks)
     parts = [range(task, task + 1) for task in tasks] if cell.kind == "restarted" else [tasks]
     learnt: list[dict[str, Any]] = []

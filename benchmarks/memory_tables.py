@@ -1,4 +1,4 @@
-"""What the memory benchmark found, for people: the tables of the results, the README's account, and a plot."""
+"""What the memory benchmark found, as Markdown: the tables of the results, the README's account, and a plot."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def has_replay(found: dict[str, Any]) -> bool:
 
 
 def plot(found: dict[str, Any], figure: Any) -> None:
-    """Bytes at rest, and the most while learning, by image size; a line a method."""
+    """Bytes at rest, and the most while learning, by image size; a line for each method."""
     sizes = {"kept between tasks, MB (model included)": _at_rest, "most while learning, MB (no budget)": _highest}
     for axes, (title, size_of) in zip(figure.subplots(1, 2), sizes.items(), strict=True):
         for method in METHODS:
@@ -186,7 +186,7 @@ def _growth(done: dict[str, Any]) -> str:
 
 
 def _budgets_in_short(done: dict[str, Any]) -> str:
-    """A row a network, a column a budget."""
+    """A row for each network, a column for each budget."""
     rows, kept, alone = [], [], False
     for name, by_budget in _by_network(done):
         for budget, runs in by_budget.items():

@@ -52,7 +52,7 @@ def run(data: Data, setting: Setting, say: Callable[[str], None], remark: str | 
     found: dict[str, Any] = {"seconds": {}, "accuracy": {}, "remark": remark, "batch": setting.batch}
     for backbone, side in setting.backbones:
         say(f"steps of {backbone}, in turns")
-        steps = {str(way): _step(backbone, side, setting, way) for way in ways()}
+        steps = {str(computing): _step(backbone, side, setting, computing) for computing in choices()}
         found["seconds"][backbone] = in_turns(steps, setting.rounds, cpu)
     for seed in setting.seeds:
         for precision in ("float32", "bfloat16"):
@@ -68,18 +68,18 @@ def run(data: Data, setting: Setting, say: Callable[[str], None], remark: str | 
     return {**found, **machine.provenance(cpu)}
 
 
-def ways() -> list[Computing]:
-    """What a session chooses from."""
+def choices() -> list[Computing]:
+    """The settings that a session chooses from."""
     threads = torch.get_num_threads()
     fewer = [Computing(threads=threads // 2)] if threads > 1 else []
-    layouts = [replace(way, channels_last=False) for way in (Computing(), Computing("bfloat16"))]
+    layouts = [replace(computing, channels_last=False) for computing in (Computing(), Computing("bfloat16"))]
     return [Computing(), Computing("bfloat16"), *layouts, *fewer]
 
 
-def _step(backbone: str, side: int, setting: Setting, way: Computing) -> Callable[[], object]:
-    """A step of a first task's learning, which can be taken again and again."""
+def _step(backbone: str, side: int, setting: Setting, computing: Computing) -> Callable[[], object]:
+    """A step of a first task's learning, which can be run repeatedly."""
     cpu, classes = torch.device("cpu"), 10
-    with devices.computing(way), devices.seeded(0, cpu):
+    with devices.computing(computing), devices.seeded(0, cpu):
         network = Learner(backbone, image_size=side, device=cpu, mean=(0.5,) * 3, std=(0.25,) * 3, multiscale=False).network
         student = devices.reordered(network, cpu).grown(classes)
         images = torch.randn(setting.batch, 3, side, side).contiguous(memory_format=devices.memory_format(cpu))
@@ -93,7 +93,7 @@ def _step(backbone: str, side: int, setting: Setting, way: Computing) -> Callabl
         state = StageState.at_start(stage)
 
     def step() -> None:
-        with devices.computing(way):
+        with devices.computing(computing):
             loop.fit(replace(stage, steps=state.step + 1), cpu, state=state)
 
     return step

@@ -1,4 +1,4 @@
-"""What the project's README shows of the results, between marks of its own."""
+"""The parts of the project's README that are made from results, between marks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 SHOWN = "edge-5x4"  # the protocol of the README's table
 ALL_CLASSES = "edge-5x20"
 MIRRORED = "augmentation.mirrored_answers"
-PUBLISHED, PUBLISHED_HOURS = "43.9 ± 0.9", 78  # ABD, CIFAR-100, 5 tasks (Smith et al., 2021, table 1); hours by our reckoning
+PUBLISHED, PUBLISHED_HOURS = "43.9 ± 0.9", 78  # ABD, CIFAR-100, 5 tasks (Smith et al., 2021, table 1); hours by our estimate
 
 
 def write(folder: Path, readme: Path = README) -> None:
@@ -75,7 +75,7 @@ def pretrained(folder: Path) -> str:
     rows = []
     for name, text in PRETRAINED.items():
         methods = {method: found.get(name, {}).get(method, []) for method in ("abd", *RIVALS)}
-        seeds = set.intersection(*({r["seed"] for r in results} for results in methods.values()))  # like with like
+        seeds = set.intersection(*({r["seed"] for r in results} for results in methods.values()))  # compare equal seeds
         if seeds:
             same = {method: [r for r in results if r["seed"] in seeds] for method, results in methods.items()}
             ours = same["abd"]
@@ -110,12 +110,12 @@ def _all_classes(found: dict[str, dict[str, Results]]) -> list[str]:
     name, results = next(iter(runs.items()))
     answered = ""
     if _settings(results).get(MIRRORED):
-        # Better answers are not better learning, and the reader is told which part of the figure they may be.
+        # Better answers are not better learning, so the text says which part of the figure they may be.
         answered = " It answers by the mean over an image and its mirror image, at twice the work an answer"
         plainly = [report.final(other) for other in runs.values() if other is not results and _trained_alike(other, results)]
         answered += f"; answered by the image alone, another run of the same setting has {plainly[0]} %." if plainly else "."
     minutes = mean(sum(r["seconds"]) for r in results) / 60
-    # Chosen by the very accuracy that is shown, so the reader is told from how many.
+    # Chosen by the accuracy that is shown, so the text says from how many.
     chosen = f", the best of {len(runs)} settings tried" if len(runs) > 1 else ""
     return [
         f"All 100 classes in five tasks of 20, `resnet32` (`{ALL_CLASSES}`, row `{name}`{chosen}): {report.final(results)} % "
@@ -126,13 +126,13 @@ def _all_classes(found: dict[str, dict[str, Results]]) -> list[str]:
 
 
 def _trained_alike(one: Results, other: Results) -> bool:
-    """Whether two recipes differ in nothing that both have, but in how they answer; older ones have fewer numbers."""
+    """Whether two recipes differ only in test-time augmentation, among the settings that both have; older ones have fewer."""
     a, b = _settings(one), _settings(other)
     return all(a[name] == b[name] for name in a.keys() & b.keys() if name != MIRRORED)
 
 
 def _settings(results: Results) -> dict[str, Any]:
-    """The recipe's settings by dotted name; results of before the groups have flat names."""
+    """The recipe's settings by dotted name; older results have flat names."""
     return dotted({name: value for name, value in results[0]["recipe"].items() if name not in ("preset", "version")})
 
 

@@ -1,4 +1,4 @@
-"""Does a model know what it does not know: classes that were never learnt against those that were, and calibration."""
+"""Rejection of classes that were never learnt, and calibration."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def read(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 
 def describe(folder: Path) -> str:
-    """Markdown, a row a protocol; nothing where there is no result."""
+    """Markdown, a row for each protocol; empty if there is no result."""
     head = ["protocol", "seeds", "classes, unseen", *(f"AUROC, {name}" for name in KINDS.values())]
     head += ["rejected, %", "by task, %", "unseen rejected, %", "temperature", "ECE before, %", "ECE after, %", "accuracy, %"]
     rows = []
@@ -150,7 +150,7 @@ def run_all(
     load: Callable[[accuracy.Protocol], Data],
     out: Path,
     device: str,
-    told: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> None:
     """Every protocol with every seed; a line each."""
     for protocol in protocols:
@@ -158,7 +158,7 @@ def run_all(
         for seed in seeds:
             found = run(protocol, seed, data, out, device)
             auroc = ", ".join(f"{name} {found['auroc'][kind]:.3f}" for kind, name in KINDS.items())
-            told(
+            say(
                 f"{protocol.name} seed {seed}: AUROC {auroc}; rejected {found['false_rejections']:.1%}, "
                 f"unseen {found['unseen_rejected']:.1%}; ECE {found['ece_before']:.1%} to {found['ece_after']:.1%}"
             )

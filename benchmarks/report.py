@@ -1,4 +1,4 @@
-"""Tables and plots from result files, never by hand."""
+"""Tables and plots, made from result files."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def write(folder: Path) -> str:
         parts += ["## Instant and adapted", both]
     if timed := measured_all(folder, speed.FILE):
         parts += ["## Speed", *map(speed.describe, timed)]
-    if (ways := measured(folder / precision.FILE)) is not None:
-        parts += ["## Precision", precision.describe(ways)]
+    if (steps := measured(folder / precision.FILE)) is not None:
+        parts += ["## Precision", precision.describe(steps)]
     if (held := measured(folder / memory.FILE)) is not None:
         parts += ["## Memory", memory_tables.describe(held)]
         if memory_tables.has_replay(held):
@@ -143,7 +143,7 @@ def _images(result: dict[str, Any]) -> str:
 
 
 def measured(path: Path) -> dict[str, Any] | None:
-    """What was measured apart from the protocols, if it has been."""
+    """A measurement apart from the protocols; None if it was not run."""
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -165,7 +165,7 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def table(folder: Path, methods: dict[str, Results]) -> str:
-    """Markdown, a row a method."""
+    """Markdown with a row for each method."""
     head = ["method", "seeds", "after each task, %", "final, %", "average, %", "forgetting, %", "Omega"]
     head += ["kept, MB", "process peak, MB", "minutes"]
     rows = []
@@ -204,7 +204,7 @@ def by_task(results: Results) -> list[float]:
 
 
 def plot(methods: dict[str, Results], path: Path) -> None:
-    """Accuracy by classes seen, a line a method."""
+    """Accuracy by classes seen, a line for each method."""
     figure, axes = _figure()
     for number, (method, results) in enumerate(methods.items()):
         accuracy = by_task(results)
@@ -218,19 +218,19 @@ def plot(methods: dict[str, Results], path: Path) -> None:
 
 
 def keeps_differ(methods: dict[str, Results]) -> bool:
-    """Whether some methods keep more than others, beyond a hundredth: else a picture of it would say nothing."""
+    """Whether some methods keep more than others, beyond a hundredth: else a plot of it would show nothing."""
     kept = [mean(r["bytes_kept"] for r in results) for results in methods.values()]
     return max(kept) > 1.01 * min(kept)
 
 
 def plot_bytes(methods: dict[str, Results], path: Path) -> None:
-    """Final accuracy by bytes kept between tasks, model included, a point a method."""
+    """Final accuracy by bytes kept between tasks, model included, a point for each method."""
     kept = {method: mean(r["bytes_kept"] for r in results) / 1e6 for method, results in methods.items()}
     _plot_points(methods, kept, "kept between tasks, MB (model included)", path)
 
 
 def plot_minutes(methods: dict[str, Results], path: Path) -> None:
-    """Final accuracy by minutes of learning for all tasks, a point a method."""
+    """Final accuracy by minutes of learning for all tasks, a point for each method."""
     taken = {method: mean(sum(r["seconds"]) for r in results) / 60 for method, results in methods.items()}
     _plot_points(methods, taken, "minutes for all tasks", path)
 
@@ -271,7 +271,7 @@ def _embeddings(folder: Path, protocol: str, methods: dict[str, Results]) -> lis
     head = ["method", "old real to new real", "old real to old synthetic", "second over first"]
     parts = [
         "MID, the distance of mean features over the standard deviation of old real images' features (ABD, section 4), mean "
-        "over tasks and seeds. Above 1 in the last column, the features tell real from dreamt before old from new.",
+        "over tasks and seeds. Above 1 in the last column, the features separate real from generated before old from new.",
         tables.table(head, rows),
     ]
     files = {method: folder / f"{protocol}-{method}-seed0-features.npz" for method in ("deep_inversion", "abd")}

@@ -23,7 +23,7 @@ def run(device: str, setting: Setting, say: Callable[[str], None]) -> dict[str, 
     """All of it; see `describe` for what it says."""
     found_device = devices.find_device(device)
     bench = Bench(setting, found_device, setting.recipe)
-    say("do the losses agree?")
+    say("comparing the losses")
     difference = agreement(bench)
     say("steps, in turns")
     published = bench.published()
@@ -153,7 +153,7 @@ def profile(step: Callable[[], Any], device: torch.device) -> dict[str, float]:
 def describe(found: dict[str, Any]) -> str:
     """The findings as Markdown."""
     s, seconds = found["setting"], found["seconds"]
-    told = (
+    text = (
         f"{s['backbone']}, batch {s['batch']}, the published generator, {s['n_old']} old and {s['n_new']} new classes, "
         f"{found['machine']['processor']} ({found['machine']['device']}), {found['machine']['threads']} threads, torch "
         f"{found['versions']['torch']}; medians of {s['rounds']} rounds in turns. No term of our loss differs from the "
@@ -174,7 +174,7 @@ def describe(found: dict[str, Any]) -> str:
         name: sum(share for part, share in shares.items() if "convolutions" in part) for name, shares in found["profile"].items()
     }
     parts = [
-        told,
+        text,
         table(["step", "published, s", "ours, s", "ratio"], steps),
         table(["under `edge`", "s"], [[name, f"{seconds[key]:.3f}"] for name, key in edge.items()]),
         table(

@@ -47,7 +47,7 @@ QUICK = Setting(
 
 
 class Published:
-    """The two steps of `demos/abd_in_one_file.py`, which are the published ones with the work that they waste, on copies of
+    """The two steps of `demos/abd_in_one_file.py`, which are the published ones without our savings, on copies of
     given networks, in torch's default memory order."""
 
     def __init__(self, teacher: Network, student: Network, generator: Generator) -> None:
@@ -77,7 +77,7 @@ def classifier_of(network: Network) -> one_file.Classifier:
 
 
 def generator_of(generator: Generator) -> one_file.Generator:
-    """A generator of the one file with the same weights: it doubles first and convolves then."""
+    """A generator of the one file with the same weights: it doubles first and then convolves."""
     other = one_file.Generator(generator.image_size, generator.latent, generator.width)
     other.load_state_dict(dict(zip(other.state_dict(), generator.state_dict().values(), strict=True)))
     return other.to(next(generator.parameters()).device)
@@ -101,7 +101,7 @@ class Bench:
         self.dreamer = Dreamer(self.teacher, torch.arange(setting.n_old, device=device), recipe)
 
     def _settle(self, network: Network) -> None:
-        """Running statistics of real passes, so that no loss is extreme."""
+        """Sets running statistics by some passes, so that no loss is extreme."""
         network.train()
         with torch.no_grad():
             for _ in range(20):
@@ -145,7 +145,7 @@ class Bench:
         return StageSpec("finetune", [Batch(images, targets)], 1, loss, optimizer, trains=[student])
 
     def step(self, stage: StageSpec) -> Callable[[], dict[str, float]]:
-        """A stage as a step that can be taken again and again."""
+        """A stage as a step that can be run repeatedly."""
         state = StageState.at_start(stage)
 
         def one_more() -> dict[str, float]:

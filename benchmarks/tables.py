@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A line a row; short rows are filled up with empty cells. Nothing when there is no row."""
+    """A line a row; short rows are filled up with empty cells. Empty if there is no row."""
     filled = [[*row, *[""] * (len(head) - len(row))] for row in rows]
     lines = [f"| {' | '.join(line)} |" for line in (head, *filled)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) if rows else ""
@@ -19,7 +19,7 @@ def percent(share: float | None) -> str:
 
 
 def over_seeds(values: Sequence[float], times: float = 1) -> str:
-    """The mean with one decimal, and the standard deviation where there are several values that differ; both `times` that."""
+    """The mean with one decimal, and the standard deviation if several values differ; both multiplied by `times`."""
     spread = f"{times * stdev(values):.1f}" if len(values) > 1 else "0.0"
     return f"{times * mean(values):.1f}{f' ± {spread}' if spread != '0.0' else ''}"
 

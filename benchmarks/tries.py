@@ -1,4 +1,4 @@
-"""Our steps with one thing changed: what gains and what does not, for the speed table."""
+"""Our steps with one thing changed each, for the speed table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(bench: Bench) -> dict[str, float | str]:
         try:
             times = in_turns({"ours": base, "changed": change(bench, student)}, rounds, device)
             found[f"classifier: {name}"] = times["changed"] / times["ours"]
-        except Exception as error:  # a compiler that is not there, for one: that is a finding too
+        except Exception as error:  # a missing compiler, for example: that is a finding too
             found[f"classifier: {name}"] = f"failed: {type(error).__name__}"
     base = bench.step(bench.generator())
     for name, changed in GENERATOR_TRIES.items():

@@ -1,4 +1,4 @@
-"""What dreams are good for besides remembering: smaller models, INT8, and going on from somebody else's classifier.
+"""Other uses of generated images: smaller models, INT8, and adopting a classifier that was trained elsewhere.
 
 One teacher of 20 CIFAR-100 classes serves all of it. Every line of the tables is a step of its own, and what is done is kept
 in the result file, so that the command can be stopped and run again.
@@ -37,7 +37,7 @@ LESSON = Distillation(rounds=4, dreams=1024, generator_steps=100, steps=200)  # 
 PIXELS = Distillation(rounds=4, dreams=256, steps=200, quality="best")  # the same by DeepInversion's own dreams, fewer of them
 SEEDS = (0, 1, 2)
 
-Step = Callable[[], dict[str, Any]]  # runs, and returns what it found
+Step = Callable[[], dict[str, Any]]  # runs, and returns its findings
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class Workshop:
         return {"accuracy": teacher.evaluate(self._test, self._data.names).accuracy}
 
     def _page(self) -> dict[str, Any]:
-        """A page of pictures: real ones, a generator's dreams, and pixel dreams, a row a class."""
+        """A page of pictures: real ones, a generator's dreams, and pixel dreams, a row for each class."""
         from matplotlib.figure import Figure
 
         teacher, rows, columns = self._teacher, min(10, self._setting.classes), 5
@@ -234,7 +234,7 @@ class Workshop:
         train = self._seen("train", 0, self._setting.classes)
         sets = {"real, not kept": (train.images, [self._data.names[target] for target in train.targets.tolist()])}
         share = {}
-        for title, quality in (("dreamt fast, by a generator", "fast"), ("dreamt best, by the pixel", "best")):
+        for title, quality in (("fast, by a generator", "fast"), ("best, by the pixel", "best")):
             images = teacher.dream(8 * len(teacher.classes), quality=quality)  # type: ignore[arg-type]
             sets[title] = images, [prediction.label for prediction in teacher.predict(images)]
             share[quality] = len(set(sets[title][1])) / len(teacher.classes)
@@ -293,10 +293,10 @@ class Workshop:
             return {"refused": str(error)}
         return {**report.to_dict(), "path": path.name}
 
-    # Somebody else's classifier
+    # A classifier trained elsewhere
 
     def _elsewhere(self) -> dict[str, Any]:
-        """A plain PyTorch training, without the SDK, that leaves a state dict."""
+        """A plain PyTorch training, without the SDK, that saves a state dict."""
         accuracy = self._plain(self._setting.classes, self._models / "elsewhere.safetensors")
         return {"accuracy": accuracy}
 
@@ -370,5 +370,5 @@ class Workshop:
 
 
 def _seed_said(seed: int, seeds: tuple[int, ...]) -> str:
-    """The end of a step's name, where it is run with several seeds."""
+    """The end of a step's name, if it is run with several seeds."""
     return f"{SEED}{seed}" if len(seeds) > 1 else ""

@@ -21,38 +21,38 @@ MEANINGS = {  # of what the names of students say
 
 
 def describe(found: dict[str, Any], long: dict[str, Any] | None = None, folder: str = "") -> str:
-    """The findings as Markdown, with those of the large setting; `folder` is where the page of dreams lies, as seen from the
+    """The findings as Markdown, with those of the large setting; `folder` is the folder of the page of dreams, relative to the
     text, with a slash."""
-    told = f"A teacher of {percent(found['teacher']['accuracy'])} % on its classes, trained here."
+    text = f"A teacher of {percent(found['teacher']['accuracy'])} % on its classes, trained here."
     if "mirrored answers" in found:
-        told += f" With `mirrored_answers` it has {percent(found['mirrored answers']['accuracy'])} %."
-    told += " Of one seed, a point more or less is chance."
-    parts = [told, _students(found)]
+        text += f" With `mirrored_answers` it has {percent(found['mirrored answers']['accuracy'])} %."
+    text += " Of one seed, a point more or less is chance."
+    parts = [text, _students(found)]
     if long is not None:
         parts += [_taught_for_longer(long), _students(long)]
     parts += [_pruned(found), _quantised(found), _adopted(found)]
     if "dreams" in found:
-        parts += ["Real photographs beside dreams of the same classes:", f"![real and dreamt]({folder}{PAGE})"]
+        parts += ["Real photographs beside dreams of the same classes:", f"![real and generated]({folder}{PAGE})"]
     return "\n\n".join(part for part in parts if part)
 
 
 def _taught_for_longer(found: dict[str, Any]) -> str:
     """Where the rows of the large setting were made; its students begin with nothing."""
     at_once = f", {found['at_once']} rows at a time" if "at_once" in found else ""
-    told = f"Students that begin with nothing, taught for longer (on {found['machine']['device']}{at_once})."
+    text = f"Students that begin with nothing, taught for longer (on {found['machine']['device']}{at_once})."
     if "competition tried" in found:
         weights = [
             f"with {tried['with']}, " + ", ".join(f"{weight}: {percent(share)}" for weight, share in tried["accuracy"].items())
             for tried in found["competition tried"]
         ]
-        told += f" Weights of the competition tried in shorter lessons (weight: accuracy, %): {'; '.join(weights)}."
-    return told
+        text += f" Weights of the competition tried in shorter lessons (weight: accuracy, %): {'; '.join(weights)}."
+    return text
 
 
 def _rows(
     found: dict[str, Any], part: str, figures: Callable[[dict[str, Any]], list[Figure]], several: bool = False
 ) -> list[list[str]]:
-    """A row for each step of a part, seeds together: the rest of its name, the number of seeds where there may be several,
+    """A row for each step of a part, seeds together: the rest of its name, the number of seeds if there may be several,
     and its figures or why it was refused."""
     steps: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for name, row in found.items():
@@ -69,7 +69,7 @@ def _rows(
 
 
 def _cell(values: Sequence[Figure]) -> str:
-    """One figure of all seeds: their mean, with the standard deviation where there are several."""
+    """One figure of all seeds: their mean, with the standard deviation if there are several."""
     first = values[0]
     if isinstance(first, tuple):
         return " / ".join(map(_cell, zip(*values, strict=True)))
@@ -96,10 +96,10 @@ def _students(found: dict[str, Any]) -> str:
         "minutes",
     ]
     rows = _rows(found, "distill ", figures, several=True)
-    told = [meaning for words, meaning in MEANINGS.items() if any(words in name for name, *_ in rows)]
+    text = [meaning for words, meaning in MEANINGS.items() if any(words in name for name, *_ in rows)]
     if len({row["accuracy"][0] for name, row in found.items() if name.startswith("distill ")}) > 1:
-        told.append("Teachers that differ were trained alike, in other runs; compare minutes within a teacher.")
-    return "\n\n".join([table(head, rows), " ".join(told)]) if told else table(head, rows)
+        text.append("Teachers that differ were trained in the same way, in other runs; compare minutes within a teacher.")
+    return "\n\n".join([table(head, rows), " ".join(text)]) if text else table(head, rows)
 
 
 def _pruned(found: dict[str, Any]) -> str:
@@ -127,6 +127,6 @@ def _adopted(found: dict[str, Any]) -> str:
 
     rows = _rows(found, "adopt ", figures)
     before = percent(found.get("adopted", {}).get("accuracy"))
-    told = f"A classifier trained elsewhere, {before} % on its classes, learns new ones:"
+    text = f"A classifier trained elsewhere, {before} % on its classes, learns new ones:"
     head = ["method", "old classes, %", "new classes, %", "combined, %"]
-    return f"{told}\n\n{table(head, rows)}" if rows else ""
+    return f"{text}\n\n{table(head, rows)}" if rows else ""

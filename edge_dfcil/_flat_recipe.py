@@ -1,6 +1,6 @@
-"""The flat names that a recipe's settings had before there were groups: understood for one release, with a warning.
+"""The flat names that a recipe's settings had before there were groups: accepted for one release, with a warning.
 
-Model files of schema 1 hold these names and stay readable for ever, so that the table stays when the warnings go.
+Model files of schema 1 hold these names and stay readable forever, so the table stays when the warnings are removed.
 """
 
 from __future__ import annotations

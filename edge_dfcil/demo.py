@@ -1,4 +1,4 @@
-"""The whole story on real data: scikit-learn's handwritten digits, two classes a task, five tasks.
+"""A complete run on real data: scikit-learn's handwritten digits, two classes a task, five tasks.
 
 Public API only. ABD beside fine-tuning (the lower bound) and one network trained on all classes together (the upper).
 """
@@ -100,7 +100,7 @@ def run(
     figures = {
         **answer,
         "accuracy_after_task": curves,
-        "model": Path(model).name,  # beside the figures, wherever their folder goes
+        "model": Path(model).name,  # in the folder of the figures, wherever that is moved
         "onnx": Path(onnx).name,
         "plot": plot.name,
         "seed": seed,

@@ -1,4 +1,4 @@
-"""Devices: which one, how it computes, and seeds that leave the caller's random numbers alone."""
+"""Devices: which one, how it computes, and seeds that do not change the caller's random numbers."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def find_device(device: str | torch.device) -> torch.device:
 
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-# The first version of torch whose BatchNorm computes its backward of channels-last tensors right on MPS; None: no release is
-# known to (pytorch issue 175189; a fix of its main branch, pull request 188371, could not be tried as of torch 2.15).
+# The first version of torch whose BatchNorm computes the backward pass of channels-last tensors correctly on MPS; None: no
+# release is known to (pytorch issue 175189; the fix in pull request 188371 could not be tried as of torch 2.15).
 MPS_CHANNELS_LAST: tuple[int, int] | None = None
 
 _computing: ContextVar[Computing | None] = ContextVar("edge_dfcil.computing", default=None)
@@ -66,8 +66,8 @@ def usual(device: torch.device, precision: str = "auto") -> Computing:
 def computing(how: Computing | None) -> Iterator[None]:
     """Inside, `autocast`, `memory_format` and torch's number of threads are as chosen; None: as the device usually has them.
 
-    It holds for the calling thread alone, but for the number of threads, which is the process's. All of it is as before
-    afterwards. A thread that first uses torch meanwhile keeps the number of threads that it finds.
+    It holds for the calling thread only, except for the number of threads, which belongs to the process. Everything is restored
+    afterwards. A thread that uses torch for the first time inside keeps the number of threads that it finds.
     """
     threads, token = torch.get_num_threads(), _computing.set(how)
     try:
@@ -84,7 +84,8 @@ def computing(how: Computing | None) -> Iterator[None]:
 def autocast(device: torch.device) -> Iterator[None]:
     """bf16 where that was chosen, or else where it is usual: full precision on MPS, and on a CPU that has not been measured.
 
-    What autocast keeps of the weights is dropped at the end, also inside a region of the caller's, where torch keeps it.
+    The copies of weights that autocast keeps are dropped at the end, also inside an autocast region of the caller, where torch
+    would keep them.
     """
     how = _computing.get() or usual(device)
     if how.precision == "float32":
@@ -126,7 +127,7 @@ def reordered(network: Net, device: torch.device) -> Net:
     return found
 
 
-MAX_SEED = 2**53  # a task's seed is this times 1009 and more, which torch takes up to 2**64, and JSON keeps to the digit
+MAX_SEED = 2**53  # a task's seed is this times 1009 and more; torch takes seeds up to 2**64, and JSON keeps this one exactly
 
 
 def check_seed(seed: Any) -> int:
@@ -155,7 +156,7 @@ def seed_all(seed: int, device: torch.device) -> None:
 
 @contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Every draw inside follows `seed`, if there is one; the caller's random state is as before afterwards."""
+    """Every draw inside follows `seed`, if there is one; the caller's random state is restored afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         mps_state = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng does not know MPS
         if seed is not None:
@@ -168,7 +169,7 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of torch's global random generators: the CPU's, and the device's where that is another."""
+    """The state of torch's global random generators: the CPU's, and the device's if it is not the CPU."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -189,7 +190,7 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 @contextmanager
 def own_context(device: torch.device) -> Iterator[None]:
     """Computes as the package expects, whatever the caller has set: gradients on, no inference mode, no autocast, float32
-    by default. All of it, and the random state, is the caller's again afterwards."""
+    by default. The caller's settings and random state are restored afterwards."""
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -204,7 +205,7 @@ def own_context(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def plain_precision(device: torch.device) -> Iterator[None]:
-    """Without an autocast region of the caller's: answers do not depend on where they are asked for."""
+    """Switches off an autocast region of the caller, so that answers do not depend on where they are asked for."""
     with ExitStack() as stack:
         for kind in dict.fromkeys(("cpu", device.type)):
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -217,7 +218,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device, so that a clock read afterwards is true."""
+    """Waits for the device, so that a time that is read afterwards is right."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -230,7 +231,7 @@ _guarded = False
 def guard_forks() -> None:
     """From here on, a child that this process forks computes with one thread. Call it before torch first computes.
 
-    On Linux, torch's OpenMP threads do not survive a fork, and a child that uses more than one waits for them for ever
+    On Linux, torch's OpenMP threads do not survive a fork, and a child that uses more than one waits for them forever
     (pytorch issue 49555): a server that loads a model and forks its workers would hang in the first answer. With one thread
     it computes in the calling thread. Workers that start their own Python (`spawn`) keep all threads. Calling it again does
     nothing. CUDA cannot be used in a forked child at all; torch says so.

@@ -33,8 +33,8 @@ from exporters.onnx import check_input
 
 BATCH = 32  # images that are in memory together
 MIN_CALIBRATION = 1024  # generated images for an INT8 export, at least: half to calibrate on, half to check
-# Real images reach further than generated ones. Chosen on training images of a resnet32 (the answers of 1.0, 1.1, 1.25 and 1.5
-# times the range agreed with the float ones for 96.3, 98.5, 98.9 and 98.8 %).
+# Activations of real images reach further than those of generated ones. Chosen on training images of a resnet32 (the answers of
+# 1.0, 1.1, 1.25 and 1.5 times the range agreed with the float ones for 96.3, 98.5, 98.9 and 98.8 %).
 WIDENING = 1.25
 
 
@@ -49,7 +49,7 @@ class Exporting(PlainWork):
         The file of the model, which must not be overwritten.
     quantize
         None for floats; "int8" for a static quantization (QDQ, a scale a channel), calibrated on generated images and checked
-        on others. It takes a quarter of the space, and generating images takes its time.
+        on others. The file is a quarter of the size; generating images takes time.
     input
         Of an ONNX file: "fixed" takes squares of `image_size` pixels, which the app scales and crops. "any" takes images of every
         size, and scales and crops them in the graph as `predict` does; it is checked with images of many sizes.
@@ -135,8 +135,8 @@ class Exporting(PlainWork):
         )
 
     def _int8(self, pool: Pool) -> Int8:
-        """Images to quantize with: generated ones, half to calibrate on and half to check, and what was given besides. All of
-        them come batch by batch."""
+        """Images to quantize with: generated ones, half to calibrate on and half to check, and the images that were given. All
+        of them are read batch by batch."""
         model, checks, targets = self._model, dict[str, Any](), dict[str, Any]()
         if self._evaluation is not None:
             found = [target for _, batch in read(self._evaluation) for target in batch]

@@ -49,7 +49,7 @@ class Learner(Serving, RunsSessions):
         MPS what torch reserves): bytes, or text such as "128MB". What a loader holds is not counted. It is planned first.
     precision
         "float32", "bfloat16", or "auto": the usual one, on a CPU what a long task measures to be faster (the report says what).
-        With "float32" nothing is measured, and two runs on a CPU are equal to the bit; with "auto" if they chose alike.
+        With "float32" nothing is measured, and two runs on a CPU are equal to the bit; with "auto" if both chose the same.
     device
         "auto" (CUDA, else MPS, else CPU) or a torch device.
     seed
@@ -93,13 +93,13 @@ class Learner(Serving, RunsSessions):
         self._adopt(model)
 
     def _adopt(self, model: Model) -> None:
-        """Makes a model the current one, with this learner's settings: readers in other threads see the one before, or this."""
+        """Makes a model the current one, with this learner's settings: other threads see the one before, or this one."""
         learning = dict(model.learning) | {"method": self._method.name, "recipe": self._recipe.to_dict(), "seed": self.seed}
         self._model = model.with_learning(learning, self._recipe.augmentation.mirrored_answers)
 
     @classmethod
     def of(cls, model: Model, *, method: str | Method = "abd", recipe: str | Recipe = DEFAULT, **settings: Any) -> Learner:
-        """A learner that goes on from a model. `settings` are those of `Learner`: memory_budget, precision, seed."""
+        """A learner that continues from a model. `settings` are those of `Learner`: memory_budget, precision, seed."""
         learner = cls.__new__(cls)
         learner._settle(model, find_method(method), find_recipe(recipe), **settings)
         return learner
@@ -151,7 +151,7 @@ class Learner(Serving, RunsSessions):
         answers, and an error or Ctrl-C leaves it so. Parameters and errors are those of `session`; a checkpoint is removed."""
         options: Any = {"relearn": relearn, "instant": instant, "time_budget": time_budget, "checkpoint": checkpoint}
         session = self.session(loader, classes, callbacks=callbacks, progress=progress, **options)
-        while (report := session.run()) is None:  # a callback has paused it: there is nothing else to wait for here
+        while (report := session.run()) is None:  # a callback has paused it, and nothing here could resume it later
             pass
         session.clear_checkpoint()
         return report
@@ -182,12 +182,12 @@ class Learner(Serving, RunsSessions):
             Whether classes that are known already are refreshed with these images; else they are refused.
         instant
             Whether a task that will train the network first commits rows from class statistics, within seconds, where its
-            method can; `on_commit` says when. They stay where the adapted model is expected to be worse, or time is up.
+            method can; `on_commit` says when. They stay if the adapted model is expected to be worse, or the time is up.
         time_budget
             Seconds, or text such as "10min": the schedule is fitted to the measured speed of a step so that it ends in
             time, as a whole schedule with fewer steps. The report says what it was fitted to.
         checkpoint
-            A file that is written every few seconds, from which the same call goes on after a kill, to the same weights on
+            A file that is written every few seconds, from which the same call continues after a kill, to the same weights on
             the same CPU. It holds no image; generated ones are made again. `run()` leaves it: see `clear_checkpoint()`.
         callbacks, progress
             Hooks; and whether to show progress on stderr, when that is a terminal or a notebook.
@@ -222,7 +222,7 @@ class Learner(Serving, RunsSessions):
         return work.plan
 
     def with_model(self, model: Model) -> Learner:
-        """A learner with another model and all else alike."""
+        """A learner with another model and the same settings."""
         return Learner.of(model, method=self._method, recipe=self._recipe, seed=self.seed, **self.limits)
 
     def _seed_of_task(self) -> int:
@@ -237,7 +237,7 @@ class Learner(Serving, RunsSessions):
         callbacks: Sequence[Callback] = (),
         progress: bool = True,
     ) -> Tensor:
-        """Images (n, 3, S, S), uint8, of what the model remembers, sorted by class; fewer where a class is rarely generated.
+        """Images (n, 3, S, S), uint8, of what the model remembers, sorted by class; fewer if a class is rarely generated.
 
         `classes` are names, an even share each; None takes all. `quality` "fast" trains a fresh generator (ABD), "best"
         optimises the pixels of every image (DeepInversion). Raises `ClassError` for a name that is not known,
@@ -252,7 +252,7 @@ class Learner(Serving, RunsSessions):
     def save(self, path: str | Path) -> Path:
         """Writes the current model to one file, all or nothing. Raises `ModelFileError` when that fails, and when another
         process has changed the file since this learner last read or wrote it."""
-        key, model = Path(path).resolve(), self._model  # read once: a task that commits meanwhile must not mix two models
+        key, model = Path(path).resolve(), self._model  # read once: a task that commits during the call must not mix two models
         written = model.save(path, **({"expected": self._digests[key]} if key in self._digests else {}))
         self._digests[key] = model.digest()
         return written
@@ -268,7 +268,7 @@ class Learner(Serving, RunsSessions):
         memory_budget: int | str | None = None,
         precision: str = "auto",
     ) -> Learner:
-        """Reads a model file and goes on from it; `backbone` is as for `Model.load`. `method` None takes the file's;
+        """Reads a model file and continues from it; `backbone` is as for `Model.load`. `method` None takes the file's;
         `memory_budget` and `precision` belong to the device and are not in it. Raises `ModelFileError`."""
         seen = file.digest_of(path)  # before it is read: a change in between must stop the next save
         model = Model.load(path, device, backbone=backbone)

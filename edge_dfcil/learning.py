@@ -115,11 +115,11 @@ class Assignment:
             first = self.task()
             first.make_short(whole, rehearsal.STEPS, rehearsal.POOL)
             stages = itertools.chain(method.instant(first), stages)
-            networks.append(first.student)  # it serves while the task goes on
+            networks.append(first.student)  # it serves while the task runs
         return Rehearsal(stages, networks, task.student, generated, task.micro_batches)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this task from another: all but the images themselves, of which only the numbers are known."""
+        """What distinguishes this task from others: everything but the images, of which only the numbers are known."""
         return {
             "method": self.method.name,
             "recipe": self.recipe.to_dict(),
@@ -169,7 +169,7 @@ class Learning:
         self.first: Task | None = None  # that of the instant model, if there is one
         self._last: Model = model  # that was committed
         self._commits: list[Commit] = []
-        self._announced = self._has_begun = self._adapted = self._complete = False
+        self._has_begun = self._adapted = self._complete = False
         self._left_out = 0
         self.fitted: dict[str, Any] | None = None
 
@@ -224,14 +224,14 @@ class Learning:
         self._complete = True
 
     def _instant_stages(self, session: Session[Any]) -> Iterator[Stage]:
-        """Those of a first model, which is committed and serves while the task goes on; none where the method has none."""
+        """The stages of an instant model, which is committed and serves while the task runs; none if the method has none."""
         random, task = devices.random_state(session.device), self.assignment.task()
         task.recipe, task.compared = task.recipe.changed(self._changes()), True
         for stage in self._held(session, self.method.instant(task), task):
             self._begin(session)
             yield stage
             self.first = task
-        devices.set_random_state(random, session.device)  # the rest is learnt as it would be without
+        devices.set_random_state(random, session.device)  # the rest is learnt as without an instant model
         if self.first is not None:
             self._put(session, task, self.model.learning)
             session.has_result = True
@@ -252,7 +252,7 @@ class Learning:
         if self._plan_only:
             return None
         self._computes.close()
-        # By this a file says which task it ended with; one of an instant commit has not ended it.
+        # By this a file says which task it ended with; a file of an instant commit does not say it yet.
         ended = dict(self.model.learning) | {"last_task": task_id(self.fingerprint())}
         if self._complete and not self._first_is_better():
             assert self.task is not None
@@ -304,20 +304,20 @@ class Learning:
     # Decisions
 
     def _plan(self, session: Session[Any]) -> None:
-        """Plans the memory: on copies, with random numbers of their own, as all that is decided."""
+        """Plans the memory, on copies and with a random state of its own."""
         if self._budget is None and not self._plan_only:
             return
-        self._announce(session)
+        session.announce_plan()
         with devices.seeded(None, session.device):
             self.plan = plan_memory(self.assignment, self._budget, self._meter, self._checks(session), self._smaller())
 
     def _decide(self, session: Session[Any]) -> None:
-        """Measures how to compute, and fits the schedule."""
+        """Measures which setting computes fastest, and fits the schedule."""
         check = self._checks(session)
         with devices.seeded(None, session.device):
-            measures = self._precision == "auto" and speed.pays(self.assignment.task, self.method, session.device)
+            measures = self._precision == "auto" and speed.is_worth_measuring(self.assignment.task, self.method, session.device)
             if measures or self._seconds is not None:
-                self._announce(session)
+                session.announce_plan()
             if measures:
                 self._measure(check)
             if self._seconds is not None:
@@ -329,16 +329,9 @@ class Learning:
         """Whether the time that is left is too short to adapt the network, and there is an instant model to end with."""
         return self.first is not None and self.fitted is not None and self.fitted["share"] < LEAST_SHARE
 
-    def _announce(self, session: Session[Any]) -> None:
-        """Once, before the first of what takes time to decide."""
-        if not self._announced:
-            self._announced = True
-            for callback in session.callbacks:
-                callback.on_plan_begin()
-
     def _checks(self, session: Session[Any]) -> Callable[[], None]:
         def check() -> None:
-            if session.cancelled:  # a pause waits for the first step: what is decided here is decided in one go
+            if session.cancelled:  # a pause waits for the first step: planning is not interrupted by it
                 session.check()
             if self.first is not None and self._seconds is not None and session.seconds >= self._seconds:
                 raise Enough
@@ -349,7 +342,7 @@ class Learning:
         return self.plan.changes if self.plan is not None else {}
 
     def _measure(self, check: Callable[[], object]) -> None:
-        """Takes the fastest way to compute, with a plan of its own; as usual where the budget is too small for that plan."""
+        """Chooses the fastest setting, with a plan of its own; the usual one if the budget is too small for that plan."""
         usual, recipe = self.computing, self.recipe.changed(self._changes())
         plan = self.plan if self._budget is not None else None
         self.computing = speed.choose(self.assignment.task, self.method, recipe, usual, plan, self._seconds, check)

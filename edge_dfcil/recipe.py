@@ -1,8 +1,8 @@
 """Recipe: every number of a learning run, by group and name, with its source.
 
-Presets come with the package. `paper` is ABD's published setting to the letter; `edge`, the default, learns a task in minutes on
-two CPU cores; `strict` stores no class statistics. Change settings with
-`RECIPES["edge"].changed({"augmentation.flip": False, "schedule.epochs": 3})`.
+Presets come with the package. `frozen`, the default, trains the backbone in the first task only, or not at all; `edge` trains it
+at every task, in minutes on two CPU cores; `strict` stores no class statistics; `paper` is ABD's published setting. Change
+settings with `RECIPES["edge"].changed({"augmentation.flip": False, "schedule.epochs": 3})`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Positive = Annotated[_Number, Field(gt=0)]
 Share = Annotated[_Number, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[_Number, Field(ge=0, lt=1)]
 
-# A bool is no number, a text is no number, and a number is finite.
+# A bool is not a number, a text is not a number, and a number is finite.
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -140,7 +140,7 @@ class Augmentation:
     contrast: Weight = 0.8
     flip: bool = True  # horizontally; switch off where left and right differ, as for digits
     crop_padding: CountOrZero = 4  # pixels of zeros around the image before the random crop
-    # Ours, after self-supervised label augmentation (Lee et al., ICML 2020): in the first task images turned by 90, 180 and 270
+    # Ours, after self-supervised label augmentation (Lee et al., ICML 2020): in the first task images rotated by 90, 180 and 270
     # degrees are classes of their own for a second head, which is thrown away. Features of more classes transfer better. A step
     # takes four times as long.
     rotations: bool = False
@@ -151,7 +151,7 @@ class Augmentation:
     def __post_init__(self) -> None:
         if self.mirrored_answers and not self.flip:
             raise SettingError(
-                "recipe.augmentation.mirrored_answers takes mirrored images for alike, and recipe.augmentation.flip=False does "
+                "recipe.augmentation.mirrored_answers treats mirrored images as equal, and recipe.augmentation.flip=False does "
                 "not; set both"
             )
 
@@ -201,7 +201,7 @@ class Pixels:
     variation: Weight = 2.5e-5
     l2: Weight = 0.0
     competition: Weight = 10.0  # of adaptive ones
-    jitter: CountOrZero = 2  # pixels that an image is shifted by at each step, at most, round its edges
+    jitter: CountOrZero = 2  # pixels that an image is shifted by at each step, at most, with wrap-around
 
 
 @_group
@@ -334,15 +334,15 @@ class Recipe:
     def changed(self, changes: Mapping[str, Any]) -> Recipe:
         """A recipe with other settings: `recipe.changed({"schedule.epochs": 3, "generator.width": 32})`.
 
-        A text stands for the number in it ("3", "1e-3", "0.4,0.6", "true", "none"). The names of before the groups are taken as
-        well ("epochs", "generator_steps"). Raises `SettingError` for a setting that is unknown or cannot be.
+        A text is read as the number in it ("3", "1e-3", "0.4,0.6", "true", "none"). Names from before the groups are accepted
+        too ("epochs", "generator_steps"). Raises `SettingError` for a setting that is unknown or cannot be.
         """
         typed = {name: _of_text(name, value) if isinstance(value, str) else value for name, value in dotted(changes).items()}
         groups: dict[str, Any] = {name: getattr(self, name) for name in GROUPS}
         return replace(self, **_changed(groups, typed))
 
     def differences(self) -> dict[str, Any]:
-        """The settings that are not as in the preset, by dotted name; all of them where the preset is not one of ours."""
+        """The settings that are not as in the preset, by dotted name; all of them if the preset is not one of the package."""
         preset = PRESETS.get((self.preset, self.version))
         own, theirs = _settings(self), {} if preset is None else _settings(preset)
         return {name: value for name, value in own.items() if name not in theirs or theirs[name] != value}
@@ -374,7 +374,7 @@ class Recipe:
 
 
 def dotted(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by dotted name, given by group, by dotted name or by the flat name of before. Raises for any other name."""
+    """Settings by dotted name, given by group, by dotted name or by the former flat name. Raises for any other name."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if name in GROUPS and isinstance(value, Mapping):
@@ -397,7 +397,7 @@ def _changed(groups: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
 
 def _of_text(setting: str, text: str) -> Any:
-    """What a text stands for: a number, a truth value, None, or some numbers with commas between. Else the text."""
+    """The value in a text: a number, a truth value, None, or numbers with commas between. Otherwise the text."""
     group, _, name = setting.partition(".")
     field: Any = GROUPS[group].__pydantic_fields__[name]  # type: ignore[attr-defined]
     if get_origin(field.annotation) is Literal:
@@ -473,9 +473,9 @@ EDGE = Recipe(
         mixed_precision=True,
     ),
     generator=Generator(latent=64, width=64, steps=250, batch=64, learning_rate=2e-3, schedule="one_cycle"),
-    # With few steps, 10 leaves the statistics no say: a student learns nothing from such dreams.
+    # With few steps, 10 leaves the statistics without effect: a student learns nothing from such dreams.
     inversion=Inversion(competition=1.0),
-    # With few steps and small batches, 10 for the statistics leaves the class no say.
+    # With few steps and small batches, 10 for the statistics leaves the class without effect.
     pixels=Pixels(steps=200, batch=128, learning_rate=0.1, statistics=1.0),
     remember=Remember(pool=2560),
     refine=Refine(epochs=2, min_steps=150, learning_rate=0.05, align_head=1.0),

@@ -1,4 +1,4 @@
-"""What the public calls answer. Plain dataclasses, free of torch."""
+"""What the public calls return. Plain dataclasses, free of torch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Evaluation:
         return sum(self.per_class.values()) / len(self.per_class)
 
     def to_frame(self) -> Any:
-        """`confusion` as a pandas DataFrame: a row a true class, a column a predicted one, image counts.
+        """`confusion` as a pandas DataFrame: rows are true classes, columns predicted ones, values image counts.
 
         Raises `SettingError` when pandas is not installed.
         """
@@ -131,7 +131,7 @@ class MemoryPlan:
         return {**asdict(self), "peak_bytes": self.peak_bytes}
 
     def __str__(self) -> str:
-        """A table: an item a line, a stage a column, in MB."""
+        """A table with a line for each item and a column for each stage, in MB."""
         items = list(dict.fromkeys(item for stage in self.stages for item in stage.items))
         rows = [["MB", *(stage.name for stage in self.stages)]]
         rows += [[item, *(f"{stage.items.get(item, 0) / 1e6:.1f}" for stage in self.stages)] for item in items]
@@ -163,7 +163,7 @@ class StageReport:
     halvings
         How often `at_once` was halved because a step took too much memory; the step was made again.
     peak_bytes
-        Most memory held above the level at the call, what the stage was made from included; None if nobody looked.
+        Most memory held above the level at the call, what the stage was made from included; None if it was not measured.
     history
         The mean of each term of the loss over an epoch, by name; one entry an epoch.
     """
@@ -208,7 +208,7 @@ class DistillReport:
     dreams
         How many were made, and thrown away.
     agreement
-        Share of dreams, made for this and not learnt from, for which both answer alike.
+        Share of generated images, made for this and not learnt from, for which both give the same answer.
     accuracy
         Of teacher and student on the images to measure on; None without any.
     stages
@@ -225,7 +225,7 @@ class DistillReport:
     stages: tuple[StageReport, ...]
 
     def __str__(self) -> str:
-        """Which student of which teacher, how alike they answer, and the accuracy of both."""
+        """Which student of which teacher, how often they agree, and the accuracy of both."""
         before, after = self.parameters
         lines = [f"{self.student} with {after:,} parameters from {self.teacher} with {before:,}, in {self.seconds:.1f} s"]
         lines.append(
@@ -250,13 +250,13 @@ class PruneReport:
     milliseconds
         For one image in ONNX Runtime with one thread on this machine, before and after, measured in turns.
     table_milliseconds
-        What the convolutions come to by the table that pruning went by.
+        Of the convolutions, by the table that pruning used.
     channels
         How many each pruned layer has left, by the layer's name.
     accuracy
         Before, pruned, and repaired, on the images to measure on; None without any.
     agreement
-        After the repair: share of fresh dreams for which both answer alike; None without a repair.
+        After the repair: share of fresh dreams for which both give the same answer; None without a repair.
     """
 
     filters: tuple[int, int]
@@ -301,7 +301,7 @@ class Computing:
     channels_last
         Whether an image's channels lie side by side in memory.
     measured
-        Seconds that the training was expected to take in each way that was timed, by its text. Empty: nothing was measured.
+        Expected seconds of the training with each setting that was timed, by its text. Empty: nothing was measured.
     """
 
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -310,14 +310,14 @@ class Computing:
     measured: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """In a few words: "bfloat16, contiguous, 2 threads"; what is usual is left out."""
+        """In short: "bfloat16, contiguous, 2 threads"; what is usual is left out."""
         parts = [self.precision, *([] if self.channels_last else ["contiguous"])]
         return ", ".join([*parts, *([] if self.threads is None else [_count(self.threads, "thread")])])
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A model that a task has put in the place of the one before.
+    """A model with which a task has replaced the one before.
 
     Attributes
     ----------
@@ -364,14 +364,14 @@ class TaskReport:
     left_out
         Images that an epoch did not learn from, because they were in batches too small for it.
     resumed
-        Whether the task went on from a checkpoint.
+        Whether the task was resumed from a checkpoint.
     fitted
         What `time_budget` fitted the schedule to, by name; None without one.
     computing
         In which precision, with how many threads and in which memory order its training stages computed, and whether that was
-        measured; None in reports of before.
+        measured; None in reports of earlier versions.
     commits
-        In order. An instant one stays the last where the adapted model is expected to answer less well, or the time is up.
+        In order. An instant one stays the last if the adapted model is expected to answer less well, or the time is up.
     """
 
     task: int
@@ -406,8 +406,8 @@ class TaskReport:
         if len(self.commits) > 1:
             lines.append("committed: " + ", ".join(map(str, self.commits)))
         if self.computing is not None and self.computing.measured:
-            ways = ", ".join(f"{way} {seconds:.3g} s" for way, seconds in self.computing.measured.items())
-            lines.append(f"computed in {self.computing} (measured: {ways})")
+            timed = ", ".join(f"{setting} {seconds:.3g} s" for setting, seconds in self.computing.measured.items())
+            lines.append(f"computed in {self.computing} (measured: {timed})")
         return "\n".join([*lines, *(f"  {stage}" for stage in self.stages)])
 
     def to_dict(self) -> dict[str, Any]:

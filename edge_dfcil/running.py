@@ -1,4 +1,4 @@
-"""What runs sessions on a current model, one writer at a time: the half of `Learner` that works."""
+"""What runs sessions on a current model, one writer at a time: the part of `Learner` that does the long operations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIMITS = ("memory_budget", "precision")  # settings of a learner that belong to 
 
 
 class RunsSessions:
-    """Holds one writer lock and the session that runs; both stay behind when it is copied or pickled."""
+    """Holds one writer lock and the session that runs; neither is copied or pickled with it."""
 
     _session: Session[Any] | None = None
     _memory_budget: int | None = None
@@ -54,7 +54,7 @@ class RunsSessions:
 
     @property
     def precision(self) -> str:
-        """ "auto", "float32" or "bfloat16": what training stages compute in, where the recipe allows for it."""
+        """ "auto", "float32" or "bfloat16": what training stages compute in, if the recipe allows it."""
         return self._precision
 
     @precision.setter
@@ -79,7 +79,7 @@ class RunsSessions:
 
     def run(self, work: PlannedWork, callbacks: Sequence[Callback] = (), progress: bool = True, *, seed: int) -> Any:
         """Runs a long operation on the current model, with progress and `cancel()`, within the memory budget if there is
-        one, and in the precision that was asked for; with "auto" as the device usually computes. Returns its result."""
+        one, and in the precision that was asked for; "auto" takes the usual one of the device. Returns its result."""
         if self.memory_budget is not None:
             work = Within(work, self.memory_budget, self.device)
         with devices.computing(devices.usual(self.device, self.precision)):

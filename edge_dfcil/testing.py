@@ -54,8 +54,8 @@ def check_method(make: Callable[[], str | Method], *, keeps_no_sample: bool = Tr
     """Checks a method, which `make()` gives by name or as an instance. Raises `AssertionError` that names what fails.
 
     It learns several tasks of unequal sizes and grows with them; two runs under one seed are equal to the bit on the CPU; the
-    model that answers meanwhile is left alone; no image, feature or generated image is alive afterwards; what it keeps is
-    saved and loaded; and the exported file answers as the model does.
+    model that answers during a task is not changed; no image, feature or generated image is in memory afterwards; what it keeps
+    is saved and loaded; and the exported file answers as the model does.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def images_alive() -> set[int]:
 
 
 def check_keeps_no_sample(learner: Learner, before: set[int]) -> None:
-    """No tensor hangs on to the learner but the model's own, and no image that the tasks made is alive at all."""
+    """The learner refers to no tensor but the model's own, and no image that the tasks made is in memory."""
     own = {id(tensor) for tensor in learner.network.state_dict(keep_vars=True).values()}
     own |= {id(learner.network.mean), id(learner.network.std)}
     own |= {id(statistic.values) for statistic in learner.model.statistics.values()}

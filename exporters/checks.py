@@ -1,4 +1,4 @@
-"""Does an exported file answer as the classifier it was made from?"""
+"""Checks that an exported file gives the same answers as the classifier that it was made from."""
 
 from __future__ import annotations
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import os
 import stat
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from exporters.errors import DataError
+
+logger = logging.getLogger("edge_dfcil")
 
 # Pillow keeps four bytes a pixel: a picture takes 270 MB at most, and one that is kept 70 MB.
 MAX_PIXELS = 2**26  # more are refused
@@ -41,6 +46,14 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x112  # the tag of EXIF and TIFF
+# What a profile must be for: the colour space of a mode's pixels, and the mode that they are converted from.
+_SPACES = {
+    **dict.fromkeys(("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "YCbCr"), ("RGB", "RGB")),
+    **dict.fromkeys(("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"), ("GRAY", "L")),
+    "CMYK": ("CMYK", "CMYK"),
+}
+_BLACK_POINT_COMPENSATION: Any = 0x2000  # `ImageCms.Flags` has it by name from Pillow 10.3 on
+_SAME = 2  # of 255: a profile that changes no colour by more is sRGB, whose makers round its curve in different ways
 
 
 def is_picture_name(name: str) -> bool:
@@ -61,11 +74,13 @@ def is_picture_content(path: str | Path) -> bool:
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """A picture as RGB, upright as its EXIF says, on white where it is transparent.
+    """A picture as sRGB, upright as its EXIF says, on white where it is transparent.
 
     Of several frames it is the first (of an icon the largest). 16-bit grey is scaled by its full range, whatever part of it
     a picture uses; floats by the smallest of the ranges [0, 1], [0, 255] and [0, 65535] that holds them. A picture of more
-    than 2**24 pixels is made smaller by a whole factor while it is read.
+    than 2**24 pixels is made smaller by a whole factor while it is read. Colours are converted by the picture's ICC profile
+    (relative colorimetric); one that is damaged is ignored, and so are all where Pillow was built without Little CMS. Pixels of
+    a picture whose profile is sRGB, or that has none, stay as they are.
 
     Raises `DataError` that names a file which is no picture, is damaged, is no regular file, or has more than 2**26 pixels.
     """
@@ -86,9 +101,9 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     _check_size(picture.size)
     _load(picture)
     orientation = _orientation(picture)  # after loading, which applies that of a TIFF and takes it away
-    plain = _without_alpha(_to_eight_bits(_shrink(picture)))
+    plain = _to_srgb(_without_alpha(_to_eight_bits(_shrink(picture))), picture.mode, picture.info.get("icc_profile"))
     turn = _TURNS.get(orientation)
-    return plain.convert("RGB") if turn is None else plain.convert("RGB").transpose(turn)
+    return plain if turn is None else plain.transpose(turn)
 
 
 def shown(path: str | Path) -> str:
@@ -231,3 +246,41 @@ def _bits(picture: Image.Image) -> int:
     except Exception:
         bits = 16
     return bits if 8 < bits <= 16 else 16
+
+
+# Colours
+
+
+def _to_srgb(picture: Image.Image, mode: str, profile: Any) -> Image.Image:
+    """A picture without transparency as RGB, by the profile of the file, whose pixels are of another mode perhaps."""
+    space, source = _SPACES.get(mode, ("", ""))
+    transform = _transform(profile, space, source) if isinstance(profile, bytes) and space else None
+    if transform is None:
+        return picture.convert("RGB")
+    # The result is marked as sRGB, so that it is not converted again where it is passed on.
+    return transform.apply(picture.convert(source))
+
+
+@functools.lru_cache(maxsize=4)  # the pictures of a camera have the same one
+def _transform(profile: bytes, space: str, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From pixels of a mode to sRGB; None where there is nothing to convert, or no way to."""
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if source.profile.xcolor_space.strip() != space:
+            return None
+        srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+        found = ImageCms.buildTransform(source, srgb, mode, "RGB", intent, _BLACK_POINT_COMPENSATION)
+        return found if mode == "CMYK" or _changes_colours(found, mode) else None
+    except Exception as error:  # a damaged profile leads Little CMS to many; without it, each call is an ImportError
+        logger.info("a picture's colour profile is ignored: %s", error)
+        return None
+
+
+def _changes_colours(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Whether any of a grid of colours, or of all greys, becomes another one."""
+    steps = np.arange(0, 256, 17 if mode == "RGB" else 1, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, len(steps), 3) if mode == "RGB" else steps[None]
+    before = Image.fromarray(colours)
+    after = np.asarray(transform.apply(before)).astype(int)
+    return bool(np.abs(after - np.asarray(before.convert("RGB"))).max() > _SAME)

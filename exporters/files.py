@@ -25,8 +25,8 @@ def replace_file(path: str | Path, content: bytes) -> None:
     The content is written to a hidden file in the same folder, flushed to the disk and renamed. A symbolic link stays a link:
     the file it points to is replaced. A file that is replaced keeps its mode, and its owner where that is allowed; a new one
     gets the mode that the umask gives it. Where a rename is impossible (a single file mounted into a container, a folder that
-    cannot be written to), the file is overwritten in place, and its old content is restored if that fails; only the death of
-    the process in the middle of that can leave a damaged file.
+    cannot be written to), the file is overwritten in place, and its old content is restored if that fails; only a process
+    that is killed in the middle of that can leave a damaged file.
 
     Raises `OSError` when the path is not a regular file or cannot be written. The file is as it was before then, and no other
     file is left.
@@ -66,7 +66,7 @@ def check_writable(path: str | Path, size: int | None = None) -> None:
     """Checks that `replace_file` can write `size` bytes to a path; None takes the size of the file that is there.
 
     Meant to be called before long work whose result goes there. It creates and removes an empty hidden file.
-    Raises `OSError` that says what is in the way.
+    Raises `OSError` that says what prevents it.
     """
     target = resolve(path)
     folder = target.parent
@@ -126,7 +126,7 @@ def _remove_stale_parts(target: Path) -> None:
 
 
 def _mode_of(path: Path) -> int | None:
-    """The permission bits of a file; None where there is none."""
+    """The permission bits of a file; None if it does not exist."""
     try:
         return stat.S_IMODE(os.stat(path).st_mode)
     except FileNotFoundError:
@@ -141,7 +141,7 @@ def _keep_owner_and_mode(descriptor: int, target: Path) -> None:
     if hasattr(os, "fchown"):
         mine = os.fstat(descriptor)
         if (mine.st_uid, mine.st_gid) != (before.st_uid, before.st_gid):
-            with contextlib.suppress(OSError):  # only root may give a file away
+            with contextlib.suppress(OSError):  # only root may change the owner of a file
                 os.fchown(descriptor, before.st_uid, before.st_gid)
     if hasattr(os, "fchmod"):
         os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
@@ -171,7 +171,7 @@ def _write_in_place(target: Path, content: bytes) -> None:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Takes the room on the disk before any old byte is lost, where the file system can."""
+    """Reserves the space on the disk before any old byte is lost, where the file system can."""
     if hasattr(os, "posix_fallocate") and size:
         try:
             os.posix_fallocate(descriptor, 0, size)

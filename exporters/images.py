@@ -75,7 +75,7 @@ def _is_number(item: Any) -> bool:
 
 
 def _is_pillow(item: Any) -> bool:
-    pillow = sys.modules.get("PIL.Image")  # where it is not loaded, there is no image of it
+    pillow = sys.modules.get("PIL.Image")  # if it is not loaded, there is no image of it
     return pillow is not None and isinstance(item, pillow.Image)
 
 

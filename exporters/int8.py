@@ -1,7 +1,7 @@
 """INT8: static quantization of an exported graph by ONNX Runtime, calibrated on images, checked against the float graph.
 
 Weights get a scale a channel, activations one a tensor (QDQ form). Weights use seven of their eight bits: x86 CPUs without
-VNNI add products in 16 bits, which eight would overflow, and what ships must answer everywhere as it was measured here.
+VNNI add products in 16 bits, which eight would overflow, and an exported file must give the same answers everywhere.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Int8:
     calibration
         Images from which the ranges of activations are taken.
     checks
-        Images that both graphs are asked about, by the name of their set.
+        Images that both graphs are run on, by the name of their set.
     targets
         The right outputs (N,) of those sets that have them.
     widening
@@ -75,7 +75,7 @@ class Comparison:
 
 
 def count(images: ImageSet) -> int | None:
-    """The number of images in a set; None where that is not known before it has been read."""
+    """The number of images in a set; None if that is not known before it has been read."""
     if isinstance(images, (list, tuple)):
         return sum(map(len, images))
     return len(images) if isinstance(images, Sized) else None
@@ -182,7 +182,7 @@ def _onnxruntime() -> Iterator[None]:
 
     It advises on the root logger what has been done already. The level and the handlers of the root logger serve the whole
     process, so they stay as they are; and a handler is put in while there is none, because `logging.warning` would add one
-    for good.
+    permanently.
     """
     root, thread = logging.getLogger(), threading.get_ident()
 
@@ -205,7 +205,7 @@ def _onnxruntime() -> Iterator[None]:
 
 
 def compare(graph: bytes, quantized: bytes, setting: Int8, advance: Callable[[int], None] = lambda images: None) -> Comparison:
-    """Asks both graphs about every set of images, batch by batch; `advance` is as for `quantize`.
+    """Runs both graphs on every set of images, batch by batch; `advance` is as for `quantize`.
 
     Raises `ExportError` when they agree on too few of a set, or a set is empty.
     """

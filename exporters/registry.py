@@ -33,7 +33,7 @@ MAX_HEADER = 100_000_000  # bytes; no safetensors file has more
 
 @dataclass(frozen=True)
 class About:
-    """What an exported file says of itself.
+    """The metadata of an exported file.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ class About:
     temperature
         What the classifier divides its logits by; for information, since its answers have it already.
     thresholds
-        Of each class, for `exporters.rejection`; empty where there are none.
+        Of each class, for `exporters.rejection`; empty if there are none.
     """
 
     classes: tuple[str, ...]

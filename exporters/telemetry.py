@@ -1,7 +1,7 @@
 """Telemetry of the libraries below, switched off before they are loaded.
 
 ONNX Runtime's wheels from 1.27 on may write a device id and a queue of events for its vendor into the user's cache folder as
-soon as they are imported; huggingface_hub, which timm loads weights with, may report its use. Both look at the environment.
+soon as they are imported; huggingface_hub, which timm loads weights with, may report its use. Both read environment variables.
 The variables are set when `exporters` is imported, unless the user has set them, and stay set, so that processes started later
 inherit them. The other dependencies have no telemetry (searched for in their sources, 2026).
 """
@@ -36,7 +36,7 @@ def switch_off() -> None:
 def runtime_library() -> Any:
     """The module `onnxruntime` with its telemetry off; every import of it in this package comes through here.
 
-    Raises `ExportError` where it is not installed.
+    Raises `ExportError` if it is not installed.
     """
     switch_off()
     try:

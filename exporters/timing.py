@@ -1,4 +1,4 @@
-"""Timing graphs in turns: a latency is noisy, the ratio of two that were taken alternately is less so."""
+"""Timing graphs in turns: a latency is noisy, the ratio of two that were measured alternately is less so."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from hypothesis import settings
 from edge_dfcil import RECIPES, Learner
 from edge_dfcil.demo import Batches, digits
 
-settings.register_profile("tests", deadline=None)  # nothing is timed
+settings.register_profile("tests", deadline=None, max_examples=50)  # nothing is timed
 settings.load_profile("tests")
 
 # Faster for networks this small, and for the processes that the tests start.
@@ -44,7 +44,10 @@ NAMES = [str(digit) for digit in range(10)]
 
 def slow_but(quick: Container[Any], values: Iterable[Any]) -> list[Any]:
     """Parameters of one test of which only those in `quick` are in the quick suite."""
-    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    return [
+        value if value in quick else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+        for value in values
+    ]
 
 
 def quick_learner(**settings: Any) -> Learner:

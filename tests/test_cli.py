@@ -102,9 +102,10 @@ def test_the_whole_story(pictures: Any, model: Path, tmp_path: Path) -> None:
 
 def test_a_new_model_has_the_settings_given(pictures: Any, tmp_path: Path) -> None:
     path = tmp_path / "new.safetensors"
-    cli("learn", pictures[0], "--model", path, *SETTINGS, "--recipe", "edge", "--method", "finetune", "--no-flip")
+    cli("learn", pictures[0], "--model", path, *SETTINGS, "--recipe", "edge", "--method", "finetune", "--no-flip", "--multiscale")
     learner = Learner.load(path)
     assert (learner.backbone, learner.image_size, learner.method.name, learner.recipe) == ("resnet8", 16, "finetune", QUICK)
+    assert learner.network.scales.layers
     done = cli("learn", pictures[1], "--model", path, "--backbone", "resnet20", expect=1)
     assert "leave out --backbone" in done.stderr
 
@@ -341,7 +342,7 @@ class TestCheckpoint:
     def test_the_same_command_goes_on(self, pictures: Any, model: Path, tmp_path: Path, stopped: Any) -> None:
         whole = shutil.copy(model, tmp_path / "whole.safetensors")
         done = cli("learn", pictures[1], "--model", model, expect=1)
-        assert "the same command goes on" in done.stderr and "the model is the one from before" in done.stderr
+        assert "the same command continues" in done.stderr and "the model is the one from before" in done.stderr
         (checkpoint,) = tmp_path.glob(".*")
         assert Learner.load(model).classes == ("0", "1")
         stopped.undo()

@@ -32,8 +32,18 @@ def load(path: Path) -> Learner:
 
 
 def test_there_are_golden_files_of_every_kind() -> None:
-    assert {path.stem for path in MODELS} == {"cifar", "torchvision", "adopted", "pruned", "mirrored"}
-    assert {path.stem for path in GRAPHS} == {"cifar", "cifar-int8"}
+    assert {path.stem for path in MODELS} == {"cifar", "torchvision", "adopted", "pruned", "mirrored", "closed_form"}
+    assert {path.stem for path in GRAPHS} == {"cifar", "cifar-int8", "closed_form-any"}
+
+
+def test_a_file_of_schema_2_keeps_statistics_and_thresholds() -> None:
+    model = load(FOLDER / "schema2" / "closed_form.safetensors").model
+    assert model.network.reads_scales
+    assert {"mean", "count", "covariance", "frame"} == model.statistics.keys()
+    assert model.statistics["mean"].images[3:] == (60, 0)  # of five images no mean is kept
+    assert model.temperature > 0 and len(model.thresholds) == 5
+    graph = OnnxClassifier(FOLDER / "schema2" / "closed_form-any.onnx")
+    assert graph.thresholds == model.thresholds
 
 
 @pytest.mark.parametrize("path", MODELS, ids=named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import weakref
 from collections.abc import Iterator
@@ -266,8 +267,13 @@ class TestAllOrNothing:
         assert same_weights(before, learnt)
         assert learnt.classes == ("0", "1")
 
-    @pytest.mark.parametrize("stage", ["dream", "learn", "refine"])
-    @pytest.mark.parametrize("how", ["cancel", "ctrl-c", "callback"])
+    @pytest.mark.parametrize(
+        ("stage", "how"),
+        slow_but(
+            {("dream", "cancel"), ("learn", "ctrl-c"), ("refine", "callback")},
+            itertools.product(("dream", "learn", "refine"), ("cancel", "ctrl-c", "callback")),
+        ),
+    )
     def test_stopped_anywhere_the_model_is_the_one_from_before(self, learnt: Learner, stage: str, how: str) -> None:
         before = weights(learnt)
         action, error = {

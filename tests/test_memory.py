@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from edge_dfcil import BudgetError, Cancelled, Learner, SettingError
+from edge_dfcil import BudgetError, Callback, Cancelled, Learner, SettingError
 from edge_dfcil.budget.allocator import capped
 from edge_dfcil.budget.meter import Meter, parse
 from edge_dfcil.compression import Distillation, Pruning, distill, prune
@@ -25,6 +26,7 @@ from edge_dfcil.dreaming.inversion import Dream, Dreamer, Pool
 from edge_dfcil.methods.abd import ABD
 from edge_dfcil.model.backbones import build
 from edge_dfcil.training.checkpointing import blocks, recomputing
+from edge_dfcil.training.stage import Stage
 from tests.conftest import NAMES, QUICK, quick_learner, same_weights, weights
 
 
@@ -121,6 +123,36 @@ print(json.dumps([weights, report.plan.peak_bytes, report.stages[0].peak_bytes])
 """
 
 
+class Announced(Callback):
+    """Counts how often planning was announced, and whether that was before the first stage."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def on_plan_begin(self) -> None:
+        self.calls.append("plan")
+
+    def on_stage_begin(self, stage: Stage) -> None:
+        if not self.calls or self.calls[-1] != "stages":
+            self.calls.append("stages")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"), [({}, ["stages"]), ({"memory_budget": "8GB", "time_budget": "1h"}, ["plan", "stages"])]
+)
+def test_planning_is_announced_once_and_only_where_something_is_planned(
+    train: Batches, settings: dict[str, Any], expected: list[str]
+) -> None:
+    learner = quick_learner(method="finetune", precision="float32", memory_budget=settings.get("memory_budget"))
+    callback = Announced()
+    time_budget = settings.get("time_budget")
+    learner.learn_task(train.of(("0", "1")), NAMES, time_budget=time_budget, callbacks=[callback], progress=False)
+    assert callback.calls == expected
+    callback.calls.clear()
+    learner.dream(2, callbacks=[callback], progress=False)
+    assert callback.calls == expected
+
+
 class TestRefusal:
     def test_says_what_is_needed_and_what_would_help(self, learnt: Learner, train: Batches) -> None:
         before = weights(learnt)
@@ -134,6 +166,16 @@ class TestRefusal:
         learner = Learner("resnet14", image_size=32, recipe=QUICK, device="cpu", memory_budget=10_000)
         with pytest.raises(BudgetError, match=r"image_size=16 needs [\d.]+ MB; backbone='resnet8' needs [\d.]+ MB"):
             learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
+
+    @pytest.mark.slow
+    def test_features_of_one_scale_need_less_for_a_closed_form_head(self, train: Batches) -> None:
+        learner = quick_learner(method="lda", memory_budget=10_000)
+        with pytest.raises(BudgetError, match=r"a budget of [\d.]+ MB; multiscale=False needs [\d.]+ MB") as refused:
+            learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
+        both, one = map(float, re.findall(r"(?:of|False needs) ([\d.]+) MB", str(refused.value))[-2:])
+        between = int(1e6 * (both + one) / 2)
+        plan = quick_learner(method="lda", multiscale=False, memory_budget=between).plan(train.of(("0", "1")), NAMES)
+        assert plan.peak_bytes <= between
 
 
 RESIDENT = """
@@ -244,6 +286,7 @@ class TestOtherOperations:
         for name, taken in json.loads(done.stdout).items():
             assert taken <= 64e6, name
 
+    @pytest.mark.slow
     def test_one_that_is_too_small_is_refused_and_says_what_is_needed(self, learnt: Learner, tmp_path: Path) -> None:
         learnt.memory_budget = 10_000
         for operation in (

@@ -169,8 +169,8 @@ def test_the_gradients_of_a_split_batch_are_those_of_the_whole(learnt: Learner, 
     found = []
     for parts in ([z], list(z.split(at_once))):
         if len(parts) > 1:
-            assert stage.look is not None
-            stage.look(parts)
+            assert stage.before_parts is not None
+            stage.before_parts(parts)
         dreamer.generator.zero_grad()
         value = torch.zeros(())
         for part in parts:

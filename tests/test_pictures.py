@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import struct
 import tracemalloc
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageCms, TiffImagePlugin
 
 from edge_dfcil import ClassError, DataError, SettingError
 from edge_dfcil.dreaming.sheet import check_drawable, contact_sheet, writable
@@ -24,6 +26,7 @@ from edge_dfcil.model.pictures import PictureFolder, open_folder, read_each, rea
 from edge_dfcil.model.preprocessing import fit
 from exporters import decoding
 from exporters.decoding import to_rgb
+from exporters.images import batches
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 RAMP = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))
@@ -205,6 +208,134 @@ class TestMemory:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
         with pytest.raises(DataError, match="bomb"):
             read_picture(path)
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+# Display P3's primaries, adapted to the illuminant of profiles; its curve is that of sRGB.
+P3_PRIMARIES = {"rXYZ": (0.51512, 0.24120, -0.00105), "gXYZ": (0.29198, 0.69225, 0.04189), "bXYZ": (0.15710, 0.06657, 0.78407)}
+INKS = {"C": (55, -37, -50), "M": (48, 74, -3), "Y": (89, -5, 93), "CM": (24, 22, -46), "CY": (50, -65, 27), "MY": (47, 68, 48)}
+
+
+def with_primaries(profile: bytes, primaries: Mapping[str, tuple[float, ...]]) -> bytes:
+    """A matrix profile whose three primaries are replaced."""
+    changed = bytearray(profile)
+    for entry in range(132, 132 + 12 * int.from_bytes(profile[128:132], "big"), 12):
+        name, place = profile[entry : entry + 4].decode(), int.from_bytes(profile[entry + 4 : entry + 8], "big")
+        if name in primaries:
+            changed[place + 8 : place + 20] = struct.pack(">3i", *(round(value * 2**16) for value in primaries[name]))
+    return bytes(changed)
+
+
+P3 = with_primaries(SRGB, P3_PRIMARIES)
+
+
+def print_profile() -> bytes:
+    """A small CMYK profile: a table of the Lab colours of all mixtures of whole inks; black covers the others."""
+    table = bytearray()
+    for inks in itertools.product(*(("", ink) for ink in "CMYK")):
+        mixture = "".join(inks)
+        lightness, a, b = (100, 0, 0) if not mixture else (12, 0, 0) if "K" in mixture else INKS.get(mixture, (20, 0, 0))
+        table += bytes([round(2.55 * lightness), a + 128, b + 128])
+    identity = struct.pack(">9i", *(65536 * (n % 4 == 0) for n in range(9)))
+    curve = bytes(range(256))
+    a2b = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + identity + 4 * curve + bytes(table) + 3 * curve
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
+    tags = {b"wtpt": white, b"A2B0": a2b, b"A2B1": a2b}
+    header = bytearray(128)
+    header[8:12], header[12:24], header[36:40] = b"\x02\x40\x00\x00", b"prtrCMYKLab ", b"acsp"
+    header[68:80] = white[8:]
+    place, directory, content = 132 + 12 * len(tags), b"", b""
+    for name, tag in tags.items():
+        directory += name + struct.pack(">2I", place + len(content), len(tag))
+        content += tag + bytes(-len(tag) % 4)
+    header[:4] = (place + len(content)).to_bytes(4, "big")
+    return bytes(header) + len(tags).to_bytes(4, "big") + directory + content
+
+
+def pixels_of(picture: Image.Image) -> bytes:
+    assert picture.mode == "RGB"
+    return picture.tobytes()
+
+
+class TestColours:
+    """Pictures are read in the colours that their ICC profile says."""
+
+    def test_a_wide_gamut_is_converted(self, tmp_path: Path) -> None:
+        """The reddest red of sRGB, as Display P3 has it; greys are the same in both."""
+        for name in ("x.png", "x.jpg", "x.webp", "x.tif"):
+            seen = read_picture(saved(tmp_path / name, Image.new("RGB", (16, 16), (234, 51, 35)), icc_profile=P3))
+            assert seen.getpixel((8, 8)) == pytest.approx((255, 0, 0), abs=8)  # JPEG and WebP lose a little
+            grey = read_picture(saved(tmp_path / name, Image.new("RGB", (16, 16), (90, 90, 90)), icc_profile=P3))
+            assert grey.getpixel((8, 8)) == pytest.approx((90, 90, 90), abs=2)
+
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
+    def test_srgb_stays_as_it_is_to_the_bit(self, tmp_path: Path, mode: str) -> None:
+        """Also where its curve or its primaries are rounded, as in many a maker's."""
+        pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
+        picture = Image.fromarray(pixels).convert("RGB").convert(mode)
+        plain = pixels_of(read_picture(saved(tmp_path / "plain.png", picture)))
+        rounded = with_primaries(SRGB, {"rXYZ": (0.4361, 0.2225, 0.0139)})
+        for profile in (SRGB, rounded):
+            assert pixels_of(read_picture(saved(tmp_path / "x.png", picture, icc_profile=profile))) == plain
+        assert pixels_of(picture.convert("RGB")) == plain
+
+    def test_transparent_and_turned_pictures_and_palettes(self, tmp_path: Path) -> None:
+        picture = Image.new("RGBA", (20, 10), (234, 51, 35, 255))
+        picture.paste((0, 0, 0, 0), (0, 0, 10, 10))
+        exif = Image.Exif()
+        exif[0x112] = 6
+        seen = read_picture(saved(tmp_path / "x.png", picture, icc_profile=P3, exif=exif))
+        assert seen.size == (10, 20)
+        assert seen.getpixel((5, 2)) == (255, 255, 255)
+        assert seen.getpixel((5, 17)) == pytest.approx((255, 0, 0), abs=1)
+        palette = picture.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE)
+        assert read_picture(saved(tmp_path / "p.png", palette, icc_profile=P3)).getpixel((15, 5)) == seen.getpixel((5, 17))
+
+    def test_inks_are_those_of_the_profile(self, tmp_path: Path) -> None:
+        for name in ("x.jpg", "x.tif"):
+            cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+            plain = read_picture(saved(tmp_path / name, cyan)).getpixel((8, 8))
+            printed = read_picture(saved(tmp_path / name, cyan, icc_profile=print_profile())).getpixel((8, 8))
+            assert plain == pytest.approx((0, 255, 255), abs=3)
+            assert printed == pytest.approx((0, 150, 218), abs=12)
+            paper = Image.new("CMYK", (16, 16), (0, 0, 0, 0))
+            seen = read_picture(saved(tmp_path / name, paper, icc_profile=print_profile())).getpixel((8, 8))
+            assert seen == pytest.approx((255, 255, 255), abs=2)
+
+    @pytest.mark.parametrize(
+        "profile",
+        [b"no profile", P3[:300], P3[:128] + bytes(len(P3) - 128), print_profile(), print_profile()[:400], b"\0" * 3000],
+        ids=["text", "cut", "no tags", "of CMYK", "of CMYK, cut", "zeros"],
+    )
+    def test_a_profile_that_cannot_be_used_is_ignored(self, tmp_path: Path, profile: bytes) -> None:
+        for mode in ("RGB", "L"):
+            picture = Image.new(mode, (16, 16), "orange")
+            plain = pixels_of(read_picture(saved(tmp_path / "plain.png", picture)))
+            seen = read_picture(saved(tmp_path / "x.png", picture, icc_profile=profile))
+            assert pixels_of(seen) == plain
+
+    def test_a_picture_that_is_passed_on_is_not_converted_again(self, tmp_path: Path) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        path = saved(tmp_path / "x.png", pixels, icc_profile=P3)
+        once = read_picture(path)
+        assert pixels_of(once) != pixels.tobytes()
+        assert pixels_of(to_rgb(once)) == pixels_of(once)
+        with Image.open(path) as opened:
+            assert pixels_of(to_rgb(opened)) == pixels_of(once)
+            assert opened.info["icc_profile"] == P3 and pixels_of(opened) == pixels.tobytes(), "the caller's is left alone"
+        (batch,) = batches([path], 16, 1)
+        assert np.array_equal(batch, read_pictures([path], 16).numpy()), "without torch it is the same picture"
+
+    def test_without_colour_management_profiles_are_ignored(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As where Pillow was built without Little CMS."""
+
+        def missing(*arguments: Any) -> Any:
+            raise ImportError("The _imagingcms C module is not installed")
+
+        monkeypatch.setattr(ImageCms, "ImageCmsProfile", missing)
+        profile = with_primaries(P3, {"rXYZ": (0.5, 0.25, 0.0)})  # one that is not remembered from another test
+        seen = read_picture(saved(tmp_path / "x.png", Image.new("RGB", (8, 8), (234, 51, 35)), icc_profile=profile))
+        assert seen.getpixel((4, 4)) == (234, 51, 35)
 
 
 class TestWhatIsNoPicture:

@@ -271,10 +271,11 @@ class TestHost:
         quick_learner().learn_task(train.of(("0", "1")), NAMES, progress=False)
         assert torch.equal(torch.rand(3), expected)
 
-    @pytest.mark.parametrize("wrong", [Callback, "abd", 3, [object()]])
-    def test_wrong_callbacks_are_refused_and_lock_nothing(self, wrong: Any, learnt: Learner, train: Batches) -> None:
-        with pytest.raises(SettingError, match="Callback"):
-            learnt.learn_task(train.of(("4",)), NAMES, callbacks=wrong, progress=False)
+    def test_wrong_callbacks_are_refused_and_lock_nothing(self, learnt: Learner, train: Batches) -> None:
+        wrong: list[Any] = [Callback, "abd", 3, [object()]]
+        for callbacks in wrong:
+            with pytest.raises(SettingError, match="Callback"):
+                learnt.learn_task(train.of(("4",)), NAMES, callbacks=callbacks, progress=False)
         learnt.learn_task(train.of(("4",)), NAMES, progress=False)
 
     @pytest.mark.slow

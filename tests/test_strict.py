@@ -73,6 +73,7 @@ def test_a_few_more_images_of_a_class_refine_its_row(two_tasks: list[Learner], t
     assert learner.evaluate(test.of(tuple(NAMES[:6])), NAMES).accuracy > known.accuracy - 0.05
 
 
+@pytest.mark.slow
 def test_rows_that_were_trained_are_remembered_by_generated_images(train: Batches) -> None:
     """Rows of an adopted classifier do not compare with those computed in closed form."""
     learner = quick_learner(recipe=ROWS.changed({"refine.head": "trained"}), multiscale=True)

@@ -1,4 +1,4 @@
-"""What torch's and the system's allocators do while a budget holds; all of it is undone afterwards."""
+"""Settings of torch's and the system's allocators while a budget holds; they are reset afterwards."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from edge_dfcil.budget.meter import Meter
 
 M_MMAP_THRESHOLD = -3  # of mallopt
 LARGE = 1 / 64  # of a budget: a tensor that takes so much is returned to the system when it is freed
-USUAL = 32 * 2**20  # what glibc lets its own threshold grow to, as tensors come and go
+USUAL = 32 * 2**20  # the most that glibc raises its own threshold to, as tensors are allocated and freed
 
 
 @contextmanager
 def returned_at_once(budget: int | None) -> Iterator[None]:
     """Under a budget glibc returns large tensors to the system as soon as they are freed.
 
-    Else its threshold for that grows with what is freed, and its heap keeps holes: a fifth more memory for the same steps,
+    Otherwise its threshold for that grows with what is freed, and its heap keeps holes: a fifth more memory for the same steps,
     and how much is not known beforehand. For small tensors that would save little, and a new mapping for each costs time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

@@ -9,7 +9,7 @@ from edge_dfcil.budget.meter import Meter
 from edge_dfcil.results import MemoryPlan
 from edge_dfcil.training.stage import Stage, StageSpec, StageState
 
-NEAR = 0.97  # of the budget: from here on fewer images go through together, before it is too late
+NEAR = 0.97  # of the budget: from here on the micro-batch is halved, before it is too late
 
 
 def hold(stages: Iterator[Stage], plan: MemoryPlan | None, meter: Meter, peaks: list[int]) -> Iterator[Stage]:
@@ -19,7 +19,7 @@ def hold(stages: Iterator[Stage], plan: MemoryPlan | None, meter: Meter, peaks: 
     budget = plan.budget if plan is not None else None
 
     def over_budget(state: StageState) -> bool:
-        """Whether the step must be made again. One that came near goes through, and those after it take half the images."""
+        """Whether the step must be made again. One that came near is kept, and those after it take half the images."""
         assert budget is not None
         if meter.peak <= NEAR * budget:
             return False

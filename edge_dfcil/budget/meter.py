@@ -34,13 +34,13 @@ def parse(budget: int | str | None) -> int | None:
 
 
 def show(size: float) -> str:
-    """Bytes for people."""
+    """A number of bytes as text."""
     return f"{size / 1e6:.1f} MB" if size < 100e6 else f"{size / 1e6:.0f} MB"
 
 
 # Measuring
 
-SAMPLING = 0.005  # seconds between two looks at the process
+SAMPLING = 0.005  # seconds between two samples
 
 
 class Meter:
@@ -57,11 +57,11 @@ class Meter:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Meter:
-        """Starts to watch; when it is entered again, the level is still the first one."""
+        """Starts to measure; when it is entered again, the level is still the first one."""
         give_back(self._device)
         self._froze = not gc.get_freeze_count()
         if self._froze:
-            gc.freeze()  # what is there now is not searched again at every `reset`: torch alone is half a second's worth
+            gc.freeze()  # objects that exist now are not searched again at every `reset`: torch alone is half a second's worth
         if not self._entered:
             self.level, self._entered = held(self._device), True
         self._stop.clear()
@@ -83,7 +83,7 @@ class Meter:
         """Most bytes above the level since `reset`."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_reserved(self._device) - self.level
-        return self._look()
+        return self._measure()
 
     @property
     def highest(self) -> int:
@@ -97,7 +97,7 @@ class Meter:
         return held(self._device) - self.level
 
     def reset(self) -> None:
-        """Forgets the peak, and gives back to the system what is free, so that the next one is its own."""
+        """Forgets the peak, and returns free memory to the system, so that the next peak does not include it."""
         give_back(self._device)
         with self._lock:
             self._highest = max(self._highest, self._peak)
@@ -107,20 +107,20 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def exclude(self) -> None:
-        """Counts what is held now as not ours."""
+        """Excludes what is held now from the count."""
         give_back(self._device)
         with self._lock:
             self.level = max(self.level, held(self._device))
             self._peak = self._highest = 0
 
-    def _look(self) -> int:
+    def _measure(self) -> int:
         with self._lock:
             self._peak = max(self._peak, held(self._device) - self.level)
             return self._peak
 
     def _sample(self) -> None:
         while not self._stop.wait(SAMPLING):
-            self._look()
+            self._measure()
 
 
 def held(device: torch.device) -> int:

@@ -23,22 +23,22 @@ from edge_dfcil.training.checkpointing import blocks
 from edge_dfcil.training.rehearsal import STEPS, Plannable, Rehearsal
 from edge_dfcil.training.stage import Stage, StageSpec, Terms
 
-MARGIN = 0.1  # of the budget, left free when choosing how many images go through at once: a heap in pieces needs it above all
+MARGIN = 0.1  # of the budget, left free when choosing the micro-batch: a fragmented heap needs it most
 LEAST_MARGIN = 0.05  # left free in any case, by the fewest images as by whole batches
-FEWEST = 4  # images at once: BatchNorm learns little from fewer
-ENOUGH = 16  # with fewer at once, activations are rather recomputed: BatchNorm's batch is worth a third of the time
-GROWTH = 4  # of the images at once, at most, from one rehearsal to the next
+FEWEST = 4  # images in a micro-batch: BatchNorm learns little from fewer
+ENOUGH = 16  # images in a micro-batch; to keep it as large, activations are recomputed, which takes a third more time
+GROWTH = 4  # of the micro-batch, at most, from one rehearsal to the next
 REHEARSALS = 8  # at most, of one choice of settings
 
 
 @dataclass(frozen=True)
-class Way:
-    """How to rehearse.
+class RehearsalSettings:
+    """The settings of a rehearsal.
 
     Attributes
     ----------
     changes
-        What to put in place of the recipe's numbers.
+        Values that replace numbers of the recipe.
     recompute
         Stages that compute their activations again instead of keeping them; None: all that can.
     limit
@@ -57,7 +57,7 @@ class Rehearsed:
     Attributes
     ----------
     at_once, whole
-        Images that went through at once, and those of a whole step.
+        Images of a micro-batch, and those of a whole step.
     peak
         Most bytes above the level.
     base
@@ -88,7 +88,7 @@ class Rehearsed:
 
     @property
     def least_an_image(self) -> float:
-        """Bytes that one more image takes at least: its activations, and half as much for their gradients on the way back."""
+        """Bytes that one more image takes at least: its activations, and half as much for their gradients."""
         return max(1.0, 1.5 * self.items["activations"] / self.at_once)
 
     @property
@@ -102,7 +102,7 @@ Stages = dict[str, Rehearsed]
 
 
 class _Enough(Callback):
-    """Ends a stage's rehearsal once it has passed the limit: that it does not fit is known then."""
+    """Ends a stage's rehearsal once it has passed the limit, since it does not fit then."""
 
     class Reached(Exception):
         pass
@@ -162,13 +162,13 @@ class Planner:
         if not _fit(stages := self.least(), last):
             raise TooLarge(stages)
         for changes in self.work.smaller():
-            stages = self._grown(way := Way(changes, limit=limit))
+            stages = self._grown(settings := RehearsalSettings(changes, limit=limit))
             tight = frozenset(name for name, s in stages.items() if s.at_once < min(ENOUGH, s.whole) and s.can_recompute)
             if tight:
-                stages = self._grown(way := replace(way, recompute=tight))
+                stages = self._grown(settings := replace(settings, recompute=tight))
             if not _fit(stages := self._begun_now(stages), last):
                 continue
-            if _fit(stages := self._in_whole(stages, replace(way, limit=last)), last):
+            if _fit(stages := self._in_whole(stages, replace(settings, limit=last)), last):
                 break
         else:
             raise TooLarge(stages)
@@ -183,44 +183,44 @@ class Planner:
             assert budget is not None
             raise refusal(budget, error.stages, others) from None
 
-    def _in_whole(self, stages: Stages, way: Way) -> Stages:
-        """The stages with whole batches, with fewer images at once where the limit is passed after all."""
+    def _in_whole(self, stages: Stages, settings: RehearsalSettings) -> Stages:
+        """The stages with whole batches, with a smaller micro-batch where the limit is passed after all."""
         at_once = {name: stage.at_once for name, stage in stages.items()}
         while True:
-            stages = self._begun_now(self.rehearse(way, at_once, in_whole=True))
-            over = [name for name, stage in stages.items() if stage.peak > way.limit and at_once[name] > FEWEST]
+            stages = self._begun_now(self.rehearse(settings, at_once, in_whole=True))
+            over = [name for name, stage in stages.items() if stage.peak > settings.limit and at_once[name] > FEWEST]
             if not over:
                 return stages
             at_once |= {name: max(FEWEST, at_once[name] // 2) for name in over}
 
     def least(self) -> Stages:
         """The stages with the smallest settings there are."""
-        return self._begun_now(self.rehearse(Way(self.work.smaller()[-1], recompute=None), {}))
+        return self._begun_now(self.rehearse(RehearsalSettings(self.work.smaller()[-1], recompute=None), {}))
 
-    def _grown(self, way: Way) -> Stages:
-        """Every stage with the most images at once that stay below the limit, and the fewest if none do.
+    def _grown(self, settings: RehearsalSettings) -> Stages:
+        """Every stage with the largest micro-batch that stays below the limit, and the smallest if none does.
 
         Grows from few, by the room that is left over the most that an image has been seen to take.
         """
-        best = self.rehearse(way, {})
+        best = self.rehearse(settings, {})
         each = {name: stage.most_an_image for name, stage in best.items()}
         ceiling = {name: stage.whole + 1 for name, stage in best.items()}
         for _ in range(REHEARSALS):
-            at_once = {name: self._more(stage, each[name], way.limit, ceiling[name]) for name, stage in best.items()}
+            at_once = {name: self._more(stage, each[name], settings.limit, ceiling[name]) for name, stage in best.items()}
             if all(at_once[name] == stage.at_once for name, stage in best.items()):
                 break
-            for name, stage in self.rehearse(way, at_once).items():
+            for name, stage in self.rehearse(settings, at_once).items():
                 grown = stage.at_once - best[name].at_once
                 if grown > 0:
                     each[name] = max(stage.least_an_image, (stage.own - best[name].own) / grown)
-                if self._expected(stage) <= way.limit:
+                if self._expected(stage) <= settings.limit:
                     best[name] = stage
                 else:
                     ceiling[name] = stage.at_once
         return best
 
     def _more(self, stage: Rehearsed, an_image: float, limit: float, ceiling: int) -> int:
-        """Images at once to try next: of a batch, its half, its quarter and so on the most for which there seems to be room.
+        """The micro-batch to try next: of a batch, its half, its quarter and so on the largest for which there seems to be room.
 
         Few different sizes, because the libraries keep for each what they have made for it.
         """
@@ -239,23 +239,23 @@ class Planner:
         now = self.meter.now
         return {name: stage.begun_at(now) for name, stage in stages.items()}
 
-    def rehearse(self, way: Way, at_once: Mapping[str, int], in_whole: bool = False) -> Stages:
-        """A few steps of each stage, with as many images at once as named, or else the fewest.
+    def rehearse(self, settings: RehearsalSettings, at_once: Mapping[str, int], in_whole: bool = False) -> Stages:
+        """A few steps of each stage, with the micro-batches given, or else the smallest.
 
         Batches are cut to two parts, which tells what more would take, unless they are wanted in whole: their many small
-        parts leave the heap in pieces. The first step of a stage makes what libraries make once for a size (kernels,
+        parts fragment the heap. The first step of a stage makes what libraries make once for a size (kernels,
         packed weights, scratch) and may keep; it is not measured with the others. What they keep is held from then on, so
         it belongs to the base and not to what the stage takes.
         """
         base = self.meter.now
-        found = self._rehearsed(way, at_once, in_whole, base)
+        found = self._rehearsed(settings, at_once, in_whole, base)
         kept = max(0, self.meter.now - base)  # once, by the libraries
         return {name: replace(stage, base=base + kept, peak=max(stage.peak, base + kept)) for name, stage in found.items()}
 
-    def _rehearsed(self, way: Way, at_once: Mapping[str, int], in_whole: bool, base: int) -> Stages:
+    def _rehearsed(self, settings: RehearsalSettings, at_once: Mapping[str, int], in_whole: bool, base: int) -> Stages:
         """What each stage takes, in a scope of its own: the rehearsal's networks are gone when this returns. Of stages of
         the same name, the one that takes most."""
-        rehearsal = self.work.rehearsal(way.changes)
+        rehearsal = self.work.rehearsal(settings.changes)
         found: Stages = {}
         while True:
             self.meter.reset()
@@ -265,10 +265,10 @@ class Planner:
             few = at_once.get(stage.name, FEWEST)
             rehearsal.micro_batches[stage.name] = few
             watch = _Watch(stage, rehearsal, few, in_whole)
-            small = watch.stage(recompute=way.recompute is None or stage.name in way.recompute)
+            small = watch.stage(recompute=settings.recompute is None or stage.name in settings.recompute)
             made = self.meter.peak  # what the stage is made from: a pool of generated images
             with contextlib.suppress(_Enough.Reached):
-                self._measure(small, way.limit)
+                self._measure(small, settings.limit)
             more = watch.found(max(made, self.meter.peak), base)
             if stage.name not in found or more.peak > found[stage.name].peak:
                 found[stage.name] = more
@@ -290,7 +290,7 @@ def _fit(stages: Stages, limit: float) -> bool:
 
 
 class _Watch:
-    """Looks on while a stage is rehearsed: shortens its largest batches to two parts, unless asked not to, and counts what is
+    """Observes a stage that is rehearsed: shortens its largest batches to two parts, unless asked not to, and counts what is
     kept for the backward pass."""
 
     def __init__(self, stage: Stage, rehearsal: Rehearsal, at_once: int, in_whole: bool) -> None:
@@ -386,6 +386,6 @@ def refusal(budget: int, stages: Stages, others: Iterable[tuple[str, Callable[[]
     remedies = [f"{text} needs {show(needed(least()))}" for text, least in others]
     return BudgetError(
         f"memory_budget of {show(budget)} cannot be kept, and nothing was trained: stage {name!r} needs {show(needed(stages))} "
-        f"even with {worst.at_once} images at once ({takes}). What would help: a budget of {show(needed(stages))}"
+        f"even with a micro-batch of {worst.at_once} images ({takes}). What would help: a budget of {show(needed(stages))}"
         + "".join(f"; {remedy}" for remedy in remedies)
     )

@@ -73,7 +73,7 @@ def fit(
     recipe = task.recipe.changed(changes)
     speeds, image_seconds = _speeds(begin(), copy.deepcopy(method), recipe, check)
 
-    generates = task.remembers or "dream" in speeds  # a first task may, too
+    generates = task.remembers or "dream" in speeds  # a first task may generate images, too
 
     def expected(share: float) -> float:
         steps = {"dream": _dream_steps(recipe, share), **steps_of(task, recipe, share)}

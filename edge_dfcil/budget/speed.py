@@ -1,6 +1,6 @@
-"""How a task computes fastest on this CPU: a few steps of each way, timed in turns on copies that are thrown away.
+"""How a task computes fastest on this CPU: a few steps with each setting, timed in turns on copies that are thrown away.
 
-No rule tells: on an Intel Xeon with AMX a bf16 step of resnet32 takes 0.46 of the time of a float32 one, and one of
+No rule predicts it: on an Intel Xeon with AMX a bf16 step of resnet32 takes 0.46 of the time of a float32 one, and one of
 mobilenet_v3_small three times as long; on an AMD EPYC bf16 is 15 times slower.
 """
 
@@ -30,25 +30,25 @@ from edge_dfcil.training.stage import StageSpec, StageState
 logger = logging.getLogger("edge_dfcil")
 
 LEAST_STEPS = 200  # of a task's training stages: fewer have ended before measuring has paid
-MARGIN = 0.8  # of the time: another way must take less, so that the choice seldom differs from one run to the next
-TOO_SLOW = 5.0  # times a usual step: a way whose first step takes longer is not tried again
+MARGIN = 0.8  # of the time: another setting must take less, so that the choice seldom differs from one run to the next
+TOO_SLOW = 5.0  # times a usual step: a setting whose first step takes longer is not tried again
 SLOWER = 1.5  # times a usual step: one that has warmed up and takes longer is not repeated
 REPEATS = 2  # of a step that are timed, after one that warms up; the fastest counts
-SHARE = 0.05  # of the expected time: after so much of it no other way is tried
+SHARE = 0.05  # of the expected time: after so much of it no other setting is tried
 MINOR = 0.1  # of the expected steps: stages with fewer are not timed
 POOL = 16  # generated images of a measurement
 SCHEDULED = 64  # steps that the learning rate of a measurement is made for: more than are taken
 
 
-def timed(way: Computing, step: Callable[[], object]) -> float:
-    """Seconds of one step, computed in this way. All measuring goes through here."""
-    with devices.computing(way):
+def timed(setting: Computing, step: Callable[[], object]) -> float:
+    """Seconds of one step with a setting. All timing goes through here."""
+    with devices.computing(setting):
         begin = time.perf_counter()
         step()
         return time.perf_counter() - begin
 
 
-def pays(begin: Callable[[], Task], method: Method, device: torch.device) -> bool:
+def is_worth_measuring(begin: Callable[[], Task], method: Method, device: torch.device) -> bool:
     """Whether it is worth measuring: on a CPU, for a task that begins with a training stage and has many steps in all."""
     if device.type != "cpu":
         return False
@@ -70,7 +70,7 @@ def choose(
     seconds: float | None,
     check: Callable[[], object],
 ) -> Computing:
-    """The fastest way to compute a task on the CPU; the usual one unless another is faster by a clear margin.
+    """The fastest setting for a task on the CPU; the usual one unless another is faster by a clear margin.
 
     One thing at a time: the precision, then half of the threads as long as that helps, then the memory order. Steps take as
     much memory as `plan` allows; under a plan the memory order is not tried, because that takes a second copy of the networks.
@@ -80,7 +80,7 @@ def choose(
     begin
         Gives tasks that may be thrown away.
     recipe, usual, plan, seconds
-        The recipe as the plan changes it, the way that is compared with, the plan, and the time budget of the task.
+        The recipe as the plan changes it, the setting that is compared with, the plan, and the time budget of the task.
     check
         Called between steps; it may raise.
     """
@@ -101,18 +101,18 @@ def choose(
     return replace(best, measured={name: found for name, found in trial.found.items() if found < float("inf")})
 
 
-def _in_bfloat16(way: Computing, recipe: Recipe) -> Computing | None:
-    return replace(way, precision="bfloat16") if recipe.schedule.mixed_precision and way.precision == "float32" else None
+def _in_bfloat16(setting: Computing, recipe: Recipe) -> Computing | None:
+    return replace(setting, precision="bfloat16") if recipe.schedule.mixed_precision and setting.precision == "float32" else None
 
 
-def _with_half_the_threads(way: Computing, recipe: Recipe) -> Computing | None:
-    """Never more than torch was set to: an app may have its reasons."""
-    threads = way.threads or torch.get_num_threads()
-    return replace(way, threads=threads // 2) if threads > 1 else None
+def _with_half_the_threads(setting: Computing, recipe: Recipe) -> Computing | None:
+    """Never more than torch was set to: an app may need the others."""
+    threads = setting.threads or torch.get_num_threads()
+    return replace(setting, threads=threads // 2) if threads > 1 else None
 
 
-def _contiguous(way: Computing, recipe: Recipe) -> Computing | None:
-    return replace(way, channels_last=False) if way.channels_last else None
+def _contiguous(setting: Computing, recipe: Recipe) -> Computing | None:
+    return replace(setting, channels_last=False) if setting.channels_last else None
 
 
 class _Spent(Exception):
@@ -121,14 +121,14 @@ class _Spent(Exception):
 
 @dataclass
 class _Trial:
-    """Compares ways to compute.
+    """Compares settings.
 
     Attributes
     ----------
     limit
         Seconds after which a comparison is broken off.
     found
-        Seconds that the training stages would take in each way so far, by its text.
+        Seconds that the training stages would take with each setting so far, by its text.
     spent
         Seconds spent on measuring.
     """
@@ -145,8 +145,8 @@ class _Trial:
         self.found: dict[str, float] = {}
 
     def compare(self, best: Computing, other: Computing) -> tuple[float, float]:
-        """Seconds that the training stages would take in both ways, measured in turns; infinite for an `other` that fails or is
-        far slower."""
+        """Seconds that the training stages would take with both settings, measured in turns; infinite for an `other`
+        that fails or is far slower."""
         try:
             before, after = self._whole((best, other))
         except _Spent:
@@ -155,58 +155,58 @@ class _Trial:
             logger.info("computing in %s was tried and failed: %s", other, error)
             before, after = self.found.get(str(best), float("inf")), float("inf")
         give_back(torch.device("cpu"))  # tasks that were thrown away, before the next are made
-        for way, seconds in ((best, before), (other, after)):
-            self.found[str(way)] = min(seconds, self.found.get(str(way), seconds))
+        for setting, seconds in ((best, before), (other, after)):
+            self.found[str(setting)] = min(seconds, self.found.get(str(setting), seconds))
         return before, after
 
-    def _whole(self, ways: Sequence[Computing]) -> list[float]:
-        walks: dict[bool, _Walk] = {}  # both ways step through one task, unless its networks lie differently in memory
-        for way in ways:
-            if way.channels_last not in walks:
-                walks[way.channels_last] = _Walk(self, way)
-        totals = [0.0 for _ in ways]
+    def _whole(self, settings: Sequence[Computing]) -> list[float]:
+        tasks: dict[bool, _TrialTask] = {}  # both settings run the steps of one task, unless their memory orders differ
+        for setting in settings:
+            if setting.channels_last not in tasks:
+                tasks[setting.channels_last] = _TrialTask(self, setting)
+        totals = [0.0 for _ in settings]
         while True:
-            for walk in walks.values():
-                walk.move_on()
-            if any(walk.stage is None for walk in walks.values()):
+            for task in tasks.values():
+                task.next_stage()
+            if any(task.stage is None for task in tasks.values()):
                 return totals
-            walk = walks[ways[0].channels_last]
-            if walk.steps < MINOR * walk.all_steps:  # taken all the same: what it makes is needed by later stages
-                for one in walks.values():
-                    with devices.computing(one.way):
+            task = tasks[settings[0].channels_last]
+            if task.steps < MINOR * task.all_steps:  # run without timing: later stages need what it makes
+                for one in tasks.values():
+                    with devices.computing(one.setting):
                         one.step()
                 continue
-            seconds = self._in_turns(ways, walks)
-            totals = [total + walk.steps * each for total, each in zip(totals, seconds, strict=True)]
+            seconds = self._in_turns(settings, tasks)
+            totals = [total + task.steps * each for total, each in zip(totals, seconds, strict=True)]
 
-    def _in_turns(self, ways: Sequence[Computing], walks: Mapping[bool, _Walk]) -> list[float]:
-        """Seconds of a step in each way."""
-        steps = [walks[way.channels_last].step for way in ways]
-        self._timed(ways[0], steps[0])
-        fastest = [self._timed(ways[0], steps[0]), float("inf")]
-        if self._timed(ways[1], steps[1]) > TOO_SLOW * fastest[0]:
+    def _in_turns(self, settings: Sequence[Computing], tasks: Mapping[bool, _TrialTask]) -> list[float]:
+        """Seconds of a step with each setting."""
+        steps = [tasks[setting.channels_last].step for setting in settings]
+        self._timed(settings[0], steps[0])
+        fastest = [self._timed(settings[0], steps[0]), float("inf")]
+        if self._timed(settings[1], steps[1]) > TOO_SLOW * fastest[0]:
             return fastest
         for _ in range(REPEATS):
-            for n, (way, step) in enumerate(zip(ways, steps, strict=True)):
-                fastest[n] = min(fastest[n], self._timed(way, step))
+            for n, (setting, step) in enumerate(zip(settings, steps, strict=True)):
+                fastest[n] = min(fastest[n], self._timed(setting, step))
             if fastest[1] > SLOWER * fastest[0]:
                 break
         return fastest
 
-    def _timed(self, way: Computing, step: Callable[[], object]) -> float:
-        seconds = timed(way, step)
+    def _timed(self, setting: Computing, step: Callable[[], object]) -> float:
+        seconds = timed(setting, step)
         self.spent += seconds
         if self.spent > self.limit:
             raise _Spent
         return seconds
 
 
-class _Walk:
-    """A task that is thrown away, from training stage to training stage, some steps of each."""
+class _TrialTask:
+    """A task that is thrown away: some steps of each training stage, one stage after the other."""
 
-    def __init__(self, trial: _Trial, way: Computing) -> None:
-        self._trial, self.way = trial, way
-        with devices.computing(way):
+    def __init__(self, trial: _Trial, setting: Computing) -> None:
+        self._trial, self.setting = trial, setting
+        with devices.computing(setting):
             self._task = trial.begin()
             self._planned = schedule.steps_of(self._task, trial.recipe, 1.0)
             self._task.make_short(trial.recipe, SCHEDULED, POOL)
@@ -221,9 +221,9 @@ class _Walk:
         assert self.stage is not None
         return self._planned.get(self.stage.name, len(self._task.batches))
 
-    def move_on(self) -> None:
+    def next_stage(self) -> None:
         """To the next training stage; `stage` is None after the last, and before a closed-form one, which ends a task."""
-        with devices.computing(self.way):
+        with devices.computing(self.setting):
             if self.stage is not None:
                 self._task.micro_batches[self.stage.name] = self._state.micro_batch
             stage = next(self._stages, None)

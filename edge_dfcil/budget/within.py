@@ -51,8 +51,7 @@ class Within(PlainWork):
         self._meter.exclude()
 
     def stages(self, session: Session[Any]) -> Iterator[Stage]:
-        for callback in session.callbacks:
-            callback.on_plan_begin()
+        session.announce_plan()
         with devices.seeded(None, session.device):
             plan = Planner(self.work, session.device, self._meter, session.check).plan_or_refuse(self._budget, ())
         self.work.keep_to(plan)

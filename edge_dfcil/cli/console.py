@@ -1,4 +1,4 @@
-"""What every command shares with its terminal: answers, notes, errors and warnings, whatever the streams can take."""
+"""What every command shares with its terminal: answers, notes, errors and warnings, whatever the streams can encode."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Commands(click.Group):
         except MemoryError:
             note("error: out of memory; the model is the one from before. Try a smaller --batch-size or a --memory-budget")
         except OSError as error:
-            if error.errno != errno.EPIPE:  # the reader of the answer has gone, so that there is nothing to report
+            if error.errno != errno.EPIPE:  # the reader of the answer has closed its end, so there is nothing to report
                 note(f"error: {error}")
         return ctx.exit(1)
 
@@ -55,7 +55,7 @@ def answer(value: Any, as_json: bool, lines: Sequence[str]) -> None:
 
 
 def note(line: str) -> None:
-    """Writes a line on stderr. A stderr that is closed or missing is no reason to stop."""
+    """Writes a line on stderr. A stderr that is closed or missing is not an error."""
     with contextlib.suppress(OSError, ValueError):
         _write(sys.stderr, line)
 
@@ -72,7 +72,7 @@ def _write(stream: TextIO | None, text: str) -> None:
 
 
 def _discard(stream: TextIO) -> None:
-    """Sends what is left in a stream's buffer nowhere, so that the interpreter does not fail on it at its end."""
+    """Discards what is left in a stream's buffer, so that the interpreter does not fail on it at exit."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

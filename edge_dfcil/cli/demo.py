@@ -1,4 +1,4 @@
-"""`edge-dfcil demo`: the whole story on real digits."""
+"""`edge-dfcil demo`: a complete run on real digits."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from edge_dfcil.cli.options import DEVICE, JSON, PATH, chosen_recipe, recipe_opt
 
 
 @click.command("demo")
-@click.option("--out", default="edge-dfcil-demo", show_default=True, type=PATH, help="Folder for what it makes.")
+@click.option("--out", default="edge-dfcil-demo", show_default=True, type=PATH, help="Folder of the results.")
 @recipe_options
 @DEVICE
 @JSON
 def command(out: Path, recipe: str | None, changes: dict[str, str], device: str, as_json: bool) -> None:
-    """Learn real handwritten digits, two classes a task, beside fine-tuning and training on everything."""
+    """Learn real handwritten digits, two classes a task, compared with fine-tuning and with training on everything."""
     from edge_dfcil.demo import RECIPE, run
 
     chosen = chosen_recipe(RECIPE, recipe, changes)

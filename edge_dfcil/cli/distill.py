@@ -30,7 +30,7 @@ from edge_dfcil.cli.options import (
 @MODEL
 @click.option("--to", required=True, metavar="BACKBONE", help="The student's: resnet20, mobilenet_v3_small, ...")
 @click.option("--out", type=PATH, help="The student's file; MODEL with the backbone's name by default.")
-@click.option("--rounds", type=click.IntRange(min=1), help="Of dreaming and learning; more is slower and better.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Of generating images and learning; more is slower and better.")
 @QUALITY
 @EVALUATION
 @recipe_options

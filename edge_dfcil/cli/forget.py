@@ -1,4 +1,4 @@
-"""`edge-dfcil forget`: takes classes out of a model."""
+"""`edge-dfcil forget`: removes classes from a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edge_dfcil.cli.options import JSON, MODEL, MODULE, load_learner
 @MODULE
 @JSON
 def command(model: Path, names: Sequence[str], module: str | None, as_json: bool) -> None:
-    """Take classes out of MODEL: their outputs and statistics. The shared weights still carry traces of them."""
+    """Remove classes from MODEL: their outputs and statistics. The shared weights still carry traces of them."""
     from edge_dfcil.model.file import claim
 
     with claim(model):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--module", hidden=True, expose_value=False, help="Not needed here; accepted as on every command.")
 @JSON
 def command(model: Path, list_tensors: bool, as_json: bool) -> None:
-    """Show what MODEL knows and every kind of thing it keeps."""
+    """Show what MODEL knows and everything that it keeps."""
     from edge_dfcil.model import file
     from edge_dfcil.privacy.account import account
 

@@ -34,23 +34,28 @@ if TYPE_CHECKING:
 
 @click.command("learn")
 @click.argument("images", type=PATH)
-@click.option("--model", required=True, type=PATH, help="The model file; extended if it is there, else made.")
+@click.option("--model", required=True, type=PATH, help="The model file; extended if it exists, else created.")
 @click.option("--backbone", help="For a new model: resnet32 (default), mobilenet_v3_small, ...")
 @click.option("--image-size", type=click.IntRange(min=8), help="For a new model: side in pixels, 32 by default.")
 @click.option("--method", help="For a new model: abd (default), or a baseline.")
 @click.option("--weights", help="For a new model: torchvision's pretrained weights, for example DEFAULT.")
+@click.option(
+    "--multiscale/--no-multiscale",
+    default=None,
+    help="For a new model: whether features are of several scales; only where the head is closed-form by default.",
+)
 @click.option("--seed", type=int, help="For a new model: 0 by default.")
 @click.option("--no-flip", is_flag=True, help="For a new model: do not mirror pictures (letters, digits, signs).")
 @recipe_options
 @MODULE
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=2), help="Pictures a step.")
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=2), help="Pictures per step.")
 @MEMORY
 @PRECISION
-@click.option("--time-budget", metavar="TIME", help="The most that learning may take, for example 10min.")
+@click.option("--time-budget", metavar="TIME", help="The longest that learning may take, for example 10min.")
 @click.option(
     "--checkpoint",
     metavar="PATH|none",
-    help="Where a task that is stopped leaves what the same command goes on from; a hidden file beside MODEL by default.",
+    help="A stopped task continues from this file when the command is repeated; a hidden file beside MODEL by default.",
 )
 @click.option("--dry-run", is_flag=True, help="Only measure and show what memory learning would take; nothing is learnt.")
 @click.option("--relearn", is_flag=True, help="Refresh classes that are known already instead of refusing them.")
@@ -77,7 +82,7 @@ def command(
 ) -> None:
     """Learn the classes in IMAGES, which holds a folder of pictures a class; makes MODEL or extends it.
 
-    A recipe that is given for a model that is there replaces the model's own, for this task and those after it.
+    A recipe that is given for an existing model replaces the model's own, for this task and those after it.
     """
     from edge_dfcil.model.file import check_writable, claim
 
@@ -98,7 +103,7 @@ def command(
             line = f"{model} had learnt this when the last run was stopped; it knows {len(classes)} classes"
             answer({"new_classes": [], "classes": classes, "model": str(model)}, as_json, [line])
             return
-        # MODEL is written once, in the end: an instant model is of use only where the time may be up before.
+        # MODEL is written once, at the end: an instant model is useful only if the time may run out before.
         settings: Any = {"instant": time_budget is not None, "time_budget": time_budget, "checkpoint": place}
         session = learner.session(folder.loader, relearn=relearn, **settings)
         report = _learn_and_save(session, learner, model)
@@ -122,7 +127,7 @@ def _learner_for(
     if model.exists():
         if given or no_flip:
             names = ", ".join("--" + name.replace("_", "-") for name in [*given, *(["no_flip"] if no_flip else [])])
-            raise SettingError(f"{model} is there already and keeps its settings; leave out {names}, or name a new file")
+            raise SettingError(f"{model} exists already and keeps its settings; leave out {names}, or name a new file")
         return load_learner(model, device, module, recipe, changes, **limits)
     if module is not None and "backbone" in given:
         raise SettingError("--backbone and --module both name the new model's backbone; give one of them")
@@ -133,7 +138,7 @@ def _learner_for(
 
 
 def _checkpoint(model: Path, given: str | None) -> Path | None:
-    """Where the checkpoint lies: hidden beside MODEL, with a short name that is possible wherever MODEL's is."""
+    """The path of the checkpoint: hidden beside MODEL, with a short name that is possible wherever MODEL's is."""
     from exporters.files import hidden_name, resolve
 
     if given is not None:
@@ -143,15 +148,15 @@ def _checkpoint(model: Path, given: str | None) -> Path | None:
 
 
 def _has_ended(learner: Learner, checkpoint: Path, classes: list[str]) -> bool:
-    """Whether these classes are the task of a checkpoint whose end the model has: its process was stopped after it had saved
-    the model, and before it removed the checkpoint. That is done here, for any task that the model has ended."""
+    """Whether these classes are those of a checkpoint whose task the model has learnt: its process was stopped after it had
+    saved the model and before it removed the checkpoint. A checkpoint of any task that the model has learnt is removed here."""
     from edge_dfcil.learning import task_id
     from edge_dfcil.model import file
 
     try:
         fingerprint = file.read(checkpoint, "checkpoint")[1]["fingerprint"]
         names = {*fingerprint["new classes"], *fingerprint["refreshed classes"]}
-    except (ModelFileError, KeyError, TypeError):  # there is none, or none that is ours: the session looks at it
+    except (ModelFileError, KeyError, TypeError):  # there is none, or not one of ours: the session handles it
         return False
     if task_id(fingerprint) != learner.model.learning.get("last_task"):
         return False
@@ -160,14 +165,14 @@ def _has_ended(learner: Learner, checkpoint: Path, classes: list[str]) -> bool:
 
 
 def _learn_and_save(session: Session[TaskReport], learner: Learner, model: Path) -> TaskReport:
-    """Learns and saves. The checkpoint goes when the model is on the disk, so that a kill in between loses nothing."""
+    """Learns and saves. The checkpoint is removed after the model is on the disk, so that a kill in between loses nothing."""
     report: TaskReport | None = None
     try:
         while report is None:  # None: paused
             report = session.run()
     except KeyboardInterrupt:
         if session.checkpoint is not None and session.checkpoint.exists():
-            note("the same command goes on from here")
+            note("the same command continues from here")
         raise
     learner.save(model)
     session.clear_checkpoint()
@@ -183,5 +188,5 @@ def _lines(report: TaskReport, model: Path) -> list[str]:
             f"took {report.peak_bytes / 1e6:.1f} MB of memory at most, {report.plan.peak_bytes / 1e6:.1f} MB were planned"
         )
     if report.computing is not None and report.computing.measured:
-        lines.append(f"computed in {report.computing}, which was measured to be the fastest way here")
+        lines.append(f"computed in {report.computing}, the fastest setting measured here")
     return lines

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they stand for."""
+"""Options that several commands share, and what is made from them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ PATH = click.Path(path_type=Path)
 MODEL = click.argument("model", type=PATH)
 JSON = click.option("--json", "as_json", is_flag=True, help="Answer as JSON.")
 DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
-MEMORY = click.option("--memory-budget", metavar="SIZE", help="The most that this may add to memory, for example 128MB.")
+MEMORY = click.option("--memory-budget", metavar="SIZE", help="The most memory that this may add, for example 128MB.")
 PRECISION = click.option(
     "--precision",
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="What to compute in; auto takes what is usual, or in a long task on a CPU what is measured to be faster.",
+    help="Of training; auto takes the usual one, or in a long task on a CPU the one that is measured to be faster.",
 )
 STRICT = click.option("--strict", is_flag=True, help="Refuse a folder with a damaged picture instead of skipping it.")
 EVALUATION = click.option("--eval", "evaluation", type=PATH, metavar="IMAGES", help="Measure before and after on these pictures.")
@@ -73,7 +73,7 @@ def _parse_changes(ctx: click.Context, parameter: click.Parameter, values: Seque
 def chosen_recipe(default: Recipe, recipe: str | None, changes: dict[str, str]) -> Recipe:
     """The recipe that `--recipe` names, else the default, with the changes of `--set`.
 
-    Raises `SettingError` for a recipe or a setting that does not exist or cannot be.
+    Raises `SettingError` for a recipe or a setting that does not exist or is out of range.
     """
     base = default if recipe is None else _named_recipe(recipe)
     return base.changed(changes) if changes else base
@@ -146,7 +146,7 @@ def smaller_model(model: Path, word: str, out: Path | None) -> Path:
 
 
 def check_out(out: Path, model: Path) -> None:
-    """Raises `SettingError` if an answer cannot be written there, or would replace MODEL. To be called before the work."""
+    """Raises `SettingError` if a result cannot be written there, or would replace MODEL. To be called before the work."""
     from exporters.files import check_writable
 
     if out.exists() and model.exists() and out.samefile(model):

@@ -16,8 +16,8 @@ AT_ONCE = 64  # pictures that are held in memory
 @click.command("predict")
 @MODEL
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=PATH)
-@click.option("--top-k", default=1, show_default=True, type=click.IntRange(min=1), help="How many names an image.")
-@click.option("--reject", is_flag=True, help="Say `unknown` of pictures that belong to no known class.")
+@click.option("--top-k", default=1, show_default=True, type=click.IntRange(min=1), help="Names per picture.")
+@click.option("--reject", is_flag=True, help="Answer `unknown` for pictures that belong to no known class.")
 @MODULE
 @DEVICE
 @JSON

@@ -1,4 +1,4 @@
-"""`edge-dfcil prune`: takes channels out of a model."""
+"""`edge-dfcil prune`: removes channels of a model."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from edge_dfcil.cli.options import (
 
 @click.command("prune")
 @MODEL
-@click.option("--ratio", type=float, help="Share of filters to take away, for example 0.2.")
+@click.option("--ratio", type=float, help="Share of filters to remove, for example 0.2.")
 @click.option("--target-flops", "flops", type=float, help="Share of floating-point operations to keep.")
 @click.option("--target-latency", "latency", type=float, help="Share of the latency to keep, by a table measured here.")
-@click.option("--group", type=click.IntRange(min=1), default=8, show_default=True, help="Channels leave so many at a time.")
-@click.option("--no-repair", is_flag=True, help="Do not learn from the original afterwards.")
+@click.option("--group", type=click.IntRange(min=1), default=8, show_default=True, help="Channels are removed so many at a time.")
+@click.option("--no-repair", is_flag=True, help="Do not repair by distillation afterwards.")
 @click.option("--out", type=PATH, help="The pruned model's file; MODEL-pruned by default.")
 @EVALUATION
 @recipe_options
@@ -56,7 +56,7 @@ def command(
     as_json: bool,
     **target: Any,
 ) -> None:
-    """Take channels out of MODEL that matter little, and repair the rest, without data. Give one target."""
+    """Remove channels of MODEL that matter little, and repair the rest, without data. Give one target."""
     from dataclasses import replace
 
     from edge_dfcil.compression import Pruning, prune

@@ -1,4 +1,4 @@
-"""`edge-dfcil rename`: calls classes by other names."""
+"""`edge-dfcil rename`: renames classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edge_dfcil.cli.options import JSON, MODEL, MODULE, load_learner
 @MODULE
 @JSON
 def command(model: Path, names: Sequence[str], module: str | None, as_json: bool) -> None:
-    """Call classes of MODEL by other names: OLD NEW, and again for further classes."""
+    """Rename classes of MODEL: OLD NEW, and again for further classes."""
     from edge_dfcil.model.file import claim
 
     if len(names) % 2:

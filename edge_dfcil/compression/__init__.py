@@ -1,6 +1,6 @@
 """Smaller models without data: a student of another backbone, or the same one with fewer channels, learnt from dreams.
 
-`distill` and `prune` take a learner and return another, which predicts, exports and learns its next task like any.
+`distill` and `prune` take a learner and return another, which predicts, exports and learns its next task like any other.
 """
 
 from edge_dfcil.compression.distillation import Distillation, distill

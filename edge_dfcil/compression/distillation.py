@@ -14,17 +14,18 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from edge_dfcil import devices
 from edge_dfcil.dreaming.inversion import Dream, Dreamer, Pool, make_pool
 from edge_dfcil.dreaming.pixels import paint
+from edge_dfcil.dreaming.work import GeneratingWork
 from edge_dfcil.errors import SettingError
 from edge_dfcil.methods._distillation import distil
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe
-from edge_dfcil.results import DistillReport, MemoryPlan, StageReport
+from edge_dfcil.results import DistillReport, StageReport
 from edge_dfcil.training import augment, rehearsal
 from edge_dfcil.training.callbacks import Callback
 from edge_dfcil.training.loop import check_finite
 from edge_dfcil.training.rehearsal import Generated, Rehearsal
-from edge_dfcil.training.session import PlainWork, Session
+from edge_dfcil.training.session import Session
 from edge_dfcil.training.stage import Stage, StageSpec, Terms, set_batchnorm_momentum
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Distillation:
     source: Literal["adaptive", "dreams", "noise"] = "adaptive"
     quality: Literal["fast", "best"] = "fast"  # of the dreams: by a generator, or pixel by pixel
     # Ours, after DistilBERT (Sanh et al., 2019): the student begins with the teacher's tensors of the same name and shape, so
-    # that a shorter network of the same family has only to make up for the layers that it lacks.
+    # that a shorter network of the same family only has to make up for the layers that it lacks.
     inherit: bool = True
 
     def __post_init__(self) -> None:
@@ -54,14 +55,17 @@ class Distillation:
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.source not in ("adaptive", "dreams", "noise") or self.quality not in ("fast", "best"):
-            raise SettingError(f"source={self.source!r}, quality={self.quality!r}: not what is offered")
+            raise SettingError(
+                f"source={self.source!r}, quality={self.quality!r}; source is one of 'adaptive', 'dreams', 'noise', and "
+                "quality one of 'fast', 'best'"
+            )
 
 
-# How a generator dreams for a student, which knows no real image. ABD's temperature of 1000 leaves the teacher unsure where a
-# student competes, too. The weight on the class is a tenth: with more of it, augmented, the statistics have too little say.
+# The objective of a generator for a student that never sees a real image. ABD's temperature of 1000 leaves the teacher unsure
+# where a student competes, too. The weight on the class is a tenth: with more of it, augmented, the statistics count too little.
 OBJECTIVE: dict[str, Any] = {"inversion.content": 0.1, "inversion.content_temperature": 1.0, "inversion.augment": True}
 FRESH = 256  # dreams that teacher and student are compared on
-REPAIR = Distillation(rounds=4, learning_rate=0.02)  # of a pruned network, which knows most of it already
+REPAIR = Distillation(rounds=4, learning_rate=0.02)  # of a pruned network, which has most of the knowledge already
 
 
 def distill(
@@ -74,7 +78,7 @@ def distill(
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
 ) -> tuple[Learner, DistillReport]:
-    """A learner with another backbone that knows what `learner` knows, taught by dreams. `learner` is not changed.
+    """A learner with another backbone that knows the classes of `learner`, trained on generated images. `learner` is not changed.
 
     Parameters
     ----------
@@ -83,7 +87,7 @@ def distill(
     settings
         None for `Distillation()`.
     evaluation
-        A loader of known classes to measure teacher and student on; nobody learns from it.
+        A loader of known classes to measure teacher and student on; it is not learnt from.
     classes
         Names by target value for `evaluation`; None takes its data set's.
 
@@ -99,7 +103,7 @@ def distill(
     return found
 
 
-class Distilling(PlainWork):
+class Distilling(GeneratingWork):
     """The work of a session that teaches a student."""
 
     def __init__(
@@ -107,7 +111,6 @@ class Distilling(PlainWork):
     ) -> None:
         learner.check_answering()
         self._learner, self._recipe, self._settings = learner, learner.recipe, settings
-        self._at_once: int | None = None
         self._evaluation, self._classes = evaluation, classes
         # A head that is trained learns less over features of several scales.
         self._student = learner.model.untrained(to, seed=learner.seed, multiscale=False)
@@ -134,9 +137,6 @@ class Distilling(PlainWork):
     def rehearsal(self, changes: Mapping[str, int]) -> Rehearsal:
         student, teacher = self._student.network.grown(0), self._learner.network.frozen()
         return rehearsed(student, teacher, self._recipe.changed(changes), self._settings)
-
-    def keep_to(self, plan: MemoryPlan) -> None:
-        self._recipe, self._at_once = self._recipe.changed(plan.changes), plan.at_once("dream")
 
     def finish(self, session: Session[Any], reports: Sequence[StageReport]) -> tuple[Learner, DistillReport]:
         learner, network, settings = self._learner, self._network, self._settings
@@ -196,7 +196,7 @@ class Lesson:
     def stages(self) -> Iterator[Stage]:
         settings = self._settings
         for number in range(settings.rounds):
-            self._student.requires_grad_(False)  # while dreams compete with it, they alone learn
+            self._student.requires_grad_(False)  # while generated images compete with it, it is not trained
             yield from self._dreams(number)
             self._student.requires_grad_(True)
             # One optimizer and one schedule over all rounds.
@@ -253,13 +253,13 @@ class Lesson:
         return Dream(images, self._teacher.classify(images).float())
 
     def __iter__(self) -> Iterator[Dream]:
-        """Batches of what has been dreamt so far."""
+        """Batches of the images generated so far."""
         while True:
             yield self._pool[torch.randint(self._filled, (self._settings.batch,), device=self._device)]
 
     def _loss(self, dream: Dream) -> Terms:
-        """Both see the same images, varied as real ones are in training: few dreams teach a lot, and what they lack of the
-        real ones' light and shade is made up for."""
+        """Both see the same images, augmented as real ones are in training: fewer generated images are needed, and augmentation
+        widens their range of brightness and contrast, which is narrower than that of real ones."""
         teacher = self._teacher
         with torch.no_grad():
             images = augment.views(dream.images, teacher, self._recipe)
@@ -268,7 +268,7 @@ class Lesson:
 
     @torch.no_grad()
     def agreement(self) -> float:
-        """On dreams that nobody has learnt from; on noise where there are none."""
+        """On generated images that were not learnt from; on noise with `source="noise"`."""
         self._student.eval()
         right = [self._student.classify(dream.images).argmax(1) == dream.labels for dream in self._batches(self._fresh)]
         return float(torch.cat(right).float().mean())

@@ -92,7 +92,7 @@ def measure_convolution(shape: Shape) -> float:
 
 
 def _read(path: Path | None) -> dict[str, float]:
-    """The entries of a file; none where it is not there yet, or damaged: they are measured again."""
+    """The entries of a file; none if it does not exist yet, or is damaged: they are measured again."""
     if path is None:
         return {}
     try:
@@ -103,7 +103,7 @@ def _read(path: Path | None) -> dict[str, float]:
 
 
 def _cache_file() -> Path | None:
-    """None where there is no home folder, as in a container whose user has none."""
+    """None if there is no home folder, as in a container whose user has none."""
     from importlib.metadata import version
 
     try:

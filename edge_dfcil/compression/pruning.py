@@ -1,10 +1,10 @@
-"""Data-free pruning (DeepInversion, Yin et al., CVPR 2020, section 4.3): channels that dreams say matter least leave, in
-groups that suit the hardware, and the rest is repaired by distillation on dreams.
+"""Data-free pruning (DeepInversion, Yin et al., CVPR 2020, section 4.3): channels that matter least on
+dreams are removed, in groups that suit the hardware, and the rest is repaired by distillation on dreams.
 
-What must leave together, through residuals and depthwise layers, is worked out by torch-pruning. Each of its groups is then
-checked, before anything is cut with other channels and at every cut with the very ones: the network without them must answer
-as the one in which they are set to zero. The groups of a grouped convolution must stay alike, so that channels at the same
-place in each of them leave together.
+Which channels must be removed together, because of residuals and depthwise layers, is worked out by torch-pruning. Each of its
+groups is then checked, before the first cut with some channels and at every cut with those that are cut: the network without
+them must answer as the one in which they are set to zero. The groups of a grouped convolution must keep equal sizes, so that
+channels at the same place in each of them are removed together.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from torch import Tensor, nn
 from edge_dfcil.compression.distillation import REPAIR, Distillation, Lesson, parameters, rehearsed, smaller_generator
 from edge_dfcil.compression.latency import LatencyTable, Shape
 from edge_dfcil.dreaming.inversion import Dream, Dreamer, Pool, make_pool
+from edge_dfcil.dreaming.work import GeneratingWork
 from edge_dfcil.errors import BackboneError, SettingError
 from edge_dfcil.methods._own_head import own_head
 from edge_dfcil.model.backbones import BATCHNORM
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.network import Network
-from edge_dfcil.results import MemoryPlan, PruneReport, StageReport
+from edge_dfcil.results import PruneReport, StageReport
 from edge_dfcil.training.callbacks import Callback
 from edge_dfcil.training.loop import check_finite
 from edge_dfcil.training.rehearsal import Rehearsal, short
-from edge_dfcil.training.session import PlainWork, Session
+from edge_dfcil.training.session import Session
 from edge_dfcil.training.stage import Stage
 from exporters.timing import latencies
 
 if TYPE_CHECKING:
     from edge_dfcil.learner import Learner
 
-BLOCK = 4  # groups that are looked at together
+BLOCK = 4  # groups that are considered together
 AT_ONCE = 64  # generated images that importance is read from
 # How far a pruned network's logits may be from the masked one's, as a share of the largest: zero channels are summed in
 # another order. The first check is in float64; at every cut it is in float32, on accelerators with products of ten bits.
@@ -55,19 +56,19 @@ class Pruning:
     Attributes
     ----------
     ratio
-        Share of filters, that is output channels of convolutions, to take away.
+        Share of filters, that is output channels of convolutions, to remove.
     flops
         Share of floating-point operations to keep.
     latency
         Share of the latency to keep, by the table measured on this machine.
     group
-        Channels leave so many at a time; a layer keeps as many at least.
+        Channels are removed so many at a time; a layer keeps as many at least.
     eta
         Weight of the latency saved, as a share of the whole, against the damage done, as a share of all importance.
     dreams
-        From which importance is read.
+        From which importance is read: their number.
     rounds
-        How often importance is read anew on the way, about.
+        About how often importance is read again while channels are removed.
     repair
         How the pruned network learns from the original; None leaves it as it is.
     """
@@ -119,7 +120,7 @@ def prune(
     NotLearnedError
         Before the first task.
     BackboneError
-        When no channel of the backbone can be taken away, or too few for the target.
+        When no channel of the backbone can be removed, or too few for the target.
     SettingError
         When torch-pruning is not installed.
     """
@@ -128,7 +129,7 @@ def prune(
     return found
 
 
-class PruningWork(PlainWork):
+class PruningWork(GeneratingWork):
     """The work of a session that prunes a network and repairs it."""
 
     def __init__(
@@ -143,7 +144,6 @@ class PruningWork(PlainWork):
         learner.check_answering()
         self._learner, self._settings, self._table, self._timing = learner, settings, table, timing
         self._recipe = learner.recipe
-        self._at_once: int | None = None
         self._evaluation, self._classes = evaluation, classes
 
     def stages(self, session: Session[Any]) -> Iterator[Stage]:
@@ -163,7 +163,7 @@ class PruningWork(PlainWork):
 
     def _plain(self) -> Network:
         """A copy of the network to prune. Features of several scales would have to be pruned with the layers they come from;
-        it has the backbone's own alone, and the repair teaches it what the others said."""
+        the copy has the backbone's own only, and the repair makes up for the others."""
         network, statistics = self._learner.network, self._learner.model.statistics
         return network.without_scales(*own_head(network, statistics)) if network.reads_scales else network.grown(0)
 
@@ -173,15 +173,12 @@ class PruningWork(PlainWork):
         return smaller_generator(self._recipe, self._settings.repair or REPAIR)
 
     def rehearsal(self, changes: Mapping[str, int]) -> Rehearsal:
-        """The whole network is rehearsed: how small the pruned one is is not known yet."""
+        """The whole network is rehearsed: the size of the pruned one is not known yet."""
         teacher, recipe = self._learner.network.frozen(), self._recipe.changed(changes)
         if self._settings.repair is not None:
             return rehearsed(self._plain(), teacher, recipe, self._settings.repair)
         dreamer = Dreamer(teacher, torch.arange(teacher.n_classes, device=teacher.mean.device), short(recipe))
         return Rehearsal(iter([dreamer.stage()]), [teacher])
-
-    def keep_to(self, plan: MemoryPlan) -> None:
-        self._recipe, self._at_once = self._recipe.changed(plan.changes), plan.at_once("dream")
 
     def finish(self, session: Session[Any], reports: Sequence[StageReport]) -> tuple[Learner, PruneReport]:
         learner, cutter = self._learner, self._cutter
@@ -211,7 +208,7 @@ class PruningWork(PlainWork):
 
 
 def _measured(before: Learner, after: Learner) -> tuple[float, float]:
-    """Milliseconds of both for one image, as they would be shipped."""
+    """Milliseconds of both for one image, as exported."""
     graphs = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, learner in (("before", before), ("after", after)):
@@ -222,7 +219,7 @@ def _measured(before: Learner, after: Learner) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Size:
-    """What a network comes to."""
+    """The size and the cost of a network."""
 
     filters: int
     flops: int
@@ -230,7 +227,7 @@ class _Size:
 
 
 class Cutter:
-    """Takes channels out of a network, in place, until it is as small as asked.
+    """Removes channels of a network, in place, until it is as small as the target.
 
     Importance is read from `dreams`, at most `at_once` of them at a time.
     """
@@ -265,7 +262,7 @@ class Cutter:
         return self._size(_convolutions(self._network))
 
     def cut(self, check: Callable[[], object] = lambda: None) -> None:
-        """Until the target is met; `check` is called on the way and may raise.
+        """Until the target is met; `check` is called between cuts and may raise.
 
         Raises `BackboneError` when the layers have no more channels to give.
         """
@@ -287,7 +284,7 @@ class Cutter:
                     break
 
     def _take(self, root: nn.Conv2d, channels: list[int]) -> None:
-        """Takes channels of a root, and of all that goes with it, out of the network.
+        """Removes channels of a root, and all that depend on them, from the network.
 
         Raises `BackboneError` when the network then does not answer as with those channels at zero.
         """
@@ -297,10 +294,10 @@ class Cutter:
         group.prune()
         try:
             with torch.no_grad():
-                alike = _alike(self._whole(images), masked, ALIKE_AT_A_CUT)
+                agrees = _alike(self._whole(images), masked, ALIKE_AT_A_CUT)
         except (RuntimeError, ValueError):  # the shapes of its layers do not fit together
-            alike = False
-        if not alike:
+            agrees = False
+        if not agrees:
             raise BackboneError(
                 f"{self._names[root]} cannot lose {len(channels)} channels: the layers after it do not follow, so the network "
                 "cannot be pruned as far as that. Ask for less, or distil into another backbone"
@@ -325,8 +322,8 @@ class Cutter:
     def _scored(self) -> Iterator[tuple[float, nn.Conv2d, list[int]]]:
         """For each layer the channels to take next, by damage less eta times the latency saved, a group of channels.
 
-        Kernels work in blocks: a layer is often no faster without one group, and is without two. So as many groups at once
-        are looked at as may make a block, and their mean counts.
+        Kernels work in blocks: a layer is often no faster without one group, but faster without two. So as many groups as may
+        make a block are considered together, and their mean counts.
         """
         importance, shapes = self._importance(), _convolutions(self._network)
         total = sum(float(values.sum()) for values in importance.values()) or 1.0
@@ -354,7 +351,7 @@ class Cutter:
             raise SettingError(f"pruning needs torch-pruning ({error}): pip install 'edge-dfcil[prune]'") from error
         try:
             return torch_pruning.DependencyGraph().build_dependency(whole, example_inputs=images[:2])
-        except Exception as error:  # it traces the network, and raises what it stumbles over
+        except Exception as error:  # it traces the network, and raises errors of many kinds
             raise BackboneError(
                 f"torch-pruning cannot follow how {type(whole[0]).__name__} splits or shuffles channels ({type(error).__name__}: "
                 f"{error}), so that no layer of it can be pruned; distil into another backbone instead"
@@ -366,7 +363,7 @@ class Cutter:
         return (graph or self._graph).get_pruning_group(root, torch_pruning.prune_conv_out_channels, idxs=channels)
 
     def _candidates(self) -> list[nn.Conv2d]:
-        """A convolution for each set of layers that lose channels together, where it has enough of them and BatchNorm."""
+        """A convolution for each set of layers that lose channels together, if it has enough of them and BatchNorm."""
         found = []
         for group in self._graph.get_all_groups(ignored_layers=[self._network.head], root_module_types=[nn.Conv2d]):
             root = group[0][0].target.module
@@ -376,7 +373,7 @@ class Cutter:
         return found
 
     def _units(self, root: nn.Conv2d) -> list[list[int]]:
-        """The channels of a root in sets that leave together, so that the groups of each grouped convolution stay alike.
+        """The channels of a root in sets that are removed together: the groups of each grouped convolution keep equal sizes.
 
         Without grouped convolutions each channel is one. Where layers with different groups meet, sets that overlap are one.
         """
@@ -393,7 +390,7 @@ class Cutter:
             layer = dep.target.module
             if not isinstance(layer, nn.Conv2d) or layer.groups == 1 or _is_depthwise(layer) or len(index) != len(leader):
                 continue
-            size = (layer.out_channels if _gives(dep) else layer.in_channels) // layer.groups
+            size = (layer.out_channels if _is_output(dep) else layer.in_channels) // layer.groups
             first: dict[int, int] = {}  # of each place inside a group, the first channel there
             for channel, place in enumerate(index):
                 leader[find(channel)] = find(first.setdefault(place % size, channel))
@@ -403,12 +400,12 @@ class Cutter:
         return list(units.values())
 
     def _step(self, units: list[list[int]]) -> int:
-        """How many units leave at a time: as many as make a group of the settings, at least."""
+        """How many units are removed at a time: as many as make a group of the settings, at least."""
         return -(-self._settings.group // min(map(len, units)))
 
     def _steps_left(self, units: list[list[int]]) -> int:
-        """How often that many can leave. As many stay, and two in each group of a grouped convolution: with one it would be
-        depthwise, which loses channels in another way."""
+        """How often that many can be removed. As many stay, and two in each group of a grouped convolution: with one it would be
+        depthwise, which loses channels differently."""
         step = self._step(units)
         stay = max(step, 2) if len(units[0]) > 1 else step
         return (len(units) - stay) // step
@@ -432,7 +429,7 @@ class Cutter:
             group.prune()
             with torch.no_grad():
                 return _alike(cut(images), masked, ALIKE)
-        except Exception:  # a group that does not fit together; torch-pruning raises what it stumbles over
+        except Exception:  # a group that does not fit together; torch-pruning raises errors of many kinds
             return False
 
     # Importance
@@ -494,7 +491,7 @@ class Cutter:
             end = (layer, "both" if _is_depthwise(layer) else dep.handler) if layer in after else None
             if end is not None and end not in ends:
                 ends.add(end)
-                after[layer] = _less(after[layer], dep, len(index))
+                after[layer] = _shape_without(after[layer], dep, len(index))
         return sum(self._table(shapes[layer]) - self._table(after[layer]) for layer in shapes if after[layer] != shapes[layer])
 
 
@@ -510,7 +507,7 @@ def _is_batchnorm(dep: Any) -> bool:
 
 
 def _is_depthwise(layer: Any) -> bool:
-    """As torch-pruning sees it: such a layer loses what it takes and what it gives together."""
+    """As torch-pruning sees it: such a layer loses inputs and outputs together."""
     return layer.groups == layer.out_channels and layer.out_channels > 1
 
 
@@ -519,7 +516,7 @@ def _zero(group: Any) -> Iterator[None]:
     """With the channels of a group at zero, by the weights of all layers that make them."""
     before: dict[nn.Parameter, Tensor] = {}
     for dep, index in group:
-        if not (_is_batchnorm(dep) or _gives(dep)):
+        if not (_is_batchnorm(dep) or _is_output(dep)):
             continue
         for parameter in dep.target.module.parameters(recurse=False):
             before.setdefault(parameter, parameter.detach().clone())
@@ -535,8 +532,8 @@ def _alike(logits: Tensor, masked: Tensor, tolerance: float) -> bool:
     return bool((logits - masked).abs().max() <= tolerance * masked.abs().max())
 
 
-def _gives(dep: Any) -> bool:
-    """Whether a dependency is of what a layer gives, not of what it takes; depthwise layers do both."""
+def _is_output(dep: Any) -> bool:
+    """Whether a dependency is of a layer's output, not of its input; of depthwise layers it is both."""
     import torch_pruning
 
     giving = (
@@ -547,7 +544,7 @@ def _gives(dep: Any) -> bool:
     return dep.handler in giving
 
 
-def _less(shape: Shape, dep: Any, n: int) -> Shape:
+def _shape_without(shape: Shape, dep: Any, n: int) -> Shape:
     """A convolution's shape after a dependency has taken `n` channels off one of its ends, or off both of a depthwise one."""
     import torch_pruning
 

@@ -1,4 +1,4 @@
-"""The generator that dreams: noise in, images in the classifier's normalised space out (ABD, supplement)."""
+"""The generator: noise in, images in the classifier's normalised space out (ABD, supplement)."""
 
 from __future__ import annotations
 

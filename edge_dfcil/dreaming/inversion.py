@@ -1,4 +1,4 @@
-"""Training a generator to invert a frozen classifier, and the dreams it leaves for one task."""
+"""Training a generator to invert a frozen classifier, and the images that it generates for one task."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class Dreamer:
     teacher
         In eval mode, without gradients.
     wanted
-        Outputs (W,) of the classes to dream of.
+        Outputs (W,) of the classes to generate.
     student
-        A network that is learning from the dreams: they are then pulled to where it does not answer as the teacher yet.
+        A network that is learning from the images: they are then optimised to where its answers differ from the teacher's.
     """
 
     def __init__(self, teacher: Network, wanted: Tensor, recipe: Recipe, student: Network | None = None) -> None:
@@ -79,7 +79,7 @@ class Dreamer:
             optimizer,
             scheduler if recipe.generator.schedule == "one_cycle" else None,
             trains=[self.generator],
-            look=inversion.look,
+            before_parts=inversion.read_parts,
             mixed_precision=recipe.schedule.mixed_precision,
         )
 
@@ -124,7 +124,7 @@ class _Means:
         return _Means([share * mean for mean in self.inputs], [share * mean for mean in self.squares], share * self.softmax)
 
     def statistics(self, seen: list[objective.LayerStatistics]) -> list[objective.LayerStatistics]:
-        """With the running statistics of `seen`."""
+        """With the running statistics that `seen` has."""
         means = zip(seen, self.inputs, self.squares, strict=True)
         return [(m, r, u, square - u**2) for (m, r, _, _), u, square in means]
 
@@ -132,9 +132,10 @@ class _Means:
 class _Inversion:
     """The weighted inversion objective (ABD, eq. 5) of a batch of noise, whole or in parts.
 
-    Diversity and statistics are of a whole batch. When it is split, a first look takes the means of every part; a part's
+    Diversity and statistics are of a whole batch. When it is split, a first pass computes the means of every part; a part's
     loss is then that of the whole batch, with gradients through the part alone. They add up to the gradients of the whole,
-    but for the generator's own BatchNorm, which sees a part at a time, and for `augment_dreams`, which draws anew for the loss.
+    except for the generator's own BatchNorm, which sees a part at a time, and for `inversion.augment`, which draws again for
+    the loss.
     """
 
     def __init__(self, dreamer: Dreamer) -> None:
@@ -142,7 +143,7 @@ class _Inversion:
         self._others: Iterator[tuple[float, _Means]] | None = None
 
     @torch.no_grad()
-    def look(self, parts: Sequence[Tensor]) -> None:
+    def read_parts(self, parts: Sequence[Tensor]) -> None:
         total = sum(map(len, parts))
         shares = [len(part) / total for part in parts]
         means = []
@@ -198,7 +199,7 @@ class _Noise:
 
 
 class Pool:
-    """Dreams kept while a task is learnt, a byte a value: each image is rounded to 256 steps between its darkest and its
+    """Dreams kept while a task is learnt, one byte for each value: an image is rounded to 256 steps between its darkest and its
     brightest value, a hundredth of a deviation apart, and nothing is clipped.
 
     Attributes
@@ -218,7 +219,7 @@ class Pool:
 
     @property
     def nbytes(self) -> int:
-        """What it takes."""
+        """Bytes that it takes."""
         return sum(tensor.nbytes for tensor in (self._bytes, self._low, self._step, self.logits))
 
     @property
@@ -256,7 +257,7 @@ TINY_STEP = 1e-8  # of an image of one flat value
 
 
 class Dreams:
-    """Where a method takes the old classes from: fresh dreams at every step, or a pool made once with its logits."""
+    """Generated images of the old classes for a method: fresh ones at every step, or a pool made once, with its logits."""
 
     def __init__(self, source: Dreamer | Pool) -> None:
         self._dreamer = source if isinstance(source, Dreamer) else None
@@ -264,7 +265,7 @@ class Dreams:
 
     @classmethod
     def of(cls, dreamer: Dreamer, at_once: int | None = None) -> Dreams:
-        """As the recipe has it. Where it asks for a pool, the generator's memory is free from here on."""
+        """As the recipe says. With a pool, the generator's memory is free from here on."""
         return cls(make_pool(dreamer, dreamer.recipe.remember.pool, at_once) if dreamer.recipe.remember.pool else dreamer)
 
     def sample(self, n: int) -> Dream:
@@ -281,7 +282,7 @@ class Dreams:
 
     @property
     def nbytes(self) -> int:
-        """What is held: the pool, or the generator."""
+        """Bytes of the pool, or of the generator."""
         if self._pool is not None:
             return self._pool.nbytes
         return sum(tensor.nbytes for tensor in self._dreamer.generator.state_dict().values()) if self._dreamer else 0
@@ -292,35 +293,35 @@ class Dreams:
         return torch.bincount(labels, minlength=n_classes).float() / len(labels)
 
 
-TRIES = 8  # times the images needed that are dreamt before a class counts as missed
+TRIES = 8  # times the images needed that are generated before a class counts as missed
 
 
 def make_pool(dreamer: Dreamer, size: int, at_once: int | None = None) -> Pool:
     """At most `size` dreams, with an even share for every wanted class as far as the generator gives it.
 
-    What a class lacks is made up with dreams of the others: its share is then smaller, its labels never wrong. `at_once`
-    are made at a time, or as many as the generator was trained with. Raises `DivergedError` when no wanted class is dreamt
-    of at all.
+    A class with too few images is made up for by images of the others: its share is then smaller, its labels never wrong.
+    `at_once` are made at a time, or as many as the generator was trained with. Raises `DivergedError` when no image of a wanted
+    class is generated at all.
     """
     teacher, batch_size = dreamer.teacher, min(at_once or dreamer.recipe.generator.batch, dreamer.recipe.generator.batch)
     quota = -(-size // len(dreamer.wanted))
     have = torch.zeros(teacher.n_classes, dtype=torch.long, device=dreamer.wanted.device)
     pool = Pool(size, teacher, dreamer.wanted.device)
     filled = spare = 0  # dreams within their class's quota, from the front; others, from the back, until those need the room
-    in_vain, once = 0, -(-size // batch_size)
-    for _ in range(TRIES * once):
+    misses, rounds = 0, -(-size // batch_size)
+    for _ in range(TRIES * rounds):
         dream = dreamer.dream(batch_size)
         one_hot = F.one_hot(dream.labels, teacher.n_classes)
         rank = have[dream.labels] + (one_hot.cumsum(0) * one_hot).sum(1)  # 1 for a class's first dream, and so on
         within = rank <= quota
         have += one_hot[within].sum(0)
-        in_vain = 0 if bool(within.any()) else in_vain + 1
+        misses = 0 if bool(within.any()) else misses + 1
         filled += pool.write(filled, size, dream[within])
         spare = min(spare, size - filled)
         spare += pool.write(filled, size - spare, dream[~within], from_the_back=True)
         if filled == size:
             return pool
-        if in_vain == max(once, TRIES):  # as many dreams as are needed have brought none that is: no more will come
+        if misses == max(rounds, TRIES):  # so many images held none of the classes that lack some: more would not either
             break
     pool.close_gap(filled, spare)
     _check_some(pool, dreamer)

@@ -1,4 +1,4 @@
-"""The inversion objectives: what makes an image a dream of a frozen classifier.
+"""The inversion objectives: what is minimised to generate images from a frozen classifier.
 
 ABD's terms are for a generator (Smith et al., ICCV 2021, section 4, eqs. 1 to 5), DeepInversion's for pixels (Yin et al.,
 CVPR 2020, section 3); the adaptive term serves both. Each is a function that reads like its equation. `o` are the teacher's
@@ -30,7 +30,7 @@ def content(o: Tensor, labels: Tensor, temperature: float) -> Tensor:
 
 
 def label_diversity(o: Tensor) -> Tensor:
-    """1 + sum_k p_k ln p_k / ln K, with p the batch mean of softmax(o) (eq. 2): 0 when all classes are dreamt alike.
+    """1 + sum_k p_k ln p_k / ln K, with p the batch mean of softmax(o) (eq. 2): 0 when all classes are generated equally often.
 
     `torch.xlogy` makes 0 ln 0 = 0, where the plain product underflows to NaN. One class has no diversity to lose.
     """
@@ -145,7 +145,7 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _BatchStatistics(torch.autograd.Function):
-    """`var_mean` by way of BatchNorm's own kernel: on the CPU, forward and backward take a tenth of the time, and on CUDA
+    """`var_mean` by BatchNorm's own kernel: on the CPU, forward and backward take a tenth of the time, and on CUDA
     neither makes copies of half-precision activations."""
 
     @staticmethod

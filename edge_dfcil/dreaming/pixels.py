@@ -1,6 +1,6 @@
 """DeepInversion: dreams whose pixels are optimised themselves, each batch from noise (Yin et al., CVPR 2020, section 3).
 
-Slower than a generator, which learns once and then dreams in no time, and finer: every image is of a class asked for.
+Slower than a generator, which is trained once and then generates images quickly, and finer: every image is of a class asked for.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Canvas:
     labels
         The class that each image is to be of (N,).
     student
-        A network that is learning from the dreams: they are then pulled to where it does not answer as the teacher yet.
+        A network that is learning from the images: they are then optimised to where its answers differ from the teacher's.
     """
 
     def __init__(self, teacher: Network, labels: Tensor, recipe: Recipe, student: Network | None = None) -> None:
@@ -92,7 +92,7 @@ class Canvas:
         """The weighted objective (DeepInversion, eqs. 2 to 4) of some of the images; statistics are theirs alone."""
         recipe, teacher = self.recipe, self.teacher
         with torch.no_grad():
-            self._images.clamp_(self._low, self._high)  # where the last step left the range of pixels
+            self._images.clamp_(self._low, self._high)  # values that the last step moved out of the range of pixels
         images = self._seen(self._images[index])
         with self._statistics.recording() as seen:
             o = teacher.classify(images).float()
@@ -108,7 +108,7 @@ class Canvas:
         return terms
 
     def _seen(self, images: Tensor) -> Tensor:
-        """Shifted round the edges, and mirrored in half of the steps where the recipe says that mirrored images are alike."""
+        """Shifted with wrap-around, and mirrored in half of the steps where the recipe says that mirrored images are alike."""
         jitter = self.recipe.pixels.jitter
         rows, columns = torch.randint(-jitter, jitter + 1, (2,)).tolist()
         images = images.roll((rows, columns), (2, 3))
@@ -118,8 +118,8 @@ class Canvas:
 def paint(pool: Pool, teacher: Network, wanted: Tensor, recipe: Recipe, student: Network | None = None) -> Iterator[StageSpec]:
     """Fills a pool with pixel dreams of the wanted classes, an even share each, batch by batch; cut to those that came out.
 
-    Statistics are matched over a batch, so each has `pixel_batch` images of all the classes that the teacher knows, whatever
-    is wanted of them. Dreams in which the teacher sees no wanted class in the end are left out.
+    Statistics are matched over a batch, so each has `pixel_batch` images of all the classes that the teacher knows, also
+    of those that are not wanted. Dreams in which the teacher sees no wanted class in the end are left out.
     """
     size, filled, device = len(pool), 0, wanted.device
     everything = torch.arange(teacher.n_classes, device=device)

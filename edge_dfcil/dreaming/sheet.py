@@ -1,4 +1,4 @@
-"""Dreams on one picture: a contact sheet, a row a class."""
+"""Dreams on one picture: a contact sheet with a row for each class."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def check_drawable(path: Path) -> None:
-    """Raises `SettingError` for a path that no picture can be written to, before any is made."""
+    """Raises `SettingError` for a path that no picture can be written to. To be called before one is made."""
     if not path.parent.is_dir():
         raise SettingError(f"{path.parent} is not a folder; make it first")
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
@@ -28,7 +28,7 @@ def check_drawable(path: Path) -> None:
 
 
 def contact_sheet(images: Tensor, labels: Sequence[str], names: Sequence[str], columns: int) -> Image.Image:
-    """One picture of uint8 images (N, 3, S, S): a row a name, which stands in front, at most `columns` images a row.
+    """One picture of uint8 images (N, 3, S, S): a row for each name, with the name in front, at most `columns` images a row.
 
     A name is written in a font of this system that has all its characters; else those that are missing are written as
     their code (`\\u043a`), so that different names look different.
@@ -72,7 +72,7 @@ def _fonts(name: str) -> Iterator[Font]:
 
 
 def _has(font: Font, character: str) -> bool:
-    """Whether a font draws a character; what it lacks looks like a character that can never be."""
+    """Whether a font draws a character; a missing character is drawn like one that does not exist."""
     if not character.isprintable():
         return False
     if character.isspace():
@@ -89,7 +89,7 @@ def _font_of_matplotlib() -> str | None:
 
 @functools.lru_cache
 def _font_of_system(characters: str) -> str | None:
-    """The file of the font that fontconfig, where it is installed, would write these characters with."""
+    """The file of the font that fontconfig, if it is installed, chooses for these characters."""
     if shutil.which("fc-match") is None:
         return None
     pattern = ":charset=" + " ".join(f"{ord(character):x}" for character in characters)

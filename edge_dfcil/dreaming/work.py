@@ -1,4 +1,4 @@
-"""Generating images on request: the work of `Learner.dream`."""
+"""Works that generate images: what they have in common, and that of `Learner.dream`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,17 @@ from edge_dfcil.training.stage import Stage
 FEW = 64  # images that are held as floats together
 
 
-class Dreaming(PlainWork):
+class GeneratingWork(PlainWork):
+    """A work that generates images by a recipe; a memory plan may change the recipe, and says how many are generated together."""
+
+    _recipe: Recipe
+    _at_once: int | None = None  # images that are generated together; None: a batch of the generator's
+
+    def keep_to(self, plan: MemoryPlan) -> None:
+        self._recipe, self._at_once = self._recipe.changed(plan.changes), plan.at_once("dream")
+
+
+class Dreaming(GeneratingWork):
     """The work of a session that generates `n` images of some classes.
 
     Parameters
@@ -44,7 +54,6 @@ class Dreaming(PlainWork):
         self._model, self._recipe, self._n, self._quality = model, recipe, n, quality
         self._wanted = [output for output, name in enumerate(model.outputs) if name in chosen]
         self._pool: Pool | None = None
-        self._at_once: int | None = None
 
     def stages(self, session: Session[Any]) -> Iterator[Stage]:
         return self._stages(self._recipe, self._n)
@@ -77,10 +86,6 @@ class Dreaming(PlainWork):
         return Rehearsal(
             copied._stages(rehearsal.short(self._recipe.changed(changes)), n), [self._model.network], generated=generated
         )
-
-    def keep_to(self, plan: MemoryPlan) -> None:
-        self._recipe = self._recipe.changed(plan.changes)
-        self._at_once = plan.at_once("dream")
 
     @property
     def pool(self) -> Pool:

@@ -158,14 +158,18 @@ class Model:
         return replace(self, network=network, backbone=empty.backbone, statistics={}, calibration=None)
 
     def smaller(self, seed: int = 0) -> Iterator[tuple[str, Model]]:
-        """Models that need less memory for the same classes, untrained, with the setting that makes them so: half the image
-        size, a smaller backbone."""
+        """Models that need less memory for the same classes, untrained, with the setting that makes them so: features of one
+        scale, half the image size, a smaller backbone."""
         half = self.image_size // 2
-        choices = [(f"image_size={half}", self.backbone, half)] if self.image_size >= 32 else []
-        choices += [(f"backbone={name!r}", name, self.image_size) for name in backbones.smaller(self.backbone)]
-        for text, backbone, image_size in choices:
+        choices: list[tuple[str, str | None, dict[str, Any]]] = []
+        if self.network.scales.layers:  # the sums of a closed-form head grow with the square of the features
+            choices.append(("multiscale=False", self.backbone, {"multiscale": False}))
+        if self.image_size >= 32:
+            choices.append((f"image_size={half}", self.backbone, {"image_size": half}))
+        choices += [(f"backbone={name!r}", name, {}) for name in backbones.smaller(self.backbone)]
+        for text, backbone, changes in choices:
             with contextlib.suppress(BackboneError):  # an own module that does not run on smaller images
-                yield text, self.untrained(backbone or self.network.backbone, image_size=image_size, seed=seed)
+                yield text, self.untrained(backbone or self.network.backbone, seed=seed, **changes)
 
     def with_learning(self, learning: Mapping[str, Any], mirrored: bool) -> Model:
         """The same with other settings of learning. Weights are shared."""

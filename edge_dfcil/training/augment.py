@@ -26,12 +26,12 @@ def augment(pixels: Tensor, recipe: Recipe) -> Tensor:
 
 
 def views(images: Tensor, network: Network, recipe: Recipe) -> Tensor:
-    """The same of images that are normalised for a network, which they are afterwards, too."""
+    """The same for images that are normalised for a network; the result is normalised as well."""
     return network.normalize(augment(images * network.std + network.mean, recipe))
 
 
 def jitter(pixels: Tensor, brightness: float, contrast: float) -> Tensor:
-    """Brightness and contrast by factors drawn from 1 -/+ their argument, in an order that each image draws as well."""
+    """Brightness and contrast by factors drawn from 1 -/+ their argument, in an order that is drawn for each image, too."""
     if not brightness and not contrast:
         return pixels
     light, depth = _factors(pixels, brightness), _factors(pixels, contrast)

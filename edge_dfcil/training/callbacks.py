@@ -16,13 +16,14 @@ class Callback:
     """Empty hooks, called in this order. Override those you want; raise to stop, and nothing is committed."""
 
     def on_plan_begin(self) -> None:
-        """Before a memory budget is planned, which takes some seconds to a minute. Not called without a budget."""
+        """Once, before a memory budget is planned or the speed of a step is measured, which takes some seconds to a minute.
+        Not called where neither is needed."""
 
     def on_task_begin(self, learner: Any) -> None:
         """Before the first stage. `learner` answers with the model from before the task until it is committed."""
 
     def on_stage_begin(self, stage: Stage) -> None:
-        """Before a stage's first step, also of one that goes on where a checkpoint left it."""
+        """Before a stage's first step, also of one that continues from a checkpoint."""
 
     def on_step_end(self, stage: Stage, step: int, losses: Mapping[str, Tensor], images: int) -> None:
         """After each step, numbered from 1. `losses` are detached scalars; `images` went through this step."""
@@ -40,11 +41,11 @@ class Callback:
         """After the last commit."""
 
     def on_exit(self) -> None:
-        """However the session ended, errors included: the place to close what was opened."""
+        """However the session ended, errors included: close here what was opened."""
 
 
 def check_callbacks(callbacks: Iterable[Callback] | None) -> Sequence[Callback]:
-    """The callbacks as a list. Raises `SettingError` for anything that is none."""
+    """The callbacks as a list. Raises `SettingError` for an object that is not a callback."""
     found = [] if callbacks is None else list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
     for callback in found:
         missing = [

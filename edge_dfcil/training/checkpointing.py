@@ -1,6 +1,6 @@
-"""Activation checkpointing: a block keeps only what came in, and computes its insides again for the backward pass.
+"""Activation checkpointing: a block keeps only its input, and computes its activations again for the backward pass.
 
-It takes about a third more time and a fraction of the memory, and what is learnt is the same to the bit.
+It takes about a third more time and a fraction of the memory; the results are the same to the bit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edge_dfcil.model.backbones import batchnorm_layers
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The parts of a network that are worth it: what its sequences are made of, unless that is a single operation."""
+    """The parts of a network that are worth it: the elements of its sequences, unless they are single operations."""
     for child in module.children():
         if isinstance(module, nn.Sequential) and type(child) is not nn.Sequential:
             if any(True for _ in child.children()):
@@ -36,7 +36,7 @@ def recomputing(modules: Sequence[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for block in found:
-            del block.forward  # the instance's own; the class's shows again
+            del block.forward  # the instance's own; the class's is used again
 
 
 def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What a loader may give, checked once and read batch by batch: never more than the batch in flight is held."""
+"""What a loader may give, checked once and read batch by batch: only the current batch is held."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from edge_dfcil.recipe import Recipe
 from edge_dfcil.training.augment import augment
 
 SMALLEST_STD = 0.02  # per channel; images of one flat colour have none
-PASSES = 3  # over the loader, at most, to find out whether a class is left out always or was by chance
+PASSES = 3  # over the loader, at most, to find out whether a class is left out always or by chance
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Batch:
     Attributes
     ----------
     source
-        Images as they came (B, 3, H, W).
+        Images as the loader gives them (B, 3, H, W).
     see
-        From those to what the backbone sees; done for a part at a time when a batch is split.
+        Makes of those what the backbone sees; called for a part at a time when a batch is split.
     """
 
     source: Tensor
@@ -84,7 +84,7 @@ class Scan:
 def scan(loader: Any, cancelled: Callable[[], bool] = lambda: False) -> Scan:
     """Reads every batch once, so that bad input is found before anything is trained.
 
-    `cancelled` is asked after each batch, because a loader may have no end.
+    `cancelled` is called after each batch, because a loader may have no end.
 
     Raises `DataError` for a loader that is empty, can be read only once, or whose batches cannot be learnt from, and
     `Cancelled`.
@@ -207,9 +207,9 @@ class RealBatches:
             classes = ", ".join(
                 repr(names[target]) if target in names else f"target {target!r}" for target in sorted(missing, key=str)
             )
-            raise DataError(f"no image of {classes} would be learnt from: {self._why()}")
+            raise DataError(f"no image of {classes} would be learnt from: {self._reason()}")
 
-    def _why(self) -> str:
+    def _reason(self) -> str:
         if self._smallest > 2:
             return (
                 f"they are all in batches of fewer than {self._largest} images, which the recipe leaves out; give the loader "

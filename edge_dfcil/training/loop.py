@@ -1,4 +1,4 @@
-"""THE training loop. Generators, classifiers and heads are all trained by `fit`; a stage only says what its loss is."""
+"""The training loop. Generators, classifiers and heads are all trained by `fit`; a stage only defines its loss."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def fit(
     check: Callable[[], object] = lambda: None,
     state: StageState | None = None,
 ) -> StageReport:
-    """Runs a training stage from where `state` stands: the only place that steps an optimizer.
+    """Runs a training stage on from `state`: the only place that steps an optimizer.
 
     `check` is called before each step and may raise: `StageEnded` ends the stage with what it has learnt, anything else
-    leaves `state` as it is between two steps, from which `fit` goes on when it is called again.
+    leaves `state` as it is between two steps, from which `fit` continues when it is called again.
 
     Raises `DivergedError` when a loss is not finite, `DataError` from the batches, and `BudgetError` when there is too
     little memory for two images.
@@ -121,9 +121,9 @@ def solve(stage: ClosedFormSpec, callbacks: Sequence[Callback], check: Callable[
 
 
 def _batches(stage: StageSpec, state: StageState, device: torch.device, check: Callable[[], object]) -> Iterator[Any]:
-    """The batches from where the stage stands to its last step, pass after pass. `check` comes before a batch is read, so
+    """The batches from the current step of the stage to its last, pass after pass. `check` comes before a batch is read, so
     that none is lost when it raises."""
-    if state.iterator is None and state.consumed:  # goes on in another process: read the current pass again up to here
+    if state.iterator is None and state.consumed:  # resumed in another process: read the current pass again up to here
         now = devices.random_state(device)
         devices.set_random_state(state.pass_random, device)
         state.iterator = iter(stage.batches)
@@ -171,7 +171,7 @@ def _check_finite(stage: StageSpec, state: StageState, losses: Terms, device: to
 
 
 def _within_memory(stage: StageSpec, state: StageState, batch: Any, device: torch.device) -> Terms:
-    """`_backward` with as large a micro-batch as memory allows: a step that took too much is made again with half."""
+    """`_backward` with as large a micro-batch as memory allows: a step that took too much is repeated with half."""
     assert state.optimizer is not None
     statistics = [buffer for module in stage.trains for layer in batchnorm_layers(module) for buffer in layer.buffers()]
     before = [buffer.clone() for buffer in statistics] if stage.over_budget is not None or device.type != "cpu" else []
@@ -186,18 +186,18 @@ def _within_memory(stage: StageSpec, state: StageState, batch: Any, device: torc
             if not devices.is_out_of_memory(error):
                 raise
             lack = error.with_traceback(None)  # which would keep the step's tensors alive
-        _restore(statistics, before)  # the step that is made again must not move the running statistics twice
+        _restore(statistics, before)  # the repeated step must not move the running statistics twice
         micro_batch = min(state.micro_batch or len(batch), len(batch))
         if micro_batch < 4:
             raise BudgetError(
-                f"stage {stage.name!r} took more memory than it may with {micro_batch} images at once; nothing was committed. "
-                "Smaller images or a smaller backbone need less"
+                f"stage {stage.name!r} took more memory than it may with a micro-batch of {micro_batch} images; nothing was "
+                "committed. Smaller images or a smaller backbone need less"
             ) from lack
         state.micro_batch, state.halvings = micro_batch // 2, state.halvings + 1
 
 
 def _add_within_memory(stage: ClosedFormSpec, sums: Sums, part: Any) -> None:
-    """Sums that have begun cannot be taken back, so that there is no second try with fewer images."""
+    """A batch cannot be taken out of sums again, so there is no second try with fewer images."""
     try:
         sums.add(part)
     except (RuntimeError, MemoryError) as error:
@@ -221,9 +221,9 @@ def _backward(stage: StageSpec, state: StageState, batch: Any, device: torch.dev
     losses: Terms = {}
     precision = partial(devices.autocast, device) if stage.mixed_precision else nullcontext
     with momentum_of_parts(stage.trains, len(parts)), recomputing(stage.trains) if stage.recompute else nullcontext():
-        if len(parts) > 1 and stage.look is not None:
+        if len(parts) > 1 and stage.before_parts is not None:
             with precision():
-                stage.look(parts)
+                stage.before_parts(parts)
         for part in parts:
             with precision():
                 terms = stage.loss(part)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Progress(Callback):
-    """A bar a stage: epoch, step, losses, images a second and time left."""
+    """A bar for each stage: epoch, step, losses, images a second and time left."""
 
     def __init__(self) -> None:
         from rich.console import Console

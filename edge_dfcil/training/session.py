@@ -1,6 +1,6 @@
 """Session: one long operation, from its first stage to its result. It can be cancelled, paused, saved and resumed.
 
-What is done is the business of a `Work`; a session knows where it stands: which stage, which step, the optimizer, the
+A `Work` defines what is done; a session knows how far it is: which stage, which step, the optimizer, the
 random state, the deadline. A checkpoint holds that and the weights of the network that is learning, and nothing else: no
 image, no feature and no generated image. Stages that make generated images are run again, from the same random state.
 """
@@ -57,7 +57,7 @@ class Work(Protocol[Result_co]):
         """Entered while the session runs."""
 
     def prepare(self, session: Session[Any]) -> None:
-        """Looks at the input, before a checkpoint is compared with it. Raises for input that cannot be used."""
+        """Checks the input, before a checkpoint is compared with it. Raises for input that cannot be used."""
 
     def stages(self, session: Session[Any]) -> Iterator[Stage]:
         """The stages in order, each made when the one before has been run.
@@ -80,7 +80,7 @@ class Work(Protocol[Result_co]):
 
 
 class PlainWork:
-    """What a `Work` has in common that cannot go on in another process: there is no network to save."""
+    """Base of works that cannot be resumed in another process: they have no network to save."""
 
     network: nn.Module | None = None
 
@@ -88,7 +88,7 @@ class PlainWork:
         return contextlib.nullcontext()
 
     def prepare(self, session: Session[Any]) -> None:
-        """There is no input to look at."""
+        """There is no input to check."""
 
     def fingerprint(self) -> dict[str, Any]:
         return {}
@@ -126,13 +126,12 @@ class Session(Generic[Result]):
     device, seed
         Where, and what all draws follow.
     callbacks
-        Called as it goes.
+        Called while it runs.
     checkpoint
         A file that is written every `checkpoint_every` seconds (0: at every step), or less often where writing takes
-        long, and from which an interrupted session goes on; None writes none.
-        `clear_checkpoint` removes it.
+        long, and from which an interrupted session continues; None writes none. `clear_checkpoint` removes it.
     deadline
-        Seconds that `run` may take in all: then it closes with what has been learnt, as after `finish_now()`.
+        Seconds that `run` may take in all: then it finishes with what has been learnt, as after `finish_now()`.
     guard
         Its result is entered while the session runs, for example a lock.
 
@@ -171,6 +170,7 @@ class Session(Generic[Result]):
         self._tensors: Mapping[str, Tensor] = {}
         self._written, self._write_seconds, self._spent = 0.0, 0.0, 0.0
         self._running, self._began = False, 0.0
+        self._announced = False  # whether callbacks know that something is planned
         self._begun: dict[str, Tensor] | None = None  # the random state before a closed-form stage
         self.has_result = False  # whether the work has committed something, and may end at any time
         self._network_done = False  # whether a stage that trains the network has ended
@@ -182,13 +182,13 @@ class Session(Generic[Result]):
         self._cancelled.set()
 
     def pause(self) -> None:
-        """Stops at the next step; `run` returns None, and goes on when it is called again."""
+        """Stops at the next step; `run` returns None, and continues when it is called again."""
         self._paused.set()
 
     def finish_now(self) -> None:
-        """Closes with what has been learnt: training stages end at the next step, closed-form stages are done.
+        """Finishes with what has been learnt: training stages end at the next step, closed-form stages are run.
 
-        Before the network has made a step there is nothing to close with; `run` raises `Cancelled` then.
+        Before the first step of the network there is nothing to finish with; `run` raises `Cancelled` then.
         """
         self._finishing.set()
 
@@ -234,12 +234,19 @@ class Session(Generic[Result]):
     def _resumable(self) -> bool:
         return isinstance(self._stage, StageSpec) and self._stage.resumable
 
+    def announce_plan(self) -> None:
+        """Calls `on_plan_begin`, once in a session: a work does so before the first thing that takes time to decide."""
+        if not self._announced:
+            self._announced = True
+            for callback in self.callbacks:
+                callback.on_plan_begin()
+
     # Running
 
     def run(self) -> Result | None:
         """Runs to the end and returns the result, or None when it was paused.
 
-        Raises what a stage raises; the session then cannot go on, and nothing has been committed.
+        Raises what a stage raises; the session then cannot continue, and nothing has been committed.
         """
         if self.result is not None:
             return self.result
@@ -311,7 +318,7 @@ class Session(Generic[Result]):
     # Saving
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the session stands: `{"position": JSON, "tensors": {name: tensor}}`; the tensors are copies on the CPU."""
+        """How far the session is: `{"position": JSON, "tensors": {name: tensor}}`; the tensors are copies on the CPU."""
         stage, state = self._stage, self._state
         position: dict[str, Any] = {
             "fingerprint": self.work.fingerprint(),
@@ -332,7 +339,7 @@ class Session(Generic[Result]):
         return {"position": position, "tensors": {name: value.detach().cpu().clone() for name, value in tensors.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Makes `run` go on from there. The session must be of the same model, settings and images.
+        """Makes `run` continue from there. The session must be of the same model, settings and images.
 
         Raises `SettingError` when it has been started; `run` raises it when the state is of another operation.
         """
@@ -359,7 +366,7 @@ class Session(Generic[Result]):
         self._write_seconds = self._written - begin
 
     def _load_checkpoint(self) -> None:
-        """Goes on from the checkpoint, if there is one of this operation; any other is left behind."""
+        """Continues from the checkpoint, if there is one of this operation; any other is ignored."""
         assert self.checkpoint is not None
         if not self.checkpoint.exists():
             return
@@ -373,7 +380,7 @@ class Session(Generic[Result]):
             logger.warning("%s is not resumed: %s", self.checkpoint, error)
 
     def clear_checkpoint(self) -> None:
-        """Removes the checkpoint, once what it led to is safe."""
+        """Removes the checkpoint; call it once the result is saved."""
         if self.checkpoint is not None:
             self.checkpoint.unlink(missing_ok=True)
 
@@ -390,7 +397,7 @@ class Session(Generic[Result]):
         )
 
     def _load_state(self, stage: StageSpec) -> StageState:
-        """Where the stage stood; at its start, when the checkpoint was written between two stages."""
+        """How far the stage was; at its start, when the checkpoint was written between two stages."""
         assert self._loaded is not None
         state, position = StageState.at_start(stage), self._loaded["stage"]
         if position is not None:

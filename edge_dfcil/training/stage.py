@@ -1,4 +1,4 @@
-"""Stages: what is done in a row of steps (`StageSpec`, `ClosedFormSpec`), and where it stands (`StageState`)."""
+"""Stages: what is done (`StageSpec`, `ClosedFormSpec`), and how far it is (`StageState`)."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class StageSpec:
     optimizer, scheduler
         Called once, when the stage begins.
     trains
-        The modules in train mode meanwhile; all others are in eval mode.
+        The modules in train mode while it runs; all others are in eval mode.
     frozen
         Layers inside `trains` that stay in eval mode, as they are.
     micro_batch
         Images that go through the networks together; a larger batch is split, and its gradients accumulate. None: all.
     recompute
         Whether the activations inside the blocks of `trains` are computed again for the backward pass instead of kept.
-    look
-        Called with the parts of a split batch before the first loss, for losses that need to know the whole batch.
+    before_parts
+        Called with the parts of a split batch before the first loss, for losses that depend on the whole batch.
     over_budget
-        Asked after the gradients of a step, before the optimizer takes it: whether the step took too much memory. It is
-        then made again with half the micro-batch, as it is after a real lack of memory.
+        Called after the gradients of a step are computed, before the optimizer step: whether it took too much memory. It is
+        then repeated with half the micro-batch, as after an out-of-memory error.
     mixed_precision
         Whether losses are computed under autocast where the device has bf16.
     resumable
@@ -61,7 +61,7 @@ class StageSpec:
     clip_gradient: float | None = None
     micro_batch: int | None = None
     recompute: bool = False
-    look: Callable[[Sequence[Any]], None] | None = None
+    before_parts: Callable[[Sequence[Any]], None] | None = None
     over_budget: Callable[[StageState], bool] | None = None
     resumable: bool = False
     mixed_precision: bool = True
@@ -73,23 +73,23 @@ class StageSpec:
 
     @property
     def epochs(self) -> int:
-        """Passes over the batches that `steps` come to."""
+        """Passes over the batches that `steps` amount to."""
         return math.ceil(self.steps / self.per_epoch) if self.steps else 0
 
 
 class Sums(Protocol):
-    """What a closed-form stage adds up."""
+    """The sums of a closed-form stage."""
 
     def add(self, batch: Any) -> None:
         """Adds a batch; called without gradients, all modules in eval mode."""
 
     def solve(self) -> None:
-        """Called after the last batch: what follows from the sums."""
+        """Called after the last batch: computes the solution from the sums."""
 
 
 @dataclass(frozen=True)
 class ClosedFormSpec:
-    """A closed-form stage: one pass that sums over batches, and a solution that follows from the sums.
+    """A closed-form stage: one pass that sums over batches, and a solution that is computed from the sums.
 
     Attributes
     ----------
@@ -121,7 +121,7 @@ Stage = StageSpec | ClosedFormSpec
 
 @dataclass
 class StageState:
-    """Where a training stage stands.
+    """How far a training stage is.
 
     Attributes
     ----------
@@ -149,7 +149,7 @@ class StageState:
     history: list[dict[str, float]] = field(default_factory=list)
     optimizer: torch.optim.Optimizer | None = None
     scheduler: LRScheduler | None = None
-    # Of a stage that goes on in the same process: what has been read of the current pass is not read again.
+    # Of a stage that continues in the same process: what has been read of the current pass is not read again.
     iterator: Iterator[Any] | None = None
 
     @classmethod
@@ -161,7 +161,7 @@ class StageState:
 
 
 def set_batchnorm_momentum(network: nn.Module, recipe: Recipe) -> None:
-    """Makes a network's running statistics follow as fast as the recipe says, if it says so."""
+    """Sets the momentum of a network's running statistics, if the recipe has one."""
     if recipe.schedule.batchnorm_momentum is not None:
         for layer in batchnorm_layers(network):
             layer.momentum = recipe.schedule.batchnorm_momentum

@@ -1,8 +1,10 @@
-"""Writes the golden files of the current file schema: `python -m tests.golden.make FOLDER`.
+"""Writes the golden files of a file schema: `python -m tests.golden.make schema2 FOLDER`.
 
 A folder is made once, by the version that introduces a schema, and never again: `schema1` was made at commit 9bb9d52, before
-anything of that version moved. `tests/test_golden.py` loads every folder and compares the answers. Each folder holds model files,
-ONNX files, and `answers.npz`: the images, and for each file the probabilities that it answered.
+anything of that version moved; `schema2` has what schema 1 had not: features of several scales, class statistics, a class that is
+known by its row alone, thresholds and a temperature, and an ONNX file that takes images of any size. `tests/test_golden.py` loads
+every folder and compares the answers. Each folder holds model files, ONNX files, and `answers.npz`: the images, and for each file
+the probabilities that it answered.
 """
 
 from __future__ import annotations
@@ -71,21 +73,35 @@ def learners() -> dict[str, Learner]:
     return found
 
 
-def main(folder: Path) -> None:
+def closed_form() -> dict[str, Learner]:
+    train, _ = digits()
+    settings = {"schedule.adapt": "first", "refine.head": "lda", "refine.calibrate": True}
+    found = Learner("resnet8", image_size=16, recipe=RECIPE.changed(settings), device="cpu")
+    found.learn_task(train.of(("0", "1", "2")), NAMES, progress=False)
+    images, targets = train.of(("3", "4")).images, train.of(("3", "4")).targets
+    keep = torch.cat([torch.nonzero(targets == 3).flatten()[:60], torch.nonzero(targets == 4).flatten()[:5]])
+    found.learn_task([(images[keep], targets[keep])], NAMES, progress=False)
+    return {"closed_form": found}
+
+
+def main(schema: str, folder: Path) -> None:
     torch.set_num_threads(1)
     folder.mkdir(parents=True)
     images = digits()[1].images[:8]
     answers = {"images": images.numpy()}
-    found = learners()
+    found = {"schema1": learners, "schema2": closed_form}[schema]()
     for name, learner in found.items():
         learner.save(folder / f"{name}.safetensors")
         answers[name] = np.array([[dict(p.top)[c] for c in learner.classes] for p in learner.predict(images, 10)])
-    found["cifar"].export(folder / "cifar.onnx")
-    found["cifar"].export(folder / "cifar-int8.onnx", "int8", calibration=[*digits()[0].of(("0", "1", "2", "3", "4"))])
+    if schema == "schema1":
+        found["cifar"].export(folder / "cifar.onnx")
+        found["cifar"].export(folder / "cifar-int8.onnx", "int8", calibration=[*digits()[0].of(("0", "1", "2", "3", "4"))])
+    else:
+        found["closed_form"].export(folder / "closed_form-any.onnx", input="any")
     for path in sorted(folder.glob("*.onnx")):
         answers[path.name] = OnnxClassifier(path).probabilities(images.numpy())
     np.savez_compressed(folder / "answers.npz", allow_pickle=False, **answers)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,6 +1,6 @@
-"""Heads on a frozen backbone, such as anyone can write in an evening: the rivals that a method has to beat.
+"""Simple heads on a frozen backbone: the rivals that a method has to beat.
 
-The backbone is trained in the first task, or comes with weights, and is then left alone. Each head keeps statistics of the
+The backbone is trained in the first task, or comes with weights, and is not trained afterwards. Each head keeps statistics of the
 backbone's last features and takes a task in one pass. Their numbers are chosen as the papers choose them.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,13 +145,24 @@ VARIANTS: dict[str, dict[str, Any]] = {"": {}, "rotations": {"augmentation.rotat
 
 
 def names() -> list[str]:
+    """Of the methods that `run` runs: each head, on a backbone that is trained in each variant."""
     return [f"{head}:{variant}" if variant else head for head in HEADS for variant in VARIANTS]
 
 
 def run(
-    protocol: accuracy.Protocol, method: str, seed: int, data: Data, out: Path, device: str = "auto", changes: Any = None
+    protocol: accuracy.Protocol,
+    method: str,
+    seed: int,
+    data: Data,
+    out: Path,
+    device: str = "auto",
+    changes: dict[str, Any] | None = None,
+    in_time: Callable[[float], bool] = lambda seconds: True,
 ) -> dict[str, Any]:
-    """As `accuracy.run`, of one of `names()`. All heads are run on the same backbone, and each leaves its file."""
+    """As `accuracy.run`, of one of `names()`. All heads are run on the same backbone, and each leaves its file.
+
+    A run cannot be stopped between tasks: `in_time` is asked before the first one alone.
+    """
     variant = method.partition(":")[2]
     recipe = find_recipe(protocol.recipe).changed(
         dotted(protocol.changes) | accuracy.FROZEN | VARIANTS[variant] | dotted(changes or {})
@@ -159,6 +171,8 @@ def run(
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
+    if not in_time(0):
+        raise accuracy.Stopped
     learner = accuracy.new_learner(replace(protocol, multiscale=False), "lda", seed, recipe, device)
     heads = {f"{name}:{variant}" if variant else name: kind(seed) for name, kind in HEADS.items()}
     results = {name: accuracy.begun(protocol, name, seed, recipe, learner, data) for name in heads}
