@@ -9,7 +9,7 @@ from torch import nn
 from edge_dfcil import Learner, Model
 from edge_dfcil.demo import Batches
 from edge_dfcil.model.backbones import build
-from tests.conftest import NAMES, QUICK, quick_learner
+from tests.conftest import NAMES, QUICK, quick_learner, slow_but
 
 FIRST = QUICK.changed({"schedule.adapt": "first", "refine.head": "lda"})
 
@@ -58,6 +58,7 @@ def test_adopted_classes_without_statistics_are_remembered_by_generated_images(t
     assert stages_of(learner, train, ("0", "1")) == [["dream", "learn", "refine"]]
 
 
+@pytest.mark.slow
 def test_a_recipe_that_adapts_always_trains_at_every_task(train: Batches) -> None:
     learner = quick_learner(recipe=FIRST.changed({"schedule.adapt": "always"}))
     assert stages_of(learner, train, ("0", "1"), ("2", "3")) == [["learn", "lda"], ["instant", "dream", "learn", "lda"]]
@@ -75,6 +76,7 @@ def test_without_statistics_it_trains_at_every_task(train: Batches) -> None:
     assert stages_of(learner, train, ("0", "1"), ("2", "3")) == [["learn"], ["dream", "learn", "refine"]]
 
 
+@pytest.mark.slow
 def test_batchnorm_can_stay_as_the_first_task_left_it(train: Batches) -> None:
     learner = quick_learner(recipe=QUICK.changed({"schedule.freeze_batchnorm": True}))
     stages_of(learner, train, ("0", "1"))
@@ -84,7 +86,7 @@ def test_batchnorm_can_stay_as_the_first_task_left_it(train: Batches) -> None:
     assert before and all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-@pytest.mark.parametrize("method", ["abd", "lda"])
+@pytest.mark.parametrize("method", slow_but({"lda"}, ["abd", "lda"]))
 def test_turned_images_are_classes_of_a_head_that_is_thrown_away(train: Batches, method: str) -> None:
     learner = quick_learner(method=method, recipe=QUICK.changed({"augmentation.rotations": True}))
     report = learner.learn_task(train.of(("0", "1")), NAMES, progress=False)

@@ -125,6 +125,7 @@ class Conv(nn.Module):
         return self.conv(images.float() / 255).mean((2, 3))
 
 
+@pytest.mark.slow
 def test_int8_takes_every_size_too_whatever_onnx_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx, "IR_VERSION", 99)
     monkeypatch.setattr(onnx.helper, "IR_VERSION", 99, raising=False)

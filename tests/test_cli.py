@@ -254,6 +254,7 @@ def test_a_budget_is_planned_shown_and_kept_or_refused(pictures: Any, model: Pat
     assert report["peak_bytes"] <= report["plan"]["budget"] == 300_000_000
 
 
+@pytest.mark.slow
 def test_the_precision_is_what_was_asked_for(pictures: Any, model: Path) -> None:
     assert "bfloat16" in cli("learn", pictures[1], "--model", model, "--precision", "half", expect=2).stderr
     report = json.loads(cli("learn", pictures[1], "--model", model, "--precision", "bfloat16", "--json").stdout)
@@ -504,6 +505,7 @@ def test_ctrl_c_is_reported_and_the_old_model_is_intact(pictures: Any, slow_mode
     assert slow_model.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_of_writing_the_file_is_the_old_or_the_new(tmp_path: Path) -> None:
     """Children that save in a loop are killed at different moments; what is on disk always loads."""
     path = quick_learner().save(tmp_path / "m")

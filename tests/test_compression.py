@@ -151,6 +151,7 @@ def test_a_students_running_statistics_keep_up_with_a_short_lesson(able: Learner
     assert {layer.momentum for layer in batchnorm_layers(slow)} == {0.001}, "the caller's own is copied"
 
 
+@pytest.mark.slow
 def test_pixel_dreams_teach_too(able: Learner) -> None:
     short = replace(SHORT, rounds=2, dreams=32, steps=3, quality="best")
     learner = copy.deepcopy(able)
@@ -251,6 +252,7 @@ def test_the_latency_term_sees_kernels_that_work_in_blocks(able: Learner, tmp_pa
     assert found[1000.0].filters[1] > found[0.0].filters[1], "as fast with more filters"
 
 
+@pytest.mark.slow
 def test_channels_that_do_nothing_leave_first(able: Learner, table: LatencyTable) -> None:
     learner = copy.deepcopy(able)
     backbone: Any = learner.network.backbone

@@ -131,6 +131,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         OnnxClassifier(tmp_path / "other.onnx")
 
 
+@pytest.mark.slow
 def test_a_file_holds_no_path_of_the_machine_that_made_it(learnt: Learner, tmp_path: Path) -> None:
     learnt.export(tmp_path / "m.onnx")
     assert str(Path(__file__).parent.parent).encode() not in (tmp_path / "m.onnx").read_bytes()

@@ -136,7 +136,7 @@ class TestTargets:
         with pytest.raises(DataError, match=message):
             check_targets(targets, 4, "batch 1")
 
-    @settings(deadline=None)
+    @settings(deadline=None, max_examples=20)
     @given(
         st.one_of(
             hnp.arrays(hnp.scalar_dtypes(), hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3)),

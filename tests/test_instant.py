@@ -66,6 +66,7 @@ def test_the_first_model_answers_for_new_classes(one_task: Learner, train: Batch
     assert one_task.model.learning["last_task"], "the task has ended with it"
 
 
+@pytest.mark.slow
 def test_what_is_adapted_is_the_same_with_and_without(one_task: Learner, train: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "WORSE", float("inf"))
     other = copy.deepcopy(one_task)
@@ -103,6 +104,7 @@ def test_a_frozen_backbone_has_one_commit(one_task: Learner, train: Batches) -> 
     assert kinds(report.commits) == ["instant"] and [stage.name for stage in report.stages] == ["lda"]
 
 
+@pytest.mark.slow
 def test_the_plan_has_it(one_task: Learner, train: Batches) -> None:
     plan = one_task.plan(train.of(("2", "3")), NAMES, progress=False)
     assert [stage.name for stage in plan.stages] == ["instant", "dream", "learn", "lda"]

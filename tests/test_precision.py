@@ -148,6 +148,7 @@ def test_the_precision_stays_with_the_learner_and_not_with_the_file(learnt: Lear
 
 
 class TestBfloat16:
+    @pytest.mark.slow
     def test_it_learns_and_saves_float32(self, train: Batches, test: Batches, tmp_path: Path) -> None:
         learner = new_learner(precision="bfloat16", recipe=FEW.changed({"schedule.min_steps": 20}))
         report = learn(learner, train)
@@ -408,6 +409,7 @@ class TestLeavesThingsAsTheyWere:
         assert set(watch.seen.values()) == {(1, torch.contiguous_format)}
 
 
+@pytest.mark.slow
 def test_a_resumed_task_computes_as_before(learnt: Learner, train: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
     FakeClock(monkeypatch, FASTER)
 

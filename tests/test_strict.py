@@ -63,6 +63,7 @@ def test_it_goes_on_from_a_file(two_tasks: list[Learner], train: Batches, tmp_pa
     assert torch.equal(again.network.head.weight, two_tasks[1].network.head.weight)
 
 
+@pytest.mark.slow
 def test_a_few_more_images_of_a_class_refine_its_row(two_tasks: list[Learner], train: Batches, test: Batches) -> None:
     learner, before = two_tasks[1], two_tasks[1].network.head.weight.detach().clone()
     known = learner.evaluate(test.of(tuple(NAMES[:6])), NAMES)
@@ -83,11 +84,13 @@ def test_rows_that_were_trained_are_remembered_by_generated_images(train: Batche
     assert "learn" in [stage.name for stage in report.stages]
 
 
+@pytest.mark.slow
 def test_the_memory_budget_is_planned_for_it(two_tasks: list[Learner], train: Batches) -> None:
     plan = two_tasks[0].plan(train.of(("3", "4")), NAMES, progress=False)
     assert [stage.name for stage in plan.stages] == ["dream", "lda"]
 
 
+@pytest.mark.slow
 def test_a_time_budget_shortens_the_generator_of_a_first_task_too(train: Batches) -> None:
     learner = quick_learner(recipe=ROWS.changed({"schedule.min_steps": 10**4, "generator.steps": 10**4}))
     report = learner.learn_task(train.of(("0", "1")), NAMES, time_budget=4, progress=False)
