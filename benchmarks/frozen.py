@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks import accuracy, machine
 from benchmarks.datasets import Data, class_order
 from edge_dfcil import Learner
-from edge_dfcil.heads.lda import lda_head
+from edge_dfcil.heads.lda import Shrinkage, lda_head
 from edge_dfcil.recipe import dotted, find_recipe
 
 
@@ -47,7 +47,7 @@ class Head(ABC):
 class LDA(Head):
     """Class means and one covariance, shrunk by 0.1 (SLDA, Hayes and Kanan, CVPR workshops 2020)."""
 
-    SHRINKAGE = 0.1
+    SHRINKAGE = Shrinkage(0.1)
     count = 0
     means: Tensor
     scatter: Tensor

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from edge_dfcil import ClassError, DataError, ExportError, Learner, Model, ModelFileError, SettingError, metrics
 from edge_dfcil.cli import main
 from edge_dfcil.demo import Batches
-from edge_dfcil.heads.lda import lda_head
+from edge_dfcil.heads.lda import Shrinkage, lda_head
 from edge_dfcil.heads.leave_one_out import leave_one_out
 from edge_dfcil.model import file
 from edge_dfcil.model.calibration import Calibration, best_temperature
@@ -258,10 +258,10 @@ class TestParts:
             return means, off.T @ off / views.shape[1] / 24, torch.bincount(targets[keep]).double()
 
         means, covariance, count = made(torch.ones(24, dtype=torch.bool))
-        found = leave_one_out(means, count, covariance, 24, 0.0, targets, views, views[:, 0])
+        found = leave_one_out(means, count, covariance, 24, Shrinkage(0.0), targets, views, views[:, 0])
         for image in range(24):
             others, scatter, _ = made(torch.arange(24) != image)
-            weight, bias = lda_head(others, scatter, 0.0)
+            weight, bias = lda_head(others, scatter, Shrinkage(0.0))
             assert torch.allclose(found[image], weight @ views[image, 0] + bias)
 
     @pytest.mark.parametrize("true", [0.5, 1.0, 3.0])

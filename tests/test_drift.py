@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from edge_dfcil import SettingError
 from edge_dfcil.demo import Batches
 from edge_dfcil.heads.drift import DriftSums
-from edge_dfcil.heads.lda import Frame, HeldOut, lda_head
+from edge_dfcil.heads.lda import Frame, HeldOut, Shrinkage, lda_head
 from tests.conftest import NAMES, QUICK, quick_learner
 
 LDA_HEAD = {"refine.head": "lda", "refine.epochs": 0, "refine.align_head": 0.0}
@@ -110,20 +110,46 @@ def test_lda_is_the_same_for_features_in_another_basis() -> None:
     torch.manual_seed(0)
     means, turn = torch.randn(3, 5, dtype=torch.float64), torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
     covariance = torch.randn(40, 5, dtype=torch.float64).T.cov()
-    weight, bias = lda_head(means, covariance, 0.1)
-    turned, same = lda_head(means @ turn, turn.T @ covariance @ turn, 0.1)
+    weight, bias = lda_head(means, covariance, Shrinkage(0.1))
+    turned, same = lda_head(means @ turn, turn.T @ covariance @ turn, Shrinkage(0.1))
     assert torch.allclose(turned, weight @ turn) and torch.allclose(same, bias)
 
 
-@given(st.integers(2, 6), st.floats(0.01, 1), st.integers(0, 2**31))
-def test_served_rows_say_where_their_classes_lie(classes: int, shrinkage: float, seed: int) -> None:
+@given(st.integers(2, 6), st.floats(0.01, 1), st.integers(0, 5), st.integers(0, 2**31))
+def test_served_rows_say_where_their_classes_lie(classes: int, amount: float, own: int, seed: int) -> None:
+    shrinkage = Shrinkage(amount, own)
     draw = torch.Generator().manual_seed(seed)
     means = torch.randn(classes, 5, generator=draw, dtype=torch.float64)
     covariance = torch.randn(40, 5, generator=draw, dtype=torch.float64).T.cov()
     weight, _ = lda_head(means, covariance, shrinkage)
     common = weight.mean(0)
-    frame = Frame.unpacked(Frame(means.mean(0), 0.3, shrinkage).packed())
+    frame = Frame.unpacked(Frame(means.mean(0), 0.3, shrinkage).packed(), 5)
     assert torch.allclose(frame.means(0.3 * (weight - common), covariance), means)
+
+
+def test_a_frame_of_before_has_one_group_of_features() -> None:
+    frame = Frame.unpacked(torch.tensor([1.0, 2.0, 3.0, 0.5, 0.25]), 3)
+    assert (frame.scale, frame.shrinkage) == (0.5, Shrinkage(0.25, 0))
+
+
+@given(st.floats(0, 1), st.floats(0.01, 1))
+def test_more_images_need_less_shrinkage(amount: float, share: float) -> None:
+    found = Shrinkage(amount, 3).of_more(share)
+    assert 0 <= found.amount <= amount and found.own == 3
+
+
+def test_features_of_two_sizes_count_alike_where_they_are_shrunk_as_two_groups() -> None:
+    draw = torch.Generator().manual_seed(0)
+    size = torch.tensor([1.0, 1.0, 50.0, 50.0, 50.0], dtype=torch.float64)
+    means, features = (torch.randn(n, 5, generator=draw, dtype=torch.float64) for n in (3, 40))
+
+    def weights(own: int) -> list[torch.Tensor]:
+        shrinkage = Shrinkage(0.9, own)
+        return [lda_head(means * scale, (features * scale).T.cov(), shrinkage)[0] * scale for scale in (torch.ones(5), size)]
+
+    share = [[float(weight[:, :2].norm() / weight.norm()) for weight in weights] for weights in (plain, grouped)]
+    assert share[0][1] < 0.1 * share[0][0]  # one group: small features drown
+    assert share[1][1] > 0.7 * share[1][0]
 
 
 def test_served_rows_say_so_by_a_rounded_covariance_too() -> None:
@@ -131,9 +157,9 @@ def test_served_rows_say_so_by_a_rounded_covariance_too() -> None:
     draw = torch.Generator().manual_seed(0)
     means = 100 + torch.randn(4, 60, generator=draw, dtype=torch.float64)
     covariance = (0.1 * torch.randn(300, 60, generator=draw, dtype=torch.float64)).T.cov()
-    weight, _ = lda_head(means, covariance, 0.01)
+    weight, _ = lda_head(means, covariance, Shrinkage(0.01))
     rounded = covariance * (1 + 1e-4 * torch.randn(60, 60, generator=draw, dtype=torch.float64))
-    found = Frame(means.mean(0), 1.0, 0.01).means(weight - weight.mean(0), rounded)
+    found = Frame(means.mean(0), 1.0, Shrinkage(0.01)).means(weight - weight.mean(0), rounded)
     assert (found - means).abs().max() < 0.01
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,11 +11,42 @@ TINY = 1e-30  # of a variance
 FEW = 0.4  # the most shrinkage that a covariance of few images gets
 
 
-def lda_head(means: Tensor, covariance: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Shrinkage:
+    """How a covariance Sigma of few images is shrunk: S = (1 - s) Sigma + s T.
+
+    Attributes
+    ----------
+    amount
+        s, from 0 to 1.
+    own
+        T is the mean variance of all features times the identity where this is 0. Else the first `own` features have their mean
+        variance in T, and the features behind them have theirs: groups of features of different size count alike.
+    """
+
+    amount: float
+    own: int = 0
+
+    def target(self, covariance: Tensor) -> Tensor:
+        """The diagonal of T, (F,)."""
+        variances = covariance.diagonal()
+        groups = [group for group in (variances[: self.own], variances[self.own :]) if len(group)]
+        tiny = torch.finfo(covariance.dtype).tiny
+        return torch.cat([group.mean().clamp_min(tiny).expand(len(group)) for group in groups])
+
+    def of_more(self, share: float) -> Shrinkage:
+        """That of a covariance of so many images that `share` of them needed this one: Sigma counts for more."""
+        if self.amount >= 1:
+            return self
+        odds = share * self.amount / (1 - self.amount)
+        return replace(self, amount=odds / (1 + odds))
+
+
+def lda_head(means: Tensor, covariance: Tensor, shrinkage: Shrinkage) -> tuple[Tensor, Tensor]:
     """Weight (C, F) and bias (C,) of the linear layer that is LDA with equal priors.
 
-    W = mu S^-1 and b = -1/2 diag(mu S^-1 mu'), with S = (1 - s) Sigma + s tr(Sigma)/F I: the logits are the log-posteriors
-    of Gaussian classes with a common covariance, up to a constant.
+    W = mu S^-1 and b = -1/2 diag(mu S^-1 mu'), with S the shrunk covariance: the logits are the log-posteriors of Gaussian
+    classes with a common covariance, up to a constant.
 
     Parameters
     ----------
@@ -24,7 +55,7 @@ def lda_head(means: Tensor, covariance: Tensor, shrinkage: float) -> tuple[Tenso
     covariance
         Sigma, the within-class covariance, (F, F).
     shrinkage
-        s, from 0 to 1.
+        Of the covariance.
     """
     weight = solved(shrunk(covariance, shrinkage), means.T).T  # (C, F)
     return weight, -0.5 * (weight * means).sum(1)
@@ -35,16 +66,15 @@ def centred(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return weight - weight.mean(0), bias - bias.mean()
 
 
-def usual_shrinkage(features: int, images: float) -> float:
+def usual_shrinkage(features: int, images: float) -> Shrinkage:
     """Where none can be chosen on held-out images: the fewer images for each feature, the less of a covariance counts."""
-    return FEW * features / (features + images)
+    return Shrinkage(FEW * features / (features + images))
 
 
-def shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
-    """S, as `lda_head` has it."""
-    scale = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
-    found = (1 - shrinkage) * covariance
-    found.diagonal().add_(shrinkage * scale)  # in place: these matrices are the most that learning holds
+def shrunk(covariance: Tensor, shrinkage: Shrinkage) -> Tensor:
+    """S, as `Shrinkage` has it."""
+    found = (1 - shrinkage.amount) * covariance
+    found.diagonal().add_(shrinkage.amount * shrinkage.target(covariance))  # in place: these matrices are the most that is held
     return found
 
 
@@ -64,7 +94,7 @@ def mixed(own: Tensor, common: Tensor, share: float) -> Tensor:
     return share * next(parts) + (1 - share) * next(parts)
 
 
-def likelihood_ratios(means: Tensor, centre: Tensor, covariance: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
+def likelihood_ratios(means: Tensor, centre: Tensor, covariance: Tensor, shrinkage: Shrinkage) -> tuple[Tensor, Tensor]:
     """Weight (C, F) and bias (C,) of log-likelihood ratios: each Gaussian class against one at `centre` (F,).
 
     W = (mu - c) S^-1 and b = -1/2 diag(W (mu + c)'). A row depends on no other class, unlike that of a centred head.
@@ -90,19 +120,22 @@ class Frame:
 
     centre: Tensor
     scale: float
-    shrinkage: float
+    shrinkage: Shrinkage
 
     def means(self, weight: Tensor, covariance: Tensor) -> Tensor:
         """The means (C, F) of the classes with these rows (C, F)."""
         return self.centre + (weight / self.scale) @ shrunk(covariance, self.shrinkage)
 
     def packed(self) -> Tensor:
-        """As one tensor, (F + 2,)."""
-        return torch.cat([self.centre, self.centre.new_tensor([self.scale, self.shrinkage])])
+        """As one tensor, (F + 3,)."""
+        numbers = (self.scale, self.shrinkage.amount, float(self.shrinkage.own))
+        return torch.cat([self.centre, self.centre.new_tensor(numbers)])
 
     @classmethod
-    def unpacked(cls, values: Tensor) -> Frame:
-        return cls(values[:-2], float(values[-2]), float(values[-1]))
+    def unpacked(cls, values: Tensor, features: int) -> Frame:
+        """The inverse, with F; files of before have no number of own features."""
+        scale, amount, *own = values[features:].tolist()
+        return cls(values[:features], scale, Shrinkage(amount, int(own[0]) if own else 0))
 
 
 def solved(matrix: Tensor, right: Tensor) -> Tensor:

@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edge_dfcil.heads.lda import shrunk, solved
+from edge_dfcil.heads.lda import Shrinkage, shrunk, solved
 
 
 def leave_one_out(
-    means: Tensor, count: Tensor, covariance: Tensor, images: float, shrinkage: float, rows: Tensor, views: Tensor, asked: Tensor
+    means: Tensor,
+    count: Tensor,
+    covariance: Tensor,
+    images: float,
+    shrinkage: Shrinkage,
+    rows: Tensor,
+    views: Tensor,
+    asked: Tensor,
 ) -> Tensor:
     """Logits (N, C) of images under the heads that `lda_head` would have made without each of them.
 
@@ -33,9 +40,9 @@ def leave_one_out(
         The features to answer, (N, F).
     """
     n = count[rows]  # (N,)
-    share = (n / (n - 1) * (1 - shrinkage) / images).sqrt()
+    share = (n / (n - 1) * (1 - shrinkage.amount) / images).sqrt()
     mean = views.mean(1) - means[rows]
-    rest = (views[:, 0] - views[:, -1]) / 2 * ((1 - shrinkage) / images) ** 0.5
+    rest = (views[:, 0] - views[:, -1]) / 2 * ((1 - shrinkage.amount) / images) ** 0.5
     less = torch.stack([mean * share[:, None], rest], 1)  # (N, 2, F): the covariance is less by the sum of its squares
 
     inverse = solved(shrunk(covariance, shrinkage), torch.cat([less.flatten(0, 1), means]).T)  # (F, 2 N + C)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from edge_dfcil.heads.lda import Shrinkage
 from edge_dfcil.heads.leave_one_out import leave_one_out
 from edge_dfcil.methods._class_statistics import stays_frozen
 from edge_dfcil.methods.task import Task
@@ -60,7 +61,7 @@ class HeldFeatures:
         count: Tensor,
         covariance: Tensor,
         images: float,
-        shrinkage: float,
+        shrinkage: Shrinkage,
         scale: float,
         head: tuple[Tensor, Tensor],
     ) -> Calibration | None:

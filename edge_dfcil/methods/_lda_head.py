@@ -6,14 +6,14 @@ map, fitted on the same images and on the task's generated ones, which the backb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from edge_dfcil.heads.drift import DriftSums
-from edge_dfcil.heads.lda import Frame, HeldOut, centred, lda_head, usual_shrinkage
+from edge_dfcil.heads.lda import Frame, HeldOut, Shrinkage, centred, lda_head, usual_shrinkage
 from edge_dfcil.methods._calibration import HeldFeatures
 from edge_dfcil.methods._class_statistics import SUMS
 from edge_dfcil.methods._own_head import serve_all_features
@@ -24,7 +24,8 @@ from edge_dfcil.training.stage import ClosedFormSpec, Stage
 
 GENERATED_AT_ONCE = 64
 ASSUMED = 5.0  # images behind a row that has no statistics: fewer than are kept as one
-SHRINKAGES = (0.005, 0.02, 0.08, 0.3)  # towards the identity: the one that does best on held-out images is taken
+SHRINKAGES = (0.005, 0.02, 0.08, 0.3, 0.7)  # the one that does best on held-out images is taken
+GROUPED = (0.3, 0.7)  # those that are tried with features of other scales as a group of their own: it pays where images are few
 LEAST_SURE = 0.01  # of an LDA head's own logits
 
 
@@ -123,20 +124,44 @@ class _Sums:
         trained = self._task.student.head.weight.detach().to(weight)[rows]
         return float((trained - trained.mean(0)).norm() / weight.norm().clamp_min(torch.finfo(weight.dtype).tiny))
 
-    def _tried(self, old: _Known | None, images: float) -> tuple[float, float]:
+    def _tried(self, old: _Known | None, images: float) -> tuple[Shrinkage, float]:
         """Shrinkage, and what logits are multiplied by: both by what a head from one half of the images does on the other."""
-        one = self._joined(old, slice(0, 1))
-        here, rows = torch.nonzero((self._count > 0).all(0)).flatten(), torch.nonzero(one.placed).flatten()
-        if len(rows) < 2 or not len(here):
-            return usual_shrinkage(len(one.covariance), images), 1.0
-        heads = {shrinkage: centred(*lda_head(one.means[rows], one.covariance, shrinkage)) for shrinkage in SHRINKAGES}
-        share = one.images / images  # twice the images need half of the shrinkage
-        del one  # before the other half's matrix is made
-        other = self._joined(None, slice(1, 2))
-        held = HeldOut(torch.searchsorted(rows, here), other.means[here], other.covariance)
-        best = min(heads, key=lambda shrinkage: held.errors(*heads[shrinkage]))
+        here = (self._count > 0).all(0)
+        known = here.clone()
+        if old is not None:
+            known[: len(old.placed)] |= old.placed
+        if int(known.sum()) < 2 or not bool(here.any()):
+            return usual_shrinkage(self._first.shape[2], images), 1.0
+        heads, held, share = self._trial(old, 0, self._candidates())
+        errors = {shrinkage: held.errors(*head) for shrinkage, head in heads.items()}
+        groups = sorted({shrinkage.own for shrinkage in errors})
+        best_of = [min((one for one in errors if one.own == own), key=errors.__getitem__) for own in groups]
+        sureness = {shrinkage: held.sureness(*heads[shrinkage]) for shrinkage in best_of}
+        del held  # before the second trial: these matrices are the most that learning holds
+        if len(best_of) > 1:  # of two kinds: few images tell them apart only if each half is held out in turn
+            others, held, _ = self._trial(old, 1, best_of)
+            errors = {shrinkage: errors[shrinkage] + held.errors(*others[shrinkage]) for shrinkage in best_of}
+            del held
+        best = min(best_of, key=errors.__getitem__)
         self._task.expected_error = self._expected_error(old, heads[best])
-        return best * share, min(max(held.sureness(*heads[best]), LEAST_SURE), 1.0)
+        return best.of_more(share), min(max(sureness[best], LEAST_SURE), 1.0)
+
+    def _candidates(self) -> list[Shrinkage]:
+        network = self._task.student
+        grouped = GROUPED if network.all_features > network.own_features else ()
+        return [Shrinkage(amount) for amount in SHRINKAGES] + [Shrinkage(one, network.own_features) for one in grouped]
+
+    def _trial(
+        self, old: _Known | None, half: int, candidates: Sequence[Shrinkage]
+    ) -> tuple[dict[Shrinkage, tuple[Tensor, Tensor]], HeldOut, float]:
+        """Heads from one half of the images, by shrinkage; the other half; and the share of all images behind these heads."""
+        one = self._joined(old, slice(half, half + 1))
+        rows, here = torch.nonzero(one.placed).flatten(), torch.nonzero((self._count > 0).all(0)).flatten()
+        heads = {shrinkage: centred(*lda_head(one.means[rows], one.covariance, shrinkage)) for shrinkage in candidates}
+        share = one.images / (float(self._count.sum()) + (old.images if old is not None else 0))
+        del one  # before the other half's matrix is made
+        other = self._joined(None, slice(1 - half, 2 - half))
+        return heads, HeldOut(torch.searchsorted(rows, here), other.means[here], other.covariance), share
 
     def _expected_error(self, old: _Known | None, head: tuple[Tensor, Tensor]) -> float | None:
         """Of a head from one half of the images: on the other half, and on old classes as their statistics have them."""
@@ -177,7 +202,7 @@ class _Sums:
         assert teacher is not None
         rows = teacher.head.weight.detach()[: len(count)].cpu().double()
         if "frame" in kept and not bool(placed.all()) and rows.shape == means.shape:
-            found = Frame.unpacked(kept["frame"].values.double()).means(rows, covariance.double())
+            found = Frame.unpacked(kept["frame"].values.double(), means.shape[1]).means(rows, covariance.double())
             means, placed = torch.where(placed[:, None], means, found), torch.ones_like(placed)
         if self._drift is not None:
             for images, _ in self._generated():

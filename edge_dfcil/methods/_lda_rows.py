@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edge_dfcil import devices
 from edge_dfcil.dreaming.inversion import Dreamer
-from edge_dfcil.heads.lda import likelihood_ratios, mixed, within
+from edge_dfcil.heads.lda import Shrinkage, likelihood_ratios, mixed, within
 from edge_dfcil.methods._own_head import serve_all_features
 from edge_dfcil.methods.task import Task
 from edge_dfcil.training.data import Batch
@@ -23,7 +23,7 @@ from edge_dfcil.training.stage import ClosedFormSpec, Stage
 
 AT_ONCE = 64
 REAL_SHARE = 0.2  # of the task's own covariance in the mixture; from 0.1 to 0.3 is within a point of the best
-SHRINKAGE = 0.02
+SHRINKAGE = Shrinkage(0.02)
 ASSUMED = 100  # images behind a row
 SEED = 0  # of the generator
 FIRST_SPREAD = 3.0  # standard deviation of the first task's logits over generated images
