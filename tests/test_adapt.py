@@ -51,6 +51,7 @@ def test_whether_it_was_pretrained_is_in_the_file(train: Batches, tmp_path: obje
         assert Model.load(f"{tmp_path}/model", "cpu", backbone=backbone).pretrained is expected
 
 
+@pytest.mark.slow
 def test_adopted_classes_without_statistics_are_remembered_by_generated_images(train: Batches) -> None:
     torch.manual_seed(0)
     classifier = nn.Sequential(pretrained(train), nn.Linear(64, 2)).eval()

@@ -163,6 +163,7 @@ def test_pretrained_weights_bring_their_own_statistics(monkeypatch: pytest.Monke
     assert statistics("resnet18", None) == (None, None)
 
 
+@pytest.mark.slow
 def test_a_network_of_timm_learns_and_loads_by_its_name(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     made = backbones.create("timm:resnet18.a1_in1k")

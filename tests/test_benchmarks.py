@@ -362,8 +362,10 @@ def test_committed_figures_come_from_committed_files() -> None:
     found = report.read(accuracy.RESULTS)
     assert report.few_images(found) in text
     assert images.describe(json.loads((accuracy.RESULTS / images.FILE).read_text())) in text
+    assert report.imbalanced(found) in text
+    assert candidates.describe(found) in text
     for protocol, methods in found.items():
-        if report.FEW in protocol:
+        if report.FEW in protocol or report.UNEVEN in protocol:
             continue
         assert f"## {protocol}" in text
         assert report.table(accuracy.RESULTS, methods) in text

@@ -417,6 +417,7 @@ def test_targets_that_are_none(settings: dict[str, Any], message: str) -> None:
         Pruning(**settings)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_done_is_told(able: Learner, table: LatencyTable) -> None:
     with pytest.raises(BackboneError, match=r"cannot be met.*Ask for less"):
         prune(able, Pruning(ratio=0.9, repair=None), table=table, timing=False, progress=False)

@@ -137,6 +137,7 @@ class Announced(Callback):
             self.calls.append("stages")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "expected"), [({}, ["stages"]), ({"memory_budget": "8GB", "time_budget": "1h"}, ["plan", "stages"])]
 )
