@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import tables
 from benchmarks.datasets import Part
 from edge_dfcil import Callback, Learner
-from edge_dfcil.learning import WORSE, Learning
+from edge_dfcil.learning import WORSE, Learning, is_worse
 from edge_dfcil.results import Commit, StageReport
 from edge_dfcil.training.stage import Stage
 
@@ -102,5 +102,4 @@ def _row(pairs: list[dict[str, Any]]) -> list[str]:
 
 
 def _dropped(pair: dict[str, Any]) -> bool:
-    first, last = pair["instant"]["expected_error"], pair["adapted"]["expected_error"]
-    return first is not None and last is not None and bool(last > first + WORSE)
+    return is_worse(pair["instant"]["expected_error"], pair["adapted"]["expected_error"])

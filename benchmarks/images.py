@@ -196,7 +196,7 @@ def _beside(found: Probabilities, expected: Probabilities, truth: list[int], sha
 def describe(found: dict[str, Any]) -> str:
     """The findings as Markdown, a row a way."""
     sizes = list(next(iter(found["ways"].values()))["largest_by_size"])
-    told = (
+    text = (
         f"{found['photographs']} photographs of {len(sizes)} sizes, {sizes[0]} to {sizes[-1]}, made of test pictures of "
         f"{found['classes']} classes: each fills the centre square, and its mirror images the rest. {found['backbone']} at "
         f"{found['image_size']} pixels; `Learner.predict` is right on {tables.percent(found['right'])} %. Differences are of a "
@@ -207,7 +207,7 @@ def describe(found: dict[str, Any]) -> str:
     for name, way in found["ways"].items():
         shown = [_small(way[key]) for key in ("median", "largest")]
         rows.append([name, tables.percent(way["right"]), tables.percent(way["same"]), *shown])
-    return f"{told}\n\n{tables.table(head, rows)}"
+    return f"{text}\n\n{tables.table(head, rows)}"
 
 
 def _small(value: float) -> str:

@@ -41,6 +41,11 @@ def read(folder: Path) -> dict[str, dict[str, Results]]:
     return {name: dict(sorted(methods.items(), key=lambda item: -last(item[1]))) for name, methods in sorted(found.items())}
 
 
+def has_section(protocol: str) -> bool:
+    """Whether a protocol has a section of its own; one with other numbers of images is a row of a table."""
+    return FEW not in protocol and UNEVEN not in protocol
+
+
 def last(results: Results) -> float:
     """Mean final accuracy, %."""
     return 100 * mean(r["final_accuracy"] for r in results)
@@ -56,7 +61,7 @@ def write(folder: Path) -> str:
     parts = ["# Results", "Made by `python -m benchmarks report` from the JSON files here. No figure is typed in."]
     found = read(folder)
     for protocol, methods in found.items():
-        if FEW in protocol or UNEVEN in protocol:
+        if not has_section(protocol):
             continue
         parts += [f"## {protocol}", describe(next(iter(methods.values()))[0]), table(folder, methods)]
         if len(methods) > 1:

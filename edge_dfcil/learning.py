@@ -39,6 +39,11 @@ LEAST_SHARE = 0.05  # of a schedule: with less time than that, a task that has a
 WORSE = 0.01  # expected error by which an adapted model must be worse than the instant one, for that to stay
 
 
+def is_worse(first: float | None, last: float | None) -> bool:
+    """Whether an adapted model is dropped for the instant one, by the expected errors of the two; not where one is unknown."""
+    return first is not None and last is not None and last > first + WORSE
+
+
 class Assignment:
     """What is to be learnt: a model, a method, and the images and names that a loader gives.
 
@@ -284,7 +289,7 @@ class Learning:
     def _first_is_better(self) -> bool:
         """Whether the instant model stays, because the adapted one is expected to answer less well."""
         first, last = (None if task is None else task.expected_error for task in (self.first, self.task))
-        return first is not None and last is not None and last > first + WORSE
+        return is_worse(first, last)
 
     def _put(self, session: Session[Any], task: Task, learning: Mapping[str, Any]) -> None:
         """Commits the model of a task."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from torch import nn
 
 from edge_dfcil import RECIPES, Learner
 from edge_dfcil.demo import Batches, digits
@@ -48,6 +49,17 @@ def slow_but(quick: Container[Any], values: Iterable[Any]) -> list[Any]:
         value if value in quick else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
         for value in values
     ]
+
+
+class Conv(nn.Module):
+    """A classifier with a convolution, from images (N, 3, H, W), uint8, to three logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, 2)
+
+    def forward(self, images: Any) -> Any:
+        return self.conv(images.float() / 255).mean((2, 3))
 
 
 def quick_learner(**settings: Any) -> Learner:

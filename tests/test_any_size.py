@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch import nn
 
 import exporters
 from edge_dfcil import ExportError, Learner
 from edge_dfcil.model.preprocessing import fit
 from exporters import Artifact, Int8, OnnxClassifier, registry, resize, scaling
+from tests.conftest import Conv
 
 SIDE = 16
 SETTINGS: dict[str, Any] = {"classes": ["a", "b", "c"], "image_size": SIDE}
@@ -114,15 +114,6 @@ def test_a_file_says_that_it_takes_every_size(exported: Any) -> None:
     assert (metadata["input"], metadata["image_size"], report.input) == ("any", "16", "any")
     assert report.bytes == report.float_bytes == path.stat().st_size
     assert report.max_difference < 0.05
-
-
-class Conv(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3, 2)
-
-    def forward(self, images: Any) -> Any:
-        return self.conv(images.float() / 255).mean((2, 3))
 
 
 @pytest.mark.slow

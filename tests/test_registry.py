@@ -18,6 +18,7 @@ import exporters
 from edge_dfcil import ExportError
 from edge_dfcil.model import file as storage
 from exporters import Artifact, Int8, registry
+from tests.conftest import Conv
 
 SETTINGS: dict[str, Any] = {"classes": ["a", "b", "c"], "image_size": 16}
 
@@ -113,15 +114,6 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_work(
     monkeypatch.setattr(Means, "forward", lambda self, images: pytest.fail("nothing needs to be computed for that"))
     with pytest.raises(ExportError, match=message):
         exporters.export(Means(), tmp_path / name, **SETTINGS)
-
-
-class Conv(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3, 2)
-
-    def forward(self, images: Any) -> Any:
-        return self.conv(images.float() / 255).mean((2, 3))
 
 
 def test_the_host_application_is_left_as_it_was(tmp_path: Path) -> None:

@@ -6,11 +6,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 from benchmarks import accuracy
-from benchmarks.datasets import Data
 
 
 class Runner(Protocol):
@@ -18,17 +16,7 @@ class Runner(Protocol):
 
     def names(self) -> list[str]: ...
 
-    def run(
-        self,
-        protocol: accuracy.Protocol,
-        method: str,
-        seed: int,
-        data: Data,
-        out: Path,
-        device: str = "auto",
-        changes: dict[str, Any] | None = None,
-        in_time: Callable[[float], bool] = ...,
-    ) -> dict[str, Any]: ...
+    run: Callable[..., dict[str, Any]]
 
 
 def names() -> list[str]:

@@ -132,18 +132,20 @@ class _Sums:
             known[: len(old.placed)] |= old.placed
         if int(known.sum()) < 2 or not bool(here.any()):
             return usual_shrinkage(self._first.shape[2], images), 1.0
-        heads, held, share = self._trial(old, 0, self._candidates())
+        here = torch.nonzero(here).flatten()
+        heads, held = self._trial(old, 0, here, self._candidates())
         errors = {shrinkage: held.errors(*head) for shrinkage, head in heads.items()}
         groups = sorted({shrinkage.own for shrinkage in errors})
         best_of = [min((one for one in errors if one.own == own), key=errors.__getitem__) for own in groups]
         sureness = {shrinkage: held.sureness(*heads[shrinkage]) for shrinkage in best_of}
         del held  # before the second trial: these matrices are the most that learning holds
         if len(best_of) > 1:  # of two kinds: few images tell them apart only if each half is held out in turn
-            others, held, _ = self._trial(old, 1, best_of)
+            others, held = self._trial(old, 1, here, best_of)
             errors = {shrinkage: errors[shrinkage] + held.errors(*others[shrinkage]) for shrinkage in best_of}
             del held
         best = min(best_of, key=errors.__getitem__)
         self._task.expected_error = self._expected_error(old, heads[best])
+        share = (images - float(self._count[1].sum())) / images  # of all images, that are behind the first trial's heads
         return best.of_more(share), min(max(sureness[best], LEAST_SURE), 1.0)
 
     def _candidates(self) -> list[Shrinkage]:
@@ -152,16 +154,15 @@ class _Sums:
         return [Shrinkage(amount) for amount in SHRINKAGES] + [Shrinkage(one, network.own_features) for one in grouped]
 
     def _trial(
-        self, old: _Known | None, half: int, candidates: Sequence[Shrinkage]
-    ) -> tuple[dict[Shrinkage, tuple[Tensor, Tensor]], HeldOut, float]:
-        """Heads from one half of the images, by shrinkage; the other half; and the share of all images behind these heads."""
+        self, old: _Known | None, half: int, here: Tensor, candidates: Sequence[Shrinkage]
+    ) -> tuple[dict[Shrinkage, tuple[Tensor, Tensor]], HeldOut]:
+        """Heads from one half of the images, by shrinkage; and the other half, of the classes `here`."""
         one = self._joined(old, slice(half, half + 1))
-        rows, here = torch.nonzero(one.placed).flatten(), torch.nonzero((self._count > 0).all(0)).flatten()
+        rows = torch.nonzero(one.placed).flatten()
         heads = {shrinkage: centred(*lda_head(one.means[rows], one.covariance, shrinkage)) for shrinkage in candidates}
-        share = one.images / (float(self._count.sum()) + (old.images if old is not None else 0))
         del one  # before the other half's matrix is made
         other = self._joined(None, slice(1 - half, 2 - half))
-        return heads, HeldOut(torch.searchsorted(rows, here), other.means[here], other.covariance), share
+        return heads, HeldOut(torch.searchsorted(rows, here), other.means[here], other.covariance)
 
     def _expected_error(self, old: _Known | None, head: tuple[Tensor, Tensor]) -> float | None:
         """Of a head from one half of the images: on the other half, and on old classes as their statistics have them."""
