@@ -119,6 +119,7 @@ def test_every_loss_stands_half_precision(method: Any, train: Batches, monkeypat
     assert all(value.dtype != torch.bfloat16 for value in learner.network.state_dict().values())
 
 
+@pytest.mark.slow
 def test_the_published_recipe_computes_in_float32(train: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
     """It claims the letter of the paper; `edge` may compute in bf16 where the device has it."""
     regions: list[torch.device] = []

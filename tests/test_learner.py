@@ -74,6 +74,7 @@ class TestLearning:
         assert learner.classes == ("4", "7")
         assert sum(score for _, score in learner.predict(test.images[:1], top_k=9)[0].top) == pytest.approx(1, abs=1e-5)
 
+    @pytest.mark.slow
     def test_seeds_decide_and_leave_the_callers_random_numbers_alone(self, train: Batches) -> None:
         def run(seed: int) -> Any:
             learner = quick_learner(seed=seed)
@@ -88,6 +89,7 @@ class TestLearning:
         assert all(torch.equal(value, first[name]) for name, value in run(0).items())
         assert any(not torch.equal(value, first[name]) for name, value in run(1).items())
 
+    @pytest.mark.slow
     def test_uint8_and_float_images_are_the_same_task(self, train: Batches) -> None:
         task = train.of(("0", "1"))
         models = []
@@ -507,7 +509,7 @@ class TestBackbones:
         with pytest.raises(BackboneError, match=r"'resnet33'.*resnet32"):
             Learner("resnet33")
         with pytest.raises(BackboneError, match="0 BatchNorm layers"):
-            Learner("vgg11", image_size=64)
+            Learner("convnext_tiny", image_size=64)
         with pytest.raises(BackboneError, match="no pretrained weights"):
             Learner("resnet20", weights="DEFAULT")
         with pytest.raises(BackboneError, match="weights='NONSENSE'"):

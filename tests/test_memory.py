@@ -300,6 +300,7 @@ class TestOtherOperations:
                 operation()
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.slow
     def test_one_that_is_never_met_changes_no_image(self, learnt: Learner) -> None:
         expected = learnt.dream(24, progress=False)
         learnt.memory_budget = 8 * 10**9

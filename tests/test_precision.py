@@ -393,6 +393,7 @@ class TestLeavesThingsAsTheyWere:
         assert not session.reports
         assert session.run() is not None and learnt.tasks == (FIRST, SECOND)
 
+    @pytest.mark.slow
     def test_while_it_is_paused_and_it_goes_on_in_the_same_way(self, learnt: Learner, train: Batches) -> None:
         class Pause(Watch):
             def on_step_end(self, stage: Any, step: Any, losses: Any, images: Any) -> None:

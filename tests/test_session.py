@@ -135,6 +135,7 @@ def test_a_closed_form_stage_that_is_paused_counts_each_image_once(train: Batche
     assert same_weights(weights(other), learner)
 
 
+@pytest.mark.slow
 def test_state_dict_carries_a_session_over(train: Batches, uninterrupted: Any) -> None:
     class Pause(Callback):
         def on_step_end(self, stage: Any, step: Any, losses: Any, images: Any) -> None:
