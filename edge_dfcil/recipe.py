@@ -241,8 +241,10 @@ class Refine:
     # Ours: the head in the end. "lda" is a closed form from class statistics, which follow the backbone through a drift map; of
     # classes without any, from generated images.
     head: Literal["trained", "lda"] = "trained"
-    # Ours: a temperature and thresholds of rejection, of a closed-form head over a backbone that is not trained in the task.
+    # Ours: a temperature and thresholds of rejection. Those of a closed-form head over a backbone that is not trained in the task
+    # take no image from it; else they are found on `held_out`, a share of the images that is not trained on; 0: not.
     calibrate: bool = False
+    held_out: ShareBelowOne = 0.0
     false_rejections: ShareBelowOne = 0.05  # of the task's own images, at those thresholds
 
 

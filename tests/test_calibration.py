@@ -7,7 +7,7 @@ import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -126,6 +126,37 @@ class TestCalibrate:
         with pytest.raises(ClassError):
             learnt.calibrate([(test.images[:40], test.targets[:40])], NAMES)
         assert learnt.model.calibration is None
+
+
+class TestHeldOut:
+    """A task that trains its backbone finds thresholds on images that it holds out."""
+
+    HELD: ClassVar = {"refine.calibrate": True, "refine.held_out": 0.1}
+
+    def test_a_closed_form_head_over_a_backbone_trained_in_the_task(self, train: Batches, test: Batches) -> None:
+        learner = quick_learner(recipe=CLOSED_FORM.changed(self.HELD))
+        learner.learn_task(train.of(KNOWN[:3]), NAMES, progress=False)
+        found = calibration_of(learner.model)
+        assert 10 <= found.images <= 80  # of 430
+        known, unseen = (rejected(learner, test.of(names).images) for names in (KNOWN[:3], KNOWN[3:]))
+        assert known < 0.25 and unseen > 2 * known
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("method", ["abd", "lwf_mc", "finetune"])
+    def test_trained_heads_of_each_task(self, method: str, train: Batches, test: Batches) -> None:
+        learner = quick_learner(method=method, recipe=QUICK.changed(self.HELD))
+        for task in (KNOWN[:3], KNOWN[3:]):
+            report = learner.learn_task(train.of(task), NAMES, progress=False)
+            assert report.stages[-1].name == "calibrate"
+            assert len(calibration_of(learner.model).thresholds) == len(learner.classes)
+            assert 10 <= calibration_of(learner.model).images <= 80
+            assert rejected(learner, test.of(task).images) < 0.25
+
+    def test_too_few_images_give_none(self, train: Batches) -> None:
+        learner = quick_learner(recipe=QUICK.changed(self.HELD))
+        part = train.of(("0", "1"))
+        learner.learn_task([(part.images[:40], part.targets[:40])], NAMES, progress=False)
+        assert learner.model.calibration is None
 
 
 class TestKept:

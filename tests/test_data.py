@@ -122,6 +122,45 @@ def test_scan_of_a_loader_without_end_can_be_cancelled() -> None:
     assert endless.read == 5
 
 
+class TestHeldOut:
+    RECIPE = PLAIN.changed({"refine.calibrate": True, "refine.held_out": 0.25})
+
+    @settings(deadline=None, max_examples=25)
+    @given(st.sampled_from([torch.uint8, torch.float32, torch.bfloat16]), st.integers(2, 40), st.integers(0, 2**31))
+    def test_what_is_held_out_is_never_trained_on_in_any_order(self, dtype: Any, batch: int, seed: int) -> None:
+        torch.manual_seed(seed)
+        images = torch.randint(0, 256, (80, 3, 8, 8), dtype=torch.uint8)
+        images = images if dtype == torch.uint8 else (images / 255).to(dtype)
+        loader = DataLoader(TensorDataset(images, torch.arange(80) % 2), batch_size=batch, shuffle=True)
+        batches = real_batches(loader, self.RECIPE)
+        held, seen = set[str](), set[str]()
+        for _ in range(2):
+            for part in batches.plain():
+                held |= {str(image.tolist()) for image in part.source[batches.held_out(part)]}
+        assert 3 < len(held) < 40
+        for _ in range(2):
+            for part in batches:
+                assert len(part.source) == len(part.targets)
+                seen |= {str(image.tolist()) for image in part.source}
+        if 80 % batch != 1 and batch > 8:  # smaller batches may hold nothing else, and are learnt from as they are
+            assert not seen & held
+
+    def test_a_class_of_few_images_is_trained_on_whole(self) -> None:
+        images = torch.randint(0, 256, (43, 3, 8, 8), dtype=torch.uint8)
+        targets = torch.tensor([0] * 40 + [1] * 3)
+        batches = real_batches([(images, targets)], self.RECIPE)
+        (part,) = batches.plain()
+        assert batches.held_out(part)[:40].any() and not batches.held_out(part)[40:].any()
+        (trained,) = batches
+        assert int((trained.targets == 1).sum()) >= 3
+
+    def test_nothing_is_held_out_where_nothing_is_calibrated(self) -> None:
+        images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
+        batches = real_batches([(images, torch.arange(40) % 2)], self.RECIPE.changed({"refine.calibrate": False}))
+        (part,) = batches
+        assert torch.equal(part.source, images) and not batches.held_out(part).any()
+
+
 def real_batches(loader: Any, recipe: Any = PLAIN, names: Any = None) -> RealBatches:
     scanned = scan(loader)
     network = Network(torch.nn.Flatten(), 192, 8).grown(2)

@@ -274,6 +274,7 @@ class TestFlatNames:
             "schedule.freeze_batchnorm",
             "refine.calibrate",
             "refine.false_rejections",
+            "refine.held_out",
             "schedule.mixed_precision",
             "schedule.adapt",
             "schedule.later_learning_rate",

@@ -1,4 +1,7 @@
-"""Temperature and thresholds of a closed-form head, from answers to the task's images by the head made without each of them.
+"""Temperature and thresholds of a head, from answers to images of the task that it was not made from.
+
+A closed-form head answers each image as if it had been made without it. A network that is trained in the task answers images
+that were held out of the training.
 
 Only the classes of this task have images. An old class has the mean and the covariance that its head row was made from: they
 say how high its score lies, and how far it spreads. Images that a head was not made from spread further, and the share that
@@ -7,6 +10,9 @@ is to be rejected lies at so many of the predicted deviations below the mean. Th
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,7 +20,9 @@ from edge_dfcil.heads.lda import Shrinkage
 from edge_dfcil.heads.leave_one_out import leave_one_out
 from edge_dfcil.methods._class_statistics import stays_frozen
 from edge_dfcil.methods.task import Task
-from edge_dfcil.model.calibration import Calibration, best_temperature
+from edge_dfcil.model.calibration import MIN_IMAGES, Calibration, best_temperature, found_on
+from edge_dfcil.training.data import Batch
+from edge_dfcil.training.stage import ClosedFormSpec, Stage
 from exporters.rejection import scores
 
 MOST = 256  # images whose features are held
@@ -23,12 +31,15 @@ MOST = 256  # images whose features are held
 class HeldFeatures:
     """Features of some of a task's images, evenly over its classes, until the end of the stage. They are never stored.
 
-    Their room is taken when the stage begins, so that a plan counts it.
+    Of a backbone that is trained in this task, the images are those held out. Their room is taken when the stage begins, so
+    that a plan counts it.
     """
 
     def __init__(self, task: Task, views: int) -> None:
         images = int(task.counts.sum())
-        self._every = max(1, -(-images // MOST))
+        self._batches = None if stays_frozen(task) else task.batches
+        share = 1.0 if self._batches is None else task.recipe.refine.held_out
+        self._every = max(1, math.ceil(images * share / MOST))
         self._seen = [0] * task.student.n_classes
         self._targets: list[int] = []
         self._views = torch.ones(min(images, MOST), views, task.student.all_features, device=task.device)
@@ -36,12 +47,16 @@ class HeldFeatures:
     @classmethod
     def of(cls, task: Task, views: int) -> HeldFeatures | None:
         """None where there is nothing to calibrate on: a backbone that was trained on the same images knows them too well."""
-        return cls(task, views) if task.recipe.refine.calibrate and stays_frozen(task) else None
+        refine = task.recipe.refine
+        return cls(task, views) if refine.calibrate and (refine.held_out or stays_frozen(task)) else None
 
-    def choose(self, targets: Tensor) -> list[int]:
-        """Which images (indices) of a batch with these targets are held; each of their views is then to be `put`."""
+    def choose(self, batch: Batch) -> list[int]:
+        """Which images (indices) of a batch are held; each of their views is then to be `put`."""
         chosen = []
-        for index, target in enumerate(targets.tolist()):
+        usable = [True] * len(batch) if self._batches is None else self._batches.held_out(batch).tolist()
+        for index, target in enumerate(batch.targets.tolist()):
+            if not usable[index]:
+                continue
             self._seen[target] += 1
             if self._seen[target] % self._every == 0 and len(self._targets) < len(self._views):
                 chosen.append(index)
@@ -79,6 +94,35 @@ class HeldFeatures:
         thresholds = torch.zeros(task.student.n_classes, dtype=torch.float64)  # 0 rejects nothing
         thresholds[rows] = _thresholds(logits / temperature, *_spread(head, means[rows], covariance, scale / temperature), share)
         return Calibration(temperature, tuple(thresholds.tolist()), len(usable), share)
+
+
+def calibration_stage(task: Task) -> Iterator[Stage]:
+    """The last stage of a trained head: its answers to the images that were held out. None where there are too few."""
+    refine = task.recipe.refine
+    if refine.calibrate and refine.held_out:
+        yield ClosedFormSpec("calibrate", task.batches.plain(), lambda: _Answers(task))
+
+
+class _Answers:
+    """Probabilities and right classes of the images that were held out."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._probabilities, self._targets = [torch.zeros(0, task.student.n_classes)], list[int]()
+
+    def add(self, batch: Batch) -> None:
+        chosen = torch.nonzero(self._task.batches.held_out(batch)).flatten().to(batch.targets.device)
+        if len(chosen):
+            logits = self._task.student.classify(batch.images[chosen])
+            self._probabilities.append(logits.float().softmax(1).cpu())
+            self._targets += batch.targets[chosen].tolist()
+
+    def solve(self) -> None:
+        task = self._task
+        if len(self._targets) >= MIN_IMAGES:
+            found = torch.cat(self._probabilities)
+            share = task.recipe.refine.false_rejections
+            task.calibration = found_on(found, self._targets, task.student.n_classes, share)
 
 
 def _spread(head: tuple[Tensor, Tensor], means: Tensor, covariance: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,7 @@ class _Sums:
 
     def add(self, batch: Batch) -> None:
         mirrors = self._task.recipe.augmentation.flip
-        held = self._held.choose(batch.targets) if self._held is not None else []
+        held = self._held.choose(batch) if self._held is not None else []
         for view, images in enumerate((batch.images, batch.images.flip(3)) if mirrors else (batch.images,)):
             features = self._add(images, batch.targets, 0.5 if mirrors else 1.0)
             if self._held is not None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
+from edge_dfcil.methods._calibration import calibration_stage
 from edge_dfcil.methods.task import Task
 from edge_dfcil.model.backbones import batchnorm_layers
 from edge_dfcil.recipe import Recipe
@@ -36,6 +37,8 @@ class Method(ABC):
         yield learning_stage(task, self)
         task.student.rotations = None
         yield from self.refine(task)
+        if not self.closed_form(task.recipe):
+            yield from calibration_stage(task)
 
     def instant(self, task: Task) -> Iterator[Stage]:
         """Stages that learn a task within seconds with the network as it is; none where that cannot be, or where `stages` is

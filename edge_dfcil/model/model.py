@@ -296,9 +296,10 @@ class Model:
         self.check_answering()
         if not self.thresholds:
             raise SettingError(
-                "this model has no thresholds for reject=True. A task finds them when it has a closed-form head, leaves the "
-                "backbone as it is, and has at least 10 images: learn one with recipe='frozen' (refine.calibrate=True) and a "
-                "pretrained backbone, or after the first task. Or call calibrate(loader) with images that it has not learnt from"
+                "this model has no thresholds for reject=True. A task of 10 images or more finds them with refine.calibrate, "
+                "as recipe='frozen' has it, where it leaves the backbone as it is: a pretrained one, or any after the first task. A "
+                "task that trains finds them with refine.held_out=0.1 as well. Or call calibrate(loader) with images that it has "
+                "not learnt from"
             )
 
     @torch.inference_mode()

@@ -21,6 +21,7 @@ from edge_dfcil.model.inputs import read
 from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe
 from edge_dfcil.training.augment import augment
+from edge_dfcil.training.holding import held_out, without
 
 SMALLEST_STD = 0.02  # per channel; images of one flat colour have none
 PASSES = 3  # over the loader, at most, to find out whether a class is left out always or by chance
@@ -149,6 +150,9 @@ class RealBatches:
         self._smallest = self._largest if recipe.schedule.drop_incomplete else 2
         self._sizes = sorted((size for size in scanned.batch_sizes if size >= self._smallest), reverse=True)
         self._augments, self._batches = True, sum(scanned.batch_sizes.values())
+        self._held_out = recipe.refine.held_out if recipe.refine.calibrate else 0.0
+        few = (outputs[target] for target, count in scanned.counts.items() if count * self._held_out < 1)
+        self._few = torch.tensor(sorted(few), dtype=torch.long, device=network.mean.device)  # classes that nothing is held out of
         self._length = sum(n for size, n in scanned.batch_sizes.items() if size >= self._smallest)
 
         self.left_out = sum(size * n for size, n in scanned.batch_sizes.items() if size < self._smallest)
@@ -182,6 +186,11 @@ class RealBatches:
         every = copy.copy(self)
         every._augments, every._smallest, every._length = False, 1, self._batches
         return every
+
+    def held_out(self, batch: Batch) -> Tensor:
+        """Which images of a batch of `plain()` are never trained on, (B,) bool on the CPU: `refine.held_out` of each class, where
+        that makes an image at least and the recipe asks for a calibration."""
+        return held_out(batch.source, self._held_out) & ~torch.isin(batch.targets, self._few).cpu()
 
     def see(self, images: Tensor) -> Tensor:
         """Images of any size as the student sees them in training."""
@@ -239,4 +248,7 @@ class RealBatches:
                 raise DataError(
                     f"target {error.args[0]!r} appeared on a later pass over the loader but not on the first"
                 ) from error
-            yield Batch(images, torch.tensor(outputs, device=self._network.mean.device), see)
+            batch = Batch(images, torch.tensor(outputs, device=self._network.mean.device), see)
+            if self._augments and self._held_out:
+                batch = Batch(*without(batch.source, batch.targets, self.held_out(batch)), see)
+            yield batch
