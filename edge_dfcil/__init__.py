@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         ModelFileError,
         NotLearnedError,
         SettingError,
+        SignatureError,
     )
     from edge_dfcil.learner import Learner
     from edge_dfcil.methods.base import Method
@@ -58,6 +59,7 @@ _HOMES = {
         "ModelFileError",
         "NotLearnedError",
         "SettingError",
+        "SignatureError",
     ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -85,6 +87,7 @@ __all__ = [
     "Recipe",
     "Session",
     "SettingError",
+    "SignatureError",
     "StageReport",
     "Statistic",
     "TaskReport",

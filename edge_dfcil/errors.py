@@ -10,9 +10,10 @@
     ├── Cancelled         `learner.cancel()` was called
     ├── BudgetError       the memory budget cannot be kept
     ├── ModelFileError    a model file that cannot be written or trusted
+    ├── SignatureError    a file that is not what was signed
     └── ExportError       an artefact that could not be made, or disagrees with its model
 
-Four of them are raised by the runtime too, so `exporters.errors` defines them.
+Five of them are raised by the runtime too, so `exporters.errors` defines them.
 Whatever is raised, the learner's model is the last committed one, and so is the file on disk.
 """
 
@@ -33,6 +34,7 @@ from exporters.errors import DataError as DataError
 from exporters.errors import EdgeDfcilError as EdgeDfcilError
 from exporters.errors import ExportError as ExportError
 from exporters.errors import SettingError as SettingError
+from exporters.errors import SignatureError as SignatureError
 
 
 class BackboneError(EdgeDfcilError, ValueError):

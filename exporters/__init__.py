@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporters import telemetry
 from exporters._version import __version__
-from exporters.errors import DataError, EdgeDfcilError, ExportError, SettingError
+from exporters.errors import DataError, EdgeDfcilError, ExportError, SettingError, SignatureError
 from exporters.predictions import Prediction
 
 telemetry.switch_off()
@@ -62,7 +62,16 @@ class _NotInstalled:
             raise ModuleNotFoundError(_what_to_install(name), name=name)
 
 
-__all__ = ["DataError", "EdgeDfcilError", "ExportError", "OnnxClassifier", "Prediction", "SettingError", "__version__"]
+__all__ = [
+    "DataError",
+    "EdgeDfcilError",
+    "ExportError",
+    "OnnxClassifier",
+    "Prediction",
+    "SettingError",
+    "SignatureError",
+    "__version__",
+]
 if importlib.util.find_spec("exporters.registry") is not None:
     __all__ += [
         "About",

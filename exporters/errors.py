@@ -13,5 +13,9 @@ class DataError(EdgeDfcilError, ValueError):
     """Images, targets or a loader that cannot be learnt from, or answered."""
 
 
+class SignatureError(EdgeDfcilError):
+    """A file that is not what was signed, or a signature that cannot be made."""
+
+
 class ExportError(EdgeDfcilError):
     """An artefact that could not be made, cannot be read, or disagrees with its model."""

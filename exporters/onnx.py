@@ -16,6 +16,7 @@ from exporters.errors import ExportError
 from exporters.int8 import Int8, compare, count, quantize
 from exporters.registry import About, Artifact, ExportReport, export, register_exporter
 from exporters.scaling import for_any_size, scaling_graph
+from exporters.seals import seal
 from exporters.timing import latencies, session
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 OPSET = 18
 IR_VERSION = 10  # at most: runtimes from 1.20 on read it
-FORMAT = "edge-dfcil/1"
+FORMAT = "edge-dfcil/2"  # from 2 on a file is sealed
 RESIZE = "short side to image_size, antialiased bilinear; centre square"
 INPUTS = ("fixed", "any")
 
@@ -80,7 +81,8 @@ def to_onnx(
     """
     check_input(input)
     made, answer = _of_squares(classifier, about, int8, on_batch)
-    return made if input == "fixed" else _of_any_size(made, answer, about, fit)
+    made = made if input == "fixed" else _of_any_size(made, answer, about, fit)
+    return replace(made, content=seal(made.content))
 
 
 def check_input(input: str) -> None:

@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from exporters import seals
 from exporters.errors import ExportError, SettingError
 from exporters.images import batches
 from exporters.predictions import Prediction
 from exporters.rejection import margins
+from exporters.signatures import check_signature
 from exporters.telemetry import runtime_library
 from exporters.timing import session
 
+_UNSEALED = "edge-dfcil/1"  # the format of files that have no SHA-256
 AT_ONCE = 64  # images that are answered together
 
 # "Unsupported model IR version: 99, max supported IR version: 13"; "... Opset 99 is under development ... is till opset 25."
@@ -33,6 +36,11 @@ class OnnxClassifier:
         A file that `learner.export` or `edge-dfcil export` wrote.
     threads
         CPU threads for one answer; 0 lets ONNX Runtime choose.
+    verify
+        Whether the file must be as it was exported, to the byte, by the SHA-256 at its end. Files of versions before have none
+        and are taken without. False is for a file that other tools have changed on purpose.
+    public_key
+        An Ed25519 key (a PEM file): the file must be signed by its owner, see `exporters.signatures`.
 
     Attributes
     ----------
@@ -44,20 +52,35 @@ class OnnxClassifier:
         What the model's logits are divided by; the file's probabilities have it already.
     thresholds
         Of each class, for `predict(reject=True)`; empty where the model had none.
+    sealed
+        Whether the SHA-256 of the file was checked.
 
-    Raises `ExportError` for a file that is missing, damaged, from elsewhere, or too new for the runtime.
+    Raises `ExportError` for a file that is missing, damaged, from elsewhere, or too new for the runtime; `SignatureError` for one
+    that the owner of `public_key` has not signed.
     """
 
-    def __init__(self, path: str | Path, *, threads: int = 0) -> None:
+    def __init__(self, path: str | Path, *, threads: int = 0, verify: bool = True, public_key: str | Path | None = None) -> None:
         if not os.path.isfile(path):
             raise ExportError(f"{path} is not a file; `edge-dfcil export MODEL {path}` writes one")
         try:
-            self._session = session(_readable(path), threads)
+            content = Path(path).read_bytes()  # what is checked is what is opened, whatever happens to the file
+        except OSError as error:
+            raise ExportError(f"{path} cannot be read: {error.strerror or error}") from error
+        if public_key is not None:
+            check_signature(path, public_key, content=content)
+        self.sealed = verify and seals.is_sealed(content)
+        if self.sealed and not seals.is_intact(content):
+            raise _changed(path)
+        try:
+            self._session = session(content, threads)
         except ExportError:
             raise
         except Exception as error:  # onnxruntime's errors share no public base
             raise _refusal(path, str(error)) from error
+        del content
         metadata = self._session.get_modelmeta().custom_metadata_map
+        if verify and not self.sealed and ("sha256" in metadata or metadata.get("format", _UNSEALED) != _UNSEALED):
+            raise _changed(path)
         try:
             self.classes: tuple[str, ...] = tuple(json.loads(metadata["classes"]))
             self.image_size = int(metadata["image_size"])
@@ -115,14 +138,11 @@ def _thresholds(text: str, classes: int) -> tuple[float, ...]:
     return found
 
 
-def _readable(path: str | Path) -> str | bytes:
-    """The path, or the content where ONNX Runtime cannot take the name, which it wants in UTF-8."""
-    name = os.fspath(path)
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return Path(path).read_bytes()
-    return name
+def _changed(path: str | Path) -> ExportError:
+    return ExportError(
+        f"{path} is not as it was exported: its SHA-256 is another one. Restore it from a copy or export it again; "
+        "OnnxClassifier(path, verify=False) opens a file that you have changed on purpose"
+    )
 
 
 def _refusal(path: str | Path, message: str) -> ExportError:

@@ -34,8 +34,8 @@ GOLDEN = Path(__file__).parent / "golden" / "schema1"
 WHOLE = tomllib.loads((ROOT / "pyproject.toml").read_text())
 RUNTIME = tomllib.loads((ROOT / "exporters" / "pyproject.toml").read_text())
 OF_RUNTIME: list[str] = RUNTIME["tool"]["hatch"]["build"]["only-include"]
-# Outside of Python and of its own files, the runtime imports these, the last two for pictures given as files.
-LIBRARIES = {"numpy", "onnxruntime", "PIL", "pillow_heif"}
+# Outside of Python and of its own files, the runtime imports these; two for pictures given as files, one for signatures.
+LIBRARIES = {"numpy", "onnxruntime", "PIL", "pillow_heif", "cryptography"}
 
 # What is listed
 
@@ -54,6 +54,7 @@ def test_both_have_one_version_and_one_set_of_requirements() -> None:
     assert exporters.__version__ == __version__
     assert not [line for line in theirs["dependencies"] if line.startswith("edge-dfcil")]
     assert {*ours["dependencies"], *ours["optional-dependencies"]["pillow"]} <= set(theirs["dependencies"])
+    assert ours["optional-dependencies"]["sign"] == theirs["optional-dependencies"]["sign"]
     assert ours["requires-python"] == theirs["requires-python"]
     assert (ROOT / "exporters" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 

@@ -297,9 +297,9 @@ class Model:
         if not self.thresholds:
             raise SettingError(
                 "this model has no thresholds for reject=True. A task of 10 images or more finds them with refine.calibrate, "
-                "as recipe='frozen' has it, where it leaves the backbone as it is: a pretrained one, or any after the first task. A "
-                "task that trains finds them with refine.held_out=0.1 as well. Or call calibrate(loader) with images that it has "
-                "not learnt from"
+                "as recipe='frozen' has it, where it leaves the backbone as it is: a pretrained one, or after the first task. "
+                "A task that trains finds them with refine.held_out=0.1 as well. Or call calibrate(loader) with images that it "
+                "has not learnt from"
             )
 
     @torch.inference_mode()

@@ -1,0 +1,28 @@
+"""The SHA-256 at the end of an exported ONNX file, by which damage and changes after the export are noticed.
+
+The file's last field is an entry of its metadata: "sha256", and the digest of every byte before that field. It is checked without
+reading the file as ONNX. It is no proof of who wrote the file: see `exporters.signatures` for that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+# Field 14 of a ModelProto, metadata_props, 74 bytes long: key (field 1) "sha256", value (field 2) of 64 characters.
+_FIELD = b"\x72\x4a\x0a\x06sha256\x12\x40"
+_LENGTH = len(_FIELD) + 64
+
+
+def seal(content: bytes) -> bytes:
+    """A serialized ONNX model with its digest at the end."""
+    return content + _FIELD + hashlib.sha256(content).hexdigest().encode()
+
+
+def is_sealed(content: bytes) -> bool:
+    """Whether there is a digest at the end of a file."""
+    return content[-_LENGTH:].startswith(_FIELD)
+
+
+def is_intact(content: bytes) -> bool:
+    """Whether the digest at the end of a file is that of the rest."""
+    return is_sealed(content) and seal(content[:-_LENGTH]) == content
