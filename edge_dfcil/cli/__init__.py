@@ -8,7 +8,22 @@ from __future__ import annotations
 import click
 
 from edge_dfcil._version import __version__
-from edge_dfcil.cli import demo, distill, dream, evaluate, export, forget, inspect, learn, predict, prune, rename, sign, verify
+from edge_dfcil.cli import (
+    audit,
+    demo,
+    distill,
+    dream,
+    evaluate,
+    export,
+    forget,
+    inspect,
+    learn,
+    predict,
+    prune,
+    rename,
+    sign,
+    verify,
+)
 from edge_dfcil.cli.console import Commands
 
 
@@ -18,5 +33,5 @@ def main() -> None:
     """Teach an image classifier new classes without keeping a sample, and ship it."""
 
 
-for _file in (learn, predict, evaluate, inspect, dream, forget, rename, distill, prune, export, verify, sign, demo):
+for _file in (learn, predict, evaluate, inspect, dream, forget, rename, distill, prune, export, audit, verify, sign, demo):
     main.add_command(_file.command)
