@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from benchmarks import accuracy, datasets, memory_tables, readme, runners, steps, workshop_tables
+from benchmarks import accuracy, audits, datasets, memory_tables, readme, runners, steps, workshop_tables
 from benchmarks import images as photographs
 from benchmarks import latency as latencies
 from benchmarks import memory as memories
@@ -225,6 +225,26 @@ def run_rejection(data: Path, preset: str, seeds: str, per_class: int | None, ou
     chosen = [int(seed) for seed in seeds.split(",")]
     rejections.run_all(protocols, chosen, lambda p: datasets.load(data, p.dataset, p.image_size), out, device, click.echo)
     click.echo(rejections.describe(out))
+
+
+@main.command("audit")
+@DATA
+@click.option("--preset", default="edge-5x4", show_default=True, help="With commas between; their tasks and data.")
+@click.option("--recipes", default=audits.RECIPES, show_default=True, help="With commas between.")
+@click.option("--seeds", default="0", show_default=True, help="Numbers, with commas between; the class order follows them.")
+@RESULTS
+@DEVICE
+def run_audit(data: Path, preset: str, recipes: str, seeds: str, out: Path, device: str) -> None:
+    """What models reveal of their training images; results done already are kept."""
+    out.mkdir(parents=True, exist_ok=True)
+    protocols = [accuracy.find_preset(name) for name in preset.split(",")]
+    chosen = [int(seed) for seed in seeds.split(",")]
+
+    def load(protocol: accuracy.Protocol) -> datasets.Data:
+        return datasets.load(data, protocol.dataset, protocol.image_size)
+
+    audits.run_all(protocols, recipes.split(","), chosen, load, out, device, click.echo)
+    click.echo(audits.describe(out))
 
 
 @main.command("latency")

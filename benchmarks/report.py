@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import (
+    audits,
     candidates,
     embedding,
     images,
@@ -95,6 +96,8 @@ def write(folder: Path) -> str:
         parts += ["## Workshop", workshop_tables.describe(made, measured(folder / workshop.LARGE.file))]
     if known := rejection.describe(folder):
         parts += ["## Rejection and calibration", known]
+    if revealed := audits.describe(folder):
+        parts += ["## What models reveal", revealed]
     if (answers := measured(folder / latency.FILE)) is not None:
         parts += ["## Latency", latency.describe(answers)]
     if (photographs := measured(folder / images.FILE)) is not None:

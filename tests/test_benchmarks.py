@@ -16,7 +16,19 @@ from click.testing import CliRunner
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
-from benchmarks import accuracy, candidates, embedding, images, machine, memory, memory_tables, rejection, report, workshop_tables
+from benchmarks import (
+    accuracy,
+    audits,
+    candidates,
+    embedding,
+    images,
+    machine,
+    memory,
+    memory_tables,
+    rejection,
+    report,
+    workshop_tables,
+)
 from benchmarks.__main__ import main
 from benchmarks.datasets import Data, class_order, load, pack
 from edge_dfcil import DataError, Learner, Recipe, SettingError
@@ -392,7 +404,8 @@ def test_photographs_of_many_sizes_are_compared_with_the_learners_answers(tmp_pa
     assert images.photograph(picture, 90, 17).size == (17, 90)
 
 
-def test_rejection_is_measured_on_classes_that_were_not_learnt(tmp_path: Path) -> None:
+def of_colours(folder: Path) -> accuracy.Protocol:
+    """Eight classes that differ by their colour, in four tasks."""
     random = np.random.default_rng(0)
     arrays: dict[str, Any] = {}
     colours = random.integers(0, 200, (8, 1, 1, 3))
@@ -400,8 +413,24 @@ def test_rejection_is_measured_on_classes_that_were_not_learnt(tmp_path: Path) -
         arrays[f"{part}_y"] = np.repeat(np.arange(8, dtype=np.uint8), per_class)
         noise = random.integers(0, 56, (8 * per_class, 16, 16, 3))
         arrays[f"{part}_x"] = (colours[arrays[f"{part}_y"]] + noise).astype(np.uint8)
-    np.savez(tmp_path / "cifar100.npz", allow_pickle=False, class_names=np.array([*"abcdefgh"]), **arrays)
-    protocol = accuracy.Protocol("tiny", 8, 4, "resnet8", "edge", image_size=16, batch_size=8)
+    np.savez(folder / "cifar100.npz", allow_pickle=False, class_names=np.array([*"abcdefgh"]), **arrays)
+    return accuracy.Protocol("tiny", 8, 4, "resnet8", "edge", image_size=16, batch_size=8)
+
+
+def test_an_audit_is_made_with_and_without_class_statistics(tmp_path: Path) -> None:
+    protocol = of_colours(tmp_path)
+    for recipe in audits.RECIPES.split(","):
+        found = audits.run(protocol, recipe, 0, load(tmp_path), tmp_path, "cpu", QUICK | {"remember.pool": 64})
+        names = [one["name"] for one in found["audit"]["attacks"]]
+        assert ("class statistics" in names) == (recipe == "frozen")
+        assert (found["audit"]["members"], found["audit"]["others"]) == (128, 64) and found["commit"]
+        assert audits.run(protocol, recipe, 0, load(tmp_path), tmp_path, "cpu", QUICK) == found, "from its file"
+    assert "| tiny | strict | 0 | likelihood ratio |" in audits.describe(tmp_path)
+    assert "What models reveal" in report.write(tmp_path)
+
+
+def test_rejection_is_measured_on_classes_that_were_not_learnt(tmp_path: Path) -> None:
+    protocol = of_colours(tmp_path)
     found = rejection.run(protocol, 0, load(tmp_path), tmp_path, "cpu", QUICK)
     assert found["classes"] == {"known": 4, "unseen": 4}
     assert set(found["auroc"]) == set(rejection.KINDS)

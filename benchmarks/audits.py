@@ -1,0 +1,111 @@
+"""What a model reveals of its training images: the audit after all tasks of a preset, with and without class statistics."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks import accuracy, machine, tables
+from benchmarks.datasets import Data, class_order
+from edge_dfcil.privacy.audit import audit
+from edge_dfcil.recipe import dotted, find_recipe
+
+RECIPES = "frozen,strict"
+DREAMS = 20  # a class
+
+
+def run(
+    protocol: accuracy.Protocol,
+    recipe: str,
+    seed: int,
+    data: Data,
+    out: Path,
+    device: str = "auto",
+    changes: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Learns all tasks, and returns what the audit finds with all training images and all test images of the classes. A result
+    that `out` holds already is returned as it is."""
+    path = out / f"audit-{protocol.name}-{recipe}-{seed}.json"
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    settings = find_recipe(recipe).changed(dotted(protocol.changes) | dotted(changes or {}))
+    learner = accuracy.new_learner(protocol, "abd", seed, settings, device)
+    order = class_order(len(data.names), seed)[: protocol.classes]
+    size = protocol.classes // protocol.tasks
+    begin = time.perf_counter()
+    for first in range(0, protocol.classes, size):
+        task = order[first : first + size]
+        learner.learn_task(accuracy.training(protocol, data, task, seed), data.names, progress=False)
+    seconds = time.perf_counter() - begin
+    generated = learner.dream(DREAMS * protocol.classes, progress=False)
+    members = accuracy.training(protocol, data, order, seed)
+    others = data.part("test", order, protocol.batch_size)
+    made = audit(learner.model, members, others, data.names, generated=generated).to_dict()
+    result = {
+        "protocol": asdict(protocol),
+        "seed": seed,
+        "recipe": settings.to_dict(),
+        "packed": data.packed,
+        **machine.provenance(learner.model.device),
+        "seconds": seconds,
+        "audit": {name: value for name, value in made.items() if name not in ("kept", "classes")},
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return run(protocol, recipe, seed, data, out)  # as a reader has it
+
+
+def run_all(
+    protocols: list[accuracy.Protocol],
+    recipes: list[str],
+    seeds: list[int],
+    load: Callable[[accuracy.Protocol], Data],
+    out: Path,
+    device: str,
+    say: Callable[[str], None],
+) -> None:
+    """Every protocol with every recipe and seed; a line each."""
+    for protocol in protocols:
+        data = load(protocol)
+        for recipe in recipes:
+            for seed in seeds:
+                found = run(protocol, recipe, seed, data, out, device)["audit"]
+                attacks = ", ".join(f"{one['name']} {one['auc']:.3f}" for one in found["attacks"])
+                say(f"{protocol.name} {recipe} seed {seed}: {attacks}")
+
+
+def describe(folder: Path) -> str:
+    """Markdown, a row for each attack; empty if there is no result."""
+    grouped: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted(folder.glob("audit-*.json")):
+        result = json.loads(path.read_text())
+        grouped[result["protocol"]["name"], result["recipe"]["preset"]].append(result)
+    rows, nearest = [], []
+    for (name, recipe), results in grouped.items():
+        seeds = ", ".join(str(result["seed"]) for result in results)
+        for number, one in enumerate(results[0]["audit"]["attacks"]):
+            all_seeds = [result["audit"]["attacks"][number] for result in results]
+            found = ([attack["found"][share] for attack in all_seeds] for share in one["found"])
+            shares = ("" if None in values else tables.percent(mean(values)) for values in found)
+            by_task = zip(*(attack["by_task"] for attack in all_seeds), strict=True)
+            each = " / ".join("" if None in values else f"{mean(values):.3f}" for values in by_task)
+            rows.append([name, recipe, seeds, one["name"], f"{mean(attack['auc'] for attack in all_seeds):.3f}", each, *shares])
+        for number, one in enumerate(results[0]["audit"]["nearest"]):
+            all_near = [result["audit"]["nearest"][number] for result in results]
+            share = tables.percent(mean(near["nearer"] for near in all_near))
+            nearest.append([name, recipe, seeds, one["space"], str(sum(near["generated"] for near in all_near)), share])
+    if not rows:
+        return ""
+    head = ["protocol", "recipe", "seeds", "attack", "AUC", "by task", "found at 1 % false, %", "at 0.1 %, %"]
+    near = ["protocol", "recipe", "seeds", "compared by", "generated images", "nearest to a training image, %"]
+    note = (
+        "All training images of all tasks against all test images of the same classes, after the last task. AUC: of a training "
+        "image and a test image, how often the attack finds the first; 0.5 is chance. `strict` keeps no class statistics."
+    )
+    return f"{note}\n\n{tables.table(head, rows)}\n\n{tables.table(near, nearest)}"
