@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ DATA = click.option(
     help="An .npz, a folder that holds it, or train/ and test/.",
 )
 DEVICE = click.option("--device", default="auto", show_default=True)
+CHANGES = click.option(
+    "--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change a number of the recipe; kept in the result."
+)
 
 
 class ReportsErrors(click.Group):
@@ -71,7 +74,7 @@ def main() -> None:
 @click.option("--per-class", type=int, help="Training images of a class; the preset's, or all.")
 @click.option("--imbalance", type=float, help="Images of the largest class over those of the smallest; accuracy is as before.")
 @click.option("--multiscale/--no-multiscale", default=None, help="Whether features are of several scales.")
-@click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change a number of the recipe; kept in the result.")
+@CHANGES
 @click.option("--minutes", type=float, help="Begin no task that would not end in this time.")
 @RESULTS
 @DEVICE
@@ -89,7 +92,7 @@ def run_accuracy(
     """Accuracy after each task. Run again, a stopped run continues from the last finished task."""
     given = {name: value for name, value in other.items() if value is not None}
     protocols = [changed(accuracy.find_preset(name), given) for name in preset.split(",")]
-    numbers = {name: _value(value) for name, _, value in (change.partition("=") for change in changes)}
+    numbers = _numbers(changes)
     out.mkdir(parents=True, exist_ok=True)
     in_time = _deadline(minutes)
     try:
@@ -124,6 +127,10 @@ def changed(protocol: accuracy.Protocol, other: dict[str, Any]) -> accuracy.Prot
         return protocol
     name = "-".join([protocol.name, *(f"{key}={value}" for key, value in other.items())])
     return replace(protocol, name=name, **other)
+
+
+def _numbers(changes: Sequence[str]) -> dict[str, Any]:
+    return {name: _value(value) for name, _, value in (change.partition("=") for change in changes)}
 
 
 def _value(text: str) -> Any:
@@ -232,9 +239,10 @@ def run_rejection(data: Path, preset: str, seeds: str, per_class: int | None, ou
 @click.option("--preset", default="edge-5x4", show_default=True, help="With commas between; their tasks and data.")
 @click.option("--recipes", default=audits.RECIPES, show_default=True, help="With commas between.")
 @click.option("--seeds", default="0", show_default=True, help="Numbers, with commas between; the class order follows them.")
+@CHANGES
 @RESULTS
 @DEVICE
-def run_audit(data: Path, preset: str, recipes: str, seeds: str, out: Path, device: str) -> None:
+def run_audit(data: Path, preset: str, recipes: str, seeds: str, changes: tuple[str, ...], out: Path, device: str) -> None:
     """What models reveal of their training images; results done already are kept."""
     out.mkdir(parents=True, exist_ok=True)
     protocols = [accuracy.find_preset(name) for name in preset.split(",")]
@@ -243,7 +251,7 @@ def run_audit(data: Path, preset: str, recipes: str, seeds: str, out: Path, devi
     def load(protocol: accuracy.Protocol) -> datasets.Data:
         return datasets.load(data, protocol.dataset, protocol.image_size)
 
-    audits.run_all(protocols, recipes.split(","), chosen, load, out, device, click.echo)
+    audits.run_all(protocols, recipes.split(","), chosen, load, out, device, click.echo, _numbers(changes))
     click.echo(audits.describe(out))
 
 

@@ -31,7 +31,8 @@ def run(
 ) -> dict[str, Any]:
     """Learns all tasks, and returns what the audit finds with all training images and all test images of the classes. A result
     that `out` holds already is returned as it is."""
-    path = out / f"audit-{protocol.name}-{recipe}-{seed}.json"
+    changed = "".join(f"-{name}={value}" for name, value in (changes or {}).items())
+    path = out / f"audit-{protocol.name}-{recipe}{changed}-{seed}.json"
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
@@ -51,6 +52,7 @@ def run(
     result = {
         "protocol": asdict(protocol),
         "seed": seed,
+        "name": recipe + changed,
         "recipe": settings.to_dict(),
         "packed": data.packed,
         **machine.provenance(learner.model.device),
@@ -58,7 +60,7 @@ def run(
         "audit": {name: value for name, value in made.items() if name not in ("kept", "classes")},
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
-    return run(protocol, recipe, seed, data, out)  # as a reader has it
+    return run(protocol, recipe, seed, data, out, changes=changes)  # as a reader has it
 
 
 def run_all(
@@ -69,15 +71,16 @@ def run_all(
     out: Path,
     device: str,
     say: Callable[[str], None],
+    changes: dict[str, Any] | None = None,
 ) -> None:
     """Every protocol with every recipe and seed; a line each."""
     for protocol in protocols:
         data = load(protocol)
         for recipe in recipes:
             for seed in seeds:
-                found = run(protocol, recipe, seed, data, out, device)["audit"]
+                found = run(protocol, recipe, seed, data, out, device, changes)["audit"]
                 attacks = ", ".join(f"{one['name']} {one['auc']:.3f}" for one in found["attacks"])
-                say(f"{protocol.name} {recipe} seed {seed}: {attacks}")
+                say(f"{protocol.name} {recipe} {changes or {}} seed {seed}: {attacks}")
 
 
 def describe(folder: Path) -> str:
@@ -85,7 +88,7 @@ def describe(folder: Path) -> str:
     grouped: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(folder.glob("audit-*.json")):
         result = json.loads(path.read_text())
-        grouped[result["protocol"]["name"], result["recipe"]["preset"]].append(result)
+        grouped[result["protocol"]["name"], result["name"]].append(result)
     rows, nearest = [], []
     for (name, recipe), results in grouped.items():
         seeds = ", ".join(str(result["seed"]) for result in results)

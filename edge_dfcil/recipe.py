@@ -219,6 +219,9 @@ class Remember:
     # Ours: what a method may store between tasks besides weights, sums over the images of one class among it (means, counts).
     class_statistics: bool = True
     min_images: Count = 10  # fewest images behind a stored class statistic: a sum over fewer says too much about each
+    # Ours: of the stored covariance only the leading directions, one for so many images; 0: all. A covariance of fewer images
+    # than features is spanned by them, so that a file with it gives away which images it was made from (`edge-dfcil audit`).
+    images_per_direction: CountOrZero = 0
 
     def __post_init__(self) -> None:
         if self.dreams == "pixels" and not self.pool:

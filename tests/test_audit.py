@@ -39,8 +39,11 @@ def halves(train: Batches) -> tuple[Loader, Loader]:
 @pytest.fixture(scope="module")
 def taught(halves: Any) -> Learner:
     """Two tasks, with class statistics."""
-    learner = quick_learner(recipe=QUICK.changed({"schedule.adapt": "first", "refine.head": "lda"}))
-    images, targets = halves[0][0]
+    return taught_of(halves[0], QUICK.changed({"schedule.adapt": "first", "refine.head": "lda"}))
+
+
+def taught_of(loader: Loader, recipe: Any) -> Learner:
+    learner, (images, targets) = quick_learner(recipe=recipe), loader[0]
     for classes in ((0, 1), (2, 3)):
         of_task = torch.isin(targets, torch.tensor(classes))
         learner.learn_task(list(zip(images[of_task].split(32), targets[of_task].split(32), strict=True)), NAMES, progress=False)
@@ -92,6 +95,13 @@ class TestAudit:
         # A covariance of fewer images than features is nearly spanned by them.
         assert found.attacks[2].auc > 0.8 > found.attacks[0].auc
         assert {one.space for one in found.nearest} == {"pixels", "features"}
+
+    def test_fewer_directions_of_the_covariance_give_fewer_members_away(self, found: Audit, halves: Any) -> None:
+        few = {"schedule.adapt": "first", "refine.head": "lda", "remember.images_per_direction": 16}
+        learner = taught_of(halves[0], QUICK.changed(few))
+        others = {one.name: one.auc for one in audit(learner.model, halves[0], halves[1], NAMES).attacks}
+        assert others["class statistics"] < found.attacks[2].auc - 0.1
+        assert learner.evaluate(halves[1], NAMES).accuracy > 0.9
 
     def test_images_beside_themselves_are_no_members(self, taught: Learner, halves: Any) -> None:
         same = audit(taught.model, halves[1], halves[1], NAMES)

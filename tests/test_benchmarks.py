@@ -418,14 +418,14 @@ def of_colours(folder: Path) -> accuracy.Protocol:
 
 
 def test_an_audit_is_made_with_and_without_class_statistics(tmp_path: Path) -> None:
-    protocol = of_colours(tmp_path)
+    protocol, short = of_colours(tmp_path), QUICK | {"remember.pool": 64}
     for recipe in audits.RECIPES.split(","):
-        found = audits.run(protocol, recipe, 0, load(tmp_path), tmp_path, "cpu", QUICK | {"remember.pool": 64})
+        found = audits.run(protocol, recipe, 0, load(tmp_path), tmp_path, "cpu", short)
         names = [one["name"] for one in found["audit"]["attacks"]]
         assert ("class statistics" in names) == (recipe == "frozen")
         assert (found["audit"]["members"], found["audit"]["others"]) == (128, 64) and found["commit"]
-        assert audits.run(protocol, recipe, 0, load(tmp_path), tmp_path, "cpu", QUICK) == found, "from its file"
-    assert "| tiny | strict | 0 | likelihood ratio |" in audits.describe(tmp_path)
+        assert audits.run(protocol, recipe, 0, load(tmp_path), tmp_path, "cpu", short) == found, "from its file"
+    assert "| tiny | strict-" in audits.describe(tmp_path)
     assert "What models reveal" in report.write(tmp_path)
 
 

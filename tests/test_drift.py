@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from edge_dfcil import SettingError
 from edge_dfcil.demo import Batches
 from edge_dfcil.heads.drift import DriftSums
-from edge_dfcil.heads.lda import Frame, HeldOut, Shrinkage, lda_head
+from edge_dfcil.heads.lda import Frame, HeldOut, Shrinkage, lda_head, leading
 from tests.conftest import NAMES, QUICK, quick_learner
 
 LDA_HEAD = {"refine.head": "lda", "refine.epochs": 0, "refine.align_head": 0.0}
@@ -182,3 +182,19 @@ def test_what_is_said_of_held_out_images_is_so(classes: int, seed: int) -> None:
 def test_a_head_that_does_not_exist_is_refused() -> None:
     with pytest.raises(SettingError, match=r"refine\.head"):
         QUICK.changed({"refine.head": "svm"})
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**31), st.integers(2, 40), st.integers(1, 45))
+def test_leading_directions_keep_the_variances_and_the_largest_correlations(seed: int, features: int, directions: int) -> None:
+    torch.manual_seed(seed)
+    samples = torch.randn(60, features).double() * torch.logspace(-3, 3, features).double()
+    samples += samples[:, :1] * torch.logspace(0, 6, features).double()
+    covariance = samples.T @ samples / 60
+    found = leading(covariance, directions)
+    torch.testing.assert_close(found.diagonal(), covariance.diagonal(), rtol=1e-6, atol=0)
+    scale = covariance.diagonal().sqrt()
+    values = torch.linalg.eigvalsh(found / scale / scale[:, None])
+    assert values.min() > -1e-9, "no direction has a negative variance"
+    exact = torch.linalg.eigvalsh(covariance / scale / scale[:, None])[-directions:].clamp_min(0).sum()
+    assert float(values[-directions:].sum()) >= 0.97 * float(exact)

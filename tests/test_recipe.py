@@ -270,6 +270,7 @@ class TestFlatNames:
         newer = {
             "remember.class_statistics",
             "remember.min_images",
+            "remember.images_per_direction",
             "refine.head",
             "schedule.freeze_batchnorm",
             "refine.calibrate",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from edge_dfcil.heads.drift import DriftSums
-from edge_dfcil.heads.lda import Frame, HeldOut, Shrinkage, centred, lda_head, usual_shrinkage
+from edge_dfcil.heads.lda import Frame, HeldOut, Shrinkage, centred, lda_head, leading, usual_shrinkage
 from edge_dfcil.methods._calibration import HeldFeatures
 from edge_dfcil.methods._class_statistics import SUMS
 from edge_dfcil.methods._own_head import serve_all_features
@@ -237,10 +237,13 @@ class _Sums:
         if found.images < fewest or not task.recipe.remember.class_statistics:
             return
         enough, images = found.count >= fewest, (int(found.images),)
+        per_direction, covariance = task.recipe.remember.images_per_direction, found.covariance
+        if per_direction:
+            covariance = leading(covariance, max(1, int(found.images) // per_direction))
         counts = tuple(int(number) for number in (found.count * enough).tolist())
         task.kept = {
             "mean": Statistic("class_mean", (found.means * enough[:, None]).float(), counts),
             "count": Statistic("class_count", (found.count * enough).float(), counts),
-            "covariance": Statistic("shared_covariance", found.covariance.float(), images),
+            "covariance": Statistic("shared_covariance", covariance.float(), images),
             "frame": Statistic("head_frame", frame.packed().float(), images),
         }
