@@ -11,6 +11,7 @@
     ├── BudgetError       the memory budget cannot be kept
     ├── ModelFileError    a model file that cannot be written or trusted
     ├── SignatureError    a file that is not what was signed
+    ├── HubError          the Hugging Face Hub did not give or take a model
     └── ExportError       an artefact that could not be made, or disagrees with its model
 
 Five of them are raised by the runtime too, so `exporters.errors` defines them.
@@ -63,3 +64,7 @@ class BudgetError(EdgeDfcilError, MemoryError):
 
 class ModelFileError(EdgeDfcilError, OSError):
     """A model file that cannot be written, or cannot be trusted when read."""
+
+
+class HubError(EdgeDfcilError, OSError):
+    """The Hugging Face Hub did not give or take a model; nothing here was changed."""

@@ -20,6 +20,7 @@ from edge_dfcil.model import file
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.model import Model
 from edge_dfcil.model.serving import Serving
+from edge_dfcil.publishing import Publishing
 from edge_dfcil.recipe import DEFAULT, Recipe, find_recipe
 from edge_dfcil.results import MemoryPlan, TaskReport
 from edge_dfcil.running import LIMITS, RunsSessions
@@ -28,7 +29,7 @@ from edge_dfcil.training.session import Session
 from exporters import ExportReport
 
 
-class Learner(Serving, RunsSessions):
+class Learner(Serving, RunsSessions, Publishing):
     """Learns new classes task by task without keeping an image (ABD, Smith et al., ICCV 2021).
 
     Parameters
@@ -81,9 +82,8 @@ class Learner(Serving, RunsSessions):
         multiscale: bool | None = None,
     ) -> None:
         method, recipe = find_method(method), find_recipe(recipe)
-        scales = method.closed_form(recipe) if multiscale is None else multiscale
-        images: Any = {"image_size": image_size, "mean": mean, "std": std}
-        model = Model.new(backbone, device=device, seed=seed, weights=weights, multiscale=scales, **images)
+        options: Any = {"image_size": image_size, "device": device, "seed": seed, "weights": weights, "mean": mean, "std": std}
+        model = Model.new(backbone, multiscale=method.closed_form(recipe) if multiscale is None else multiscale, **options)
         self._settle(model, method, recipe, seed, memory_budget=memory_budget, precision=precision)
 
     def _settle(self, model: Model, method: Method, recipe: Recipe, seed: int = 0, **limits: Any) -> None:

@@ -23,7 +23,8 @@ INSIDE = [
     "__main__ cli",
     "demo compression testing",
     "learner",
-    "learning exporting running",
+    "publishing",
+    "learning exporting running card",
     "budget",
     "methods",
     "dreaming",
@@ -31,7 +32,7 @@ INSIDE = [
     "heads",
     "privacy",
     "model",
-    "devices metrics",
+    "devices metrics hub",
     "recipe results",
     "errors _version _flat_recipe",
 ]

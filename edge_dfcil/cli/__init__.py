@@ -20,6 +20,7 @@ from edge_dfcil.cli import (
     learn,
     predict,
     prune,
+    push,
     rename,
     sign,
     verify,
@@ -33,5 +34,5 @@ def main() -> None:
     """Teach an image classifier new classes without keeping a sample, and ship it."""
 
 
-for _file in (learn, predict, evaluate, inspect, dream, forget, rename, distill, prune, export, audit, verify, sign, demo):
+for _file in (learn, predict, evaluate, inspect, dream, forget, rename, distill, prune, export, push, audit, verify, sign, demo):
     main.add_command(_file.command)

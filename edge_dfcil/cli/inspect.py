@@ -9,8 +9,7 @@ import click
 
 from edge_dfcil.cli.console import answer
 from edge_dfcil.cli.options import JSON, MODEL
-from edge_dfcil.errors import ModelFileError, SettingError
-from edge_dfcil.recipe import Recipe
+from edge_dfcil.errors import ModelFileError
 
 if TYPE_CHECKING:
     from edge_dfcil.privacy.account import Kept
@@ -24,11 +23,12 @@ if TYPE_CHECKING:
 def command(model: Path, list_tensors: bool, as_json: bool) -> None:
     """Show what MODEL knows and everything that it keeps."""
     from edge_dfcil.model import file
+    from edge_dfcil.privacy import summary
     from edge_dfcil.privacy.account import account
 
     tensors, settings = file.read(model)
     kept = account(tensors, settings)
-    by_kind = {kind: sum(one.bytes for one in kept if one.kind == kind) for kind in dict.fromkeys(one.kind for one in kept)}
+    by_kind = summary.bytes_by_kind(kept)
     size = model.stat().st_size
     try:
         lines = _lines(settings, size, by_kind)
@@ -41,30 +41,16 @@ def command(model: Path, list_tensors: bool, as_json: bool) -> None:
 
 
 def _lines(settings: dict[str, Any], size: int, by_kind: dict[str, int]) -> list[str]:
+    from edge_dfcil.privacy import summary
+
     name = settings["backbone"] or settings["architecture"]
     method = f", {settings['method']}" if "method" in settings else ""
     lines = [f"{name} at {settings['image_size']} px{method}, {size} bytes"]
-    lines += [_recipe_line(settings["recipe"])] if "recipe" in settings else []
+    lines += [summary.recipe_line(settings["recipe"])] if "recipe" in settings else []
     lines += [f"task {number}: {', '.join(task)}" for number, task in enumerate(settings["tasks"], start=1)]
-    lines += [_calibration_line(settings["calibration"])] if settings.get("calibration") else []
+    lines += [summary.calibration_line(settings["calibration"])] if settings.get("calibration") else []
     lines += [f"keeps {count} bytes of {kind.replace('_', ' ')}s" for kind, count in by_kind.items()]
     return [*lines, "keeps no picture, no feature of one, no generator and no dream"]
-
-
-def _recipe_line(values: dict[str, Any]) -> str:
-    try:
-        recipe = Recipe.from_dict(values)
-    except SettingError as error:
-        return f"recipe of another version: {error}"
-    remember, changes = recipe.remember, recipe.differences()
-    changed = "".join(f", {name} {value}" for name, value in changes.items())
-    stored = f"of at least {remember.min_images} pictures" if remember.class_statistics else "none"
-    return f"recipe {recipe.preset} (version {recipe.version}){changed}; class statistics that may be stored: {stored}"
-
-
-def _calibration_line(values: dict[str, Any]) -> str:
-    rejects = f"thresholds that reject {values['false_rejections']:.1%} of them" if values["thresholds"] else "no thresholds"
-    return f"calibrated on {values['images']} pictures: temperature {values['temperature']:.3f}, {rejects}"
 
 
 def _tensor_line(one: Kept) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from edge_dfcil import devices, metrics
 from edge_dfcil._version import __version__
 from edge_dfcil.errors import BackboneError, ClassError, DataError, ModelFileError, NotLearnedError, SettingError
+from edge_dfcil.hub import FromHub
 from edge_dfcil.model import adoption, backbones, file, labels, statistics
 from edge_dfcil.model.calibration import Calibration, expected_scores, found_on
 from edge_dfcil.model.contract import batchnorm_layers, check_image_size, untouched
@@ -28,7 +29,7 @@ from exporters import rejection
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
+class Model(FromHub):
     """A classifier: network, preprocessing, class names and class statistics.
 
     `Model.load(path)` needs no method, recipe or data. Models can be copied, pickled and used by several threads.
