@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ from edge_dfcil.results import StageReport
 from edge_dfcil.training.callbacks import Callback
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import ProgressColumn
     from torch import Tensor
 
     from edge_dfcil.training.stage import Stage
@@ -20,21 +23,9 @@ class Progress(Callback):
     """A bar for each stage: epoch, step, losses, images a second and time left."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bars
-
         notebook = in_notebook()
-        self._bars = Bars(
-            TextColumn("{task.description:>7}"),
-            BarColumn(24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
-            TimeRemainingColumn(compact=True),
-            console=Console(stderr=True, force_jupyter=True) if notebook else Console(stderr=True),
-            # A notebook redraws the whole output each time.
-            refresh_per_second=2 if notebook else 10,
-        )
+        self._bars = _notebook_bars() if notebook else _terminal_bars()
+        self._seconds = 0.5 if notebook else 0.25  # between two updates; a notebook draws all bars each time
         self._shown = 0.0
 
     def on_plan_begin(self) -> None:
@@ -53,7 +44,7 @@ class Progress(Callback):
     def on_step_end(self, stage: Stage, step: int, losses: Mapping[str, Tensor], images: int) -> None:
         self._images += images
         now = time.perf_counter()
-        if now - self._shown < 0.25 and step < stage.steps:  # reading losses waits for the device
+        if now - self._shown < self._seconds and step < stage.steps:  # reading losses waits for the device
             return
         self._shown = now
         epoch = -(-step * stage.epochs // stage.steps) if stage.steps else 1
@@ -67,6 +58,52 @@ class Progress(Callback):
 
     def on_exit(self) -> None:
         self._bars.stop()
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    detail = TextColumn("{task.fields[detail]}")
+    return TextColumn("{task.description:>7}"), BarColumn(24), MofNCompleteColumn(), detail, TimeRemainingColumn(compact=True)
+
+
+def _terminal_bars() -> Bars:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(*_columns(), console=Console(stderr=True))
+
+
+def _notebook_bars() -> Bars:
+    """Bars that are HTML in the output of a cell, and replace themselves there. rich's own would need ipywidgets."""
+    from IPython.display import display
+    from rich.console import Console
+    from rich.progress import Progress
+
+    class NotebookBars(Progress):
+        handle: Any = None
+
+        def start(self) -> None:
+            self.handle = self.handle or display(self._drawn(), raw=True, display_id=True)
+
+        def stop(self) -> None:
+            self.refresh()
+
+        def update(self, task_id: Any, **fields: Any) -> None:
+            super().update(task_id, **fields)
+            self.refresh()
+
+        def refresh(self) -> None:
+            if self.handle is not None:
+                self.handle.update(self._drawn(), raw=True)
+
+        def _drawn(self) -> dict[str, str]:
+            console = Console(file=io.StringIO(), record=True, width=120, force_jupyter=False)
+            console.print(self.get_renderable())
+            html = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>", clear=False)
+            return {"text/html": html, "text/plain": console.export_text()}
+
+    return NotebookBars(*_columns())
 
 
 def in_notebook() -> bool:
