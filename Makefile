@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow test-lowest coverage lint types figures structure wheels paper-gpu clean
+.PHONY: demo test test-slow test-lowest coverage lint types figures notebook structure wheels paper-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/edge-dfcil demo
@@ -35,6 +35,7 @@ test-lowest:
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 types: $(STAMP)
 	$(BIN)/mypy
@@ -42,6 +43,10 @@ types: $(STAMP)
 # The pictures of the README.
 figures: $(STAMP)
 	$(BIN)/python -m demos.figures
+
+# The notebook's outputs.
+notebook: $(STAMP)
+	$(BIN)/jupyter-execute --inplace demos/first_task.ipynb
 
 # The picture of what imports what; fails where there is a cycle.
 structure: $(STAMP)

@@ -76,16 +76,19 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     curves: dict[str, list[float]] = {}
+    commits: dict[str, list[list[dict[str, Any]]]] = {}
     learners: dict[str, Learner] = {}
     for method in ("abd", "finetune"):
         say(f"{method}: two digits a task, no image kept")
         learner = learners[method] = new_learner(method, device, seed, recipe)
-        curves[method] = []
-        for number in range(len(TASKS)):
-            learner.learn_task(train.of(TASKS[number]), NAMES)
+        curves[method], commits[method] = [], []
+        for number, names in enumerate(TASKS):
+            report = learner.learn_task(train.of(names), NAMES)
             accuracy = learner.evaluate([*test.of(NAMES[: 2 * number + 2])], NAMES).accuracy
             curves[method].append(accuracy)
-            say(f"  after {' and '.join(TASKS[number])}: {accuracy:.1%} of all digits seen so far")
+            commits[method].append([commit.to_dict() for commit in report.commits])
+            answers = ", ".join(map(str, report.commits))
+            say(f"  {' and '.join(names)} known ({answers}): {accuracy:.1%} of all digits so far")
     say("upper bound: all ten digits together")
     upper = new_learner("finetune", device, seed, recipe)
     upper.learn_task(train, NAMES)
@@ -100,6 +103,7 @@ def run(
     figures = {
         **answer,
         "accuracy_after_task": curves,
+        "commits_of_task": commits,
         "model": Path(model).name,  # in the folder of the figures, wherever that is moved
         "onnx": Path(onnx).name,
         "plot": plot.name,

@@ -98,7 +98,7 @@ def _notebook_bars() -> Bars:
                 self.handle.update(self._drawn(), raw=True)
 
         def _drawn(self) -> dict[str, str]:
-            console = Console(file=io.StringIO(), record=True, width=120, force_jupyter=False)
+            console = Console(file=io.StringIO(), record=True, width=140, force_jupyter=False)
             console.print(self.get_renderable())
             html = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>", clear=False)
             return {"text/html": html, "text/plain": console.export_text()}
