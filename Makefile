@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow test-lowest coverage lint types figures notebook structure wheels paper-gpu clean
+.PHONY: demo test test-slow test-lowest coverage lint types figures notebook structure wheels audit paper-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/edge-dfcil demo
@@ -61,6 +61,12 @@ wheels:
 	.venv-wheels/bin/python -m build --outdir $(DIST) exporters
 	.venv-wheels/bin/python -m twine check --strict $(DIST)/edge_dfcil*
 
+# Known vulnerabilities of the pinned versions. Needs the network.
+audit:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet 'pip-audit>=2.9'
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
+
 # The published protocol, in pieces of under nine minutes: run it again until it says that all has been run. What is done
 # lies in $(OUT) as small files, which may be moved to another machine in between.
 OUT ?= benchmarks/results
@@ -77,4 +83,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest .venv-wheels .coverage build dist edge-dfcil-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-wheels .venv-audit .coverage build dist edge-dfcil-demo .pytest_cache .mypy_cache .ruff_cache
