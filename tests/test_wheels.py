@@ -176,8 +176,8 @@ def test_edge_dfcil_holds_everything_and_the_runtime_the_same_files(wheels: dict
     assert set(runtime) == {f"exporters/{name}" for name in OF_RUNTIME}
     assert runtime.items() <= whole.items()
     sources = {path for folder in ("edge_dfcil", "exporters") for path in (ROOT / folder).rglob("*.py")}
-    typed = {"edge_dfcil/py.typed", "exporters/py.typed"}
-    assert set(whole) == {path.relative_to(ROOT).as_posix() for path in sources} | typed
+    others = {"edge_dfcil/py.typed", "exporters/py.typed", "edge_dfcil/digits.npz"}
+    assert set(whole) == {path.relative_to(ROOT).as_posix() for path in sources} | others
 
 
 @pytest.mark.slow
