@@ -41,6 +41,8 @@ WIDENING = 1.25
 class Exporting(PlainWork):
     """The work of a session that writes a classifier as ONNX with its preprocessing, checked against the model.
 
+    Raises `ExportError` when the file cannot be made or disagrees with the model; nothing is written then.
+
     Parameters
     ----------
     path, format
@@ -59,8 +61,6 @@ class Exporting(PlainWork):
         A loader of known classes, on which the INT8 file is checked as well; the report has both accuracies.
     classes
         Names by target value for `evaluation`; None takes its data set's.
-
-    Raises `ExportError` when the file cannot be made or disagrees with the model; nothing is written then.
     """
 
     def __init__(

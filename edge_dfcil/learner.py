@@ -32,6 +32,8 @@ from exporters import ExportReport
 class Learner(Serving, RunsSessions, Publishing):
     """Learns new classes task by task without keeping an image (ABD, Smith et al., ICCV 2021).
 
+    Raises `SettingError` and `BackboneError`.
+
     Parameters
     ----------
     backbone
@@ -44,7 +46,7 @@ class Learner(Serving, RunsSessions, Publishing):
         `abd`, `lda`, a baseline (`finetune`, `lwf`, `lwf_mc`, `deep_inversion`, `lwf_synthetic`), or a `Method`.
     recipe
         "frozen" (a backbone is trained in the first task, or not at all when it is pretrained; later tasks are one pass),
-        "edge" (trained at every task), "strict" (as "edge", without class statistics), "paper" (as published), or a `Recipe`.
+        "edge" (trained at every task), "strict" (as "frozen", without class statistics), "paper" (as published), or a `Recipe`.
     memory_budget
         The most that a long operation may add to the memory held when it is called (the process's resident set; on CUDA and
         MPS what torch reserves): bytes, or text such as "128MB". What a loader holds is not counted. It is planned first.
@@ -61,8 +63,6 @@ class Learner(Serving, RunsSessions, Publishing):
         Whether features are of several scales of the backbone, not of its last layer alone. None: where the head is closed-form.
     mean, std
         What images in [0, 1] are normalised with, per channel. None: what the weights expect, or measured on the first task.
-
-    Raises `SettingError` and `BackboneError`.
     """
 
     def __init__(
@@ -170,6 +170,9 @@ class Learner(Serving, RunsSessions, Publishing):
     ) -> Session[TaskReport]:
         """A session that learns a task, and can be paused, saved (`state_dict`) and resumed; `run()` learns and commits.
 
+        `run()` raises `DataError` and `ClassError` for images, targets or names that cannot be learnt, `BudgetError` when the
+        memory budget cannot be kept, `DivergedError` when a loss is not finite, and `Cancelled`.
+
         Parameters
         ----------
         loader
@@ -191,9 +194,6 @@ class Learner(Serving, RunsSessions, Publishing):
             the same CPU. It holds no image; generated ones are made again. `run()` leaves it: see `clear_checkpoint()`.
         callbacks, progress
             Hooks; and whether to show progress on stderr, when that is a terminal or a notebook.
-
-        `run()` raises `DataError` and `ClassError` for images, targets or names that cannot be learnt, `BudgetError` when the
-        memory budget cannot be kept, `DivergedError` when a loss is not finite, and `Cancelled`.
         """
         before, seconds = self._model, schedule.parse(time_budget)
 

@@ -103,32 +103,42 @@ def _unknown(name: str, known: list[str]) -> str:
 class Schedule:
     """The classifier's schedule (ABD, supplement)."""
 
-    epochs: Count = 250  # passes over a task's images
-    first_epochs: Count | None = None  # the same for the first task; None: as `epochs`
-    min_steps: CountOrZero = 0  # ours: a small task is repeated until it has had this many steps
+    epochs: Count = 250
+    """Passes over a task's images."""
+    first_epochs: Count | None = None
+    """The same for the first task; None: as `epochs`."""
+    min_steps: CountOrZero = 0
+    """Ours: a small task is repeated until it has had this many steps."""
     shape: Literal["step", "one_cycle"] = "step"
-    # Learning rate x 0.1 at these shares of the epochs: 100, 150, 200 of 250.
+    """Of the learning rate: a tenth at each milestone, as published, or one cycle (ours, for short schedules)."""
     milestones: Annotated[tuple[Share, ...], BeforeValidator(_tuple)] = (0.4, 0.6, 0.8)
-    learning_rate: Positive = 0.1  # SGD; the peak of a one-cycle schedule
+    """Learning rate x 0.1 at these shares of the epochs: 100, 150, 200 of 250."""
+    learning_rate: Positive = 0.1
+    """Of SGD; the peak of a one-cycle schedule."""
     momentum: ShareBelowOne = 0.9
+    """Of SGD."""
     weight_decay: Weight = 2e-4
-    clip_gradient: Positive | None = None  # ours: largest gradient norm of a step
-    # Ours: None keeps the network's own. Running statistics must keep up with a short schedule, since the classifier
-    # answers by them and dreams are made to match them; torchvision's MobileNetV3 comes with 0.01, made for long ones.
+    """Of SGD."""
+    clip_gradient: Positive | None = None
+    """Ours: largest gradient norm of a step."""
     batchnorm_momentum: Share | None = None
-    # Ours: the share of the backbone's layers, counted from the image, that stay as the first task left them. They need no
-    # backward pass and keep no activations, and what they give cannot be forgotten.
+    """Ours: None keeps the network's own. Running statistics must keep up with a short schedule, since the classifier answers by
+    them and dreams are made to match them; torchvision's MobileNetV3 comes with 0.01, made for long ones."""
     freeze: ShareBelowOne = 0.0
-    # Ours: running statistics of BatchNorm stay as the first task left them, and normalise in training too.
+    """Ours: the share of the backbone's layers, counted from the image, that stay as the first task left them. They need no
+    backward pass and keep no activations, and what they give cannot be forgotten."""
     freeze_batchnorm: bool = False
-    later_learning_rate: Positive | None = None  # ours: after the first task; None: as `learning_rate`
-    # Ours: when the backbone is trained, where the head is closed-form. "first": in the first task, and only if it has not been
-    # trained before; later tasks are one pass over their images. Classes without statistics still need it to be trained.
+    """Ours: running statistics of BatchNorm stay as the first task left them, and normalise in training too."""
+    later_learning_rate: Positive | None = None
+    """Ours: the learning rate after the first task; None: as `learning_rate`."""
     adapt: Literal["always", "first", "never"] = "always"
-    drop_incomplete: bool = True  # skip batches smaller than the largest one
-    # Ours: training stages may compute in bf16 (autocast): on CUDA devices that have it, and on a CPU where it is measured to
-    # be faster, or asked for by the learner's `precision`. False: in float32, whatever is asked for.
+    """Ours: when the backbone is trained, where the head is closed-form. "first": in the first task, and only if it has not been
+    trained before; later tasks are one pass over their images. Classes without statistics still need it to be trained."""
+    drop_incomplete: bool = True
+    """Skip batches smaller than the largest one."""
     mixed_precision: bool = False
+    """Ours: training stages may compute in bf16 (autocast): on CUDA devices that have it, and on a CPU where it is measured to be
+    faster, or asked for by the learner's `precision`. False: in float32, whatever is asked for."""
 
 
 @_group
@@ -136,17 +146,21 @@ class Schedule:
 class Augmentation:
     """Augmentation of real images (ABD, supplement), and what it says about images that are answered."""
 
-    brightness: Weight = 63 / 255  # colour jitter: factor drawn from 1 -/+ this
+    brightness: Weight = 63 / 255
+    """Colour jitter: the factor is drawn from 1 -/+ this."""
     contrast: Weight = 0.8
-    flip: bool = True  # horizontally; switch off where left and right differ, as for digits
-    crop_padding: CountOrZero = 4  # pixels of zeros around the image before the random crop
-    # Ours, after self-supervised label augmentation (Lee et al., ICML 2020): in the first task images rotated by 90, 180 and 270
-    # degrees are classes of their own for a second head, which is thrown away. Features of more classes transfer better. A step
-    # takes four times as long.
+    """Colour jitter: the factor is drawn from 1 -/+ this."""
+    flip: bool = True
+    """Mirror images at random; switch it off where left and right differ, as for digits."""
+    crop_padding: CountOrZero = 4
+    """Pixels of zeros around the image before the random crop."""
     rotations: bool = False
-    # Ours, test-time augmentation (Krizhevsky et al., 2012): the classifier's logits are the mean of those of an image and of
-    # its mirror image, here and in what is exported, at twice the work an answer. Learning is the same.
+    """Ours, after self-supervised label augmentation (Lee et al., ICML 2020): in the first task images rotated by 90, 180 and 270
+    degrees are classes of their own for a second head, which is thrown away. Features of more classes transfer better. A step
+    takes four times as long."""
     mirrored_answers: bool = False
+    """Ours, test-time augmentation (Krizhevsky et al., 2012): the classifier's logits are the mean of those of an image and of
+    its mirror image, here and in what is exported, at twice the work an answer. Learning is the same."""
 
     def __post_init__(self) -> None:
         if self.mirrored_answers and not self.flip:
@@ -161,12 +175,18 @@ class Augmentation:
 class Generator:
     """The generator of dreams (ABD, supplement)."""
 
-    latent: Count = 1000  # length of z
-    width: Count = 128  # channels
+    latent: Count = 1000
+    """Length of the noise vector z."""
+    width: Count = 128
+    """Channels of its convolutions."""
     steps: Count = 10_000
+    """Optimizer steps a task."""
     batch: Count = 128
-    learning_rate: Positive = 1e-3  # Adam
+    """Images a step."""
+    learning_rate: Positive = 1e-3
+    """Of Adam."""
     schedule: Literal["constant", "one_cycle"] = "constant"
+    """Of the learning rate; one cycle is ours."""
 
 
 @_group
@@ -175,17 +195,22 @@ class Inversion:
     """Weights of the inversion objective (ABD, eqs. 1 to 5)."""
 
     content: Weight = 1.0
+    """Cross-entropy against the class that the teacher answers (eq. 1)."""
     content_temperature: Positive = 1000.0
+    """What the logits of that term are divided by."""
     diversity: Weight = 1.0
+    """All classes are generated equally often (eq. 2)."""
     statistics: Weight = 50.0
+    """Batch statistics are those of the BatchNorm layers (eq. 4)."""
     smoothness: Weight = 1e-3
-    # Ours: the classifier sees the generator's images augmented, as it saw real ones in training: its running statistics are
-    # of those. Without it dreams look augmented already, and a student that is shown them augmented again learns less. What
-    # a task remembers by dreams gained nothing from it (`adopt` in the workshop), so that recipes leave it off.
+    """Distance between images and their blur (eq. 3)."""
     augment: bool = False
-    # Adaptive dreams (Adaptive DeepInversion, Yin et al., CVPR 2020): the weight of 1 - JS, where a student competes with a
-    # generator's dreams. The paper's weight is of pixel dreams, below.
+    """Ours: the classifier sees the generator's images augmented, as it saw real ones in training: its running statistics are of
+    those. Without it dreams look augmented already, and a student that is shown them augmented again learns less. What a task
+    remembers by dreams gained nothing from it (`adopt` in the workshop), so that recipes leave it off."""
     competition: Weight = 10.0
+    """Adaptive dreams (Adaptive DeepInversion, Yin et al., CVPR 2020): the weight of 1 - JS, where a student competes with a
+    generator's dreams. The paper's weight is that of pixel dreams, `pixels.competition`."""
 
 
 @_group
@@ -193,15 +218,24 @@ class Inversion:
 class Pixels:
     """Pixel dreams (DeepInversion, Yin et al., CVPR 2020, section 4.1, CIFAR-10): slower than a generator's, and finer."""
 
-    steps: Count = 2000  # of Adam, on each batch of images
+    steps: Count = 2000
+    """Of Adam, on each batch of images."""
     batch: Count = 256
+    """Images that are optimised together."""
     learning_rate: Positive = 0.05
+    """Of Adam."""
     statistics: Weight = 10.0
-    first_layer: Weight = 1.0  # the first BatchNorm layer's share; 10 for ImageNet
+    """Weight of the distance to the statistics of the BatchNorm layers."""
+    first_layer: Weight = 1.0
+    """The first BatchNorm layer's share in that distance; 10 for ImageNet."""
     variation: Weight = 2.5e-5
+    """Weight of total variation."""
     l2: Weight = 0.0
-    competition: Weight = 10.0  # of adaptive ones
-    jitter: CountOrZero = 2  # pixels that an image is shifted by at each step, at most, with wrap-around
+    """Weight of the images' norm."""
+    competition: Weight = 10.0
+    """Weight of 1 - JS in adaptive dreams."""
+    jitter: CountOrZero = 2
+    """Pixels that an image is shifted by at each step, at most, with wrap-around."""
 
 
 @_group
@@ -209,19 +243,27 @@ class Pixels:
 class Remember:
     """How a task remembers the classes before it."""
 
-    dreams: Literal["generator", "pixels"] = "generator"  # ours: a method may remember through either; pixels need a pool
-    pool: CountOrZero = 0  # dreams made once a task, with the teacher's outputs; 0: fresh dreams at every step, as published
-    mu: Weight | None = None  # weight of the distillation term; None: the method's published value
-    local_cross_entropy: bool = True  # ABD, eq. 6; False is the ablation "standard cross-entropy"
-    head_finetuning: bool = True  # ABD, eq. 8; False is the ablation
-    importance: bool = True  # ABD, eq. 7: feature distillation weighted by the old head; False: plain
+    dreams: Literal["generator", "pixels"] = "generator"
+    """Ours: a method may remember through either; pixels need a pool."""
+    pool: CountOrZero = 0
+    """Dreams made once a task, with the teacher's outputs; 0: fresh dreams at every step, as published."""
+    mu: Weight | None = None
+    """Weight of the distillation term; None: the method's published value."""
+    local_cross_entropy: bool = True
+    """ABD, eq. 6; False is the ablation "standard cross-entropy"."""
+    head_finetuning: bool = True
+    """ABD, eq. 8; False is the ablation."""
+    importance: bool = True
+    """ABD, eq. 7: feature distillation weighted by the old head; False: plain."""
     distil_on: Literal["both", "real", "synthetic"] = "both"
-    # Ours: what a method may store between tasks besides weights, sums over the images of one class among it (means, counts).
+    """ABD, eq. 7: on real and generated images; one of them alone is the ablation."""
     class_statistics: bool = True
-    min_images: Count = 10  # fewest images behind a stored class statistic: a sum over fewer says too much about each
-    # Ours: of the stored covariance only the leading directions, one for so many images; 0: all. A covariance of fewer images
-    # than features is spanned by them, so that a file with it gives away which images it was made from (`edge-dfcil audit`).
+    """Ours: what a method may store between tasks besides weights, sums over the images of one class among it (means, counts)."""
+    min_images: Count = 10
+    """Fewest images behind a stored class statistic: a sum over fewer says too much about each."""
     images_per_direction: CountOrZero = 0
+    """Ours: of the stored covariance only the leading directions, one for so many images; 0: all. A covariance of fewer images
+    than features is spanned by them, so that a file with it gives away which images it was made from (`edge-dfcil audit`)."""
 
     def __post_init__(self) -> None:
         if self.dreams == "pixels" and not self.pool:
@@ -236,19 +278,24 @@ class Refine:
     """Head refinement, a closing stage (ours, after R-DFCIL, Gao et al., ECCV 2022): backbone frozen in eval mode."""
 
     epochs: CountOrZero = 0
+    """Passes over the task's images; 0: no refinement."""
     min_steps: CountOrZero = 0
+    """A small task is repeated until it has had this many steps."""
     learning_rate: Positive = 0.005
-    # Ours, after "Maintaining discrimination and fairness" (Zhao et al., CVPR 2020): at the end, the head's rows of the
-    # current classes are scaled down to this share of the old ones' mean norm, for which there were only dreams; 0: not.
+    """Of SGD."""
     align_head: Weight = 0.0
-    # Ours: the head in the end. "lda" is a closed form from class statistics, which follow the backbone through a drift map; of
-    # classes without any, from generated images.
+    """Ours, after "Maintaining discrimination and fairness" (Zhao et al., CVPR 2020): at the end, the head's rows of the current
+    classes are scaled down to this share of the old ones' mean norm, for which there were only dreams; 0: not."""
     head: Literal["trained", "lda"] = "trained"
-    # Ours: a temperature and thresholds of rejection. Those of a closed-form head over a backbone that is not trained in the task
-    # take no image from it; else they are found on `held_out`, a share of the images that is not trained on; 0: not.
+    """Ours: the head in the end. "lda" is a closed form from class statistics, which follow the backbone through a drift map; of
+    classes without any, from generated images."""
     calibrate: bool = False
+    """Ours: a temperature and thresholds of rejection. Those of a closed-form head over a backbone that is not trained in the
+    task take no image from it; else they are found on `held_out`."""
     held_out: ShareBelowOne = 0.0
-    false_rejections: ShareBelowOne = 0.05  # of the task's own images, at those thresholds
+    """Ours: a share of the task's images that is not trained on, for calibration; 0: none."""
+    false_rejections: ShareBelowOne = 0.05
+    """The share of the task's own images that those thresholds reject."""
 
 
 GROUPS: dict[str, type] = {

@@ -29,7 +29,7 @@ class Evaluation:
     classes
         Names of the rows and columns of `confusion`.
     confusion
-        Image counts, [true class][predicted class].
+        Image counts, a row for each true class and a column for each predicted one.
     calibration_error
         Expected calibration error, in [0, 1]: how far the probability of the answer is from the share of right answers, over
         15 bins of probability (Guo et al., ICML 2017); None where only counts are known.

@@ -23,14 +23,14 @@ Fit = Callable[[npt.NDArray[np.uint8], int], npt.NDArray[np.uint8]]
 def max_difference(run: Run, classifier: nn.Module, image_size: int, tolerance: float = TOLERANCE) -> float:
     """The largest difference of a probability between a file and the classifier, over smooth and rough images.
 
+    Raises `ExportError` when it exceeds the tolerance, or shapes differ.
+
     Parameters
     ----------
     run
         What the file answers: images (N, 3, S, S), uint8, to probabilities (N, C).
     classifier
         The same images as a tensor to logits (N, C).
-
-    Raises `ExportError` when it exceeds the tolerance, or shapes differ.
     """
     import torch
 

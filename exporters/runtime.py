@@ -30,6 +30,9 @@ _TOO_NEW = re.compile(r"(IR version)\D*(\d+)\D+IR version\D*(\d+)|([Oo]pset) (\d
 class OnnxClassifier:
     """An exported classifier.
 
+    Raises `ExportError` for a file that is missing, damaged, from elsewhere, or too new for the runtime; `SignatureError` for one
+    that the owner of `public_key` has not signed.
+
     Parameters
     ----------
     path
@@ -54,9 +57,6 @@ class OnnxClassifier:
         Of each class, for `predict(reject=True)`; empty where the model had none.
     sealed
         Whether the SHA-256 of the file was checked.
-
-    Raises `ExportError` for a file that is missing, damaged, from elsewhere, or too new for the runtime; `SignatureError` for one
-    that the owner of `public_key` has not signed.
     """
 
     def __init__(self, path: str | Path, *, threads: int = 0, verify: bool = True, public_key: str | Path | None = None) -> None:
@@ -101,6 +101,9 @@ class OnnxClassifier:
     def predict(self, images: Any, top_k: int = 1, reject: bool = False) -> list[Prediction]:
         """Names images; answers as `Learner.predict` does.
 
+        Raises `DataError` for images of another shape, dtype or range, or that cannot be read; `SettingError` for `reject`
+        when the file has no thresholds.
+
         Parameters
         ----------
         images
@@ -111,9 +114,6 @@ class OnnxClassifier:
             How many names for each image.
         reject
             Whether the label of an image that belongs to no known class is None.
-
-        Raises `DataError` for images of another shape, dtype or range, or that cannot be read; `SettingError` for `reject`
-        when the file has no thresholds.
         """
         if top_k < 1:
             raise SettingError(f"top_k={top_k}; it must be 1 or more")

@@ -103,6 +103,8 @@ def register_backbone(
 ) -> None:
     """Makes every network that `build` knows a backbone by the name ``family:name``.
 
+    Raises `SettingError` for a family that is registered already, or is no such name.
+
     Parameters
     ----------
     family
@@ -116,8 +118,8 @@ def register_backbone(
     replace
         Whether the family may be registered already.
 
-    Raises `SettingError` for a family that is registered already, or is no such name.
-
+    Examples
+    --------
     >>> register_backbone("mine", lambda name, weights: MyNetwork(int(name)), names=["18", "34"])
     >>> Learner("mine:18")
     """

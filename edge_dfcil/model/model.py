@@ -437,13 +437,13 @@ class Model(FromHub):
     def load(cls, path: str | Path, device: str | torch.device = "auto", *, backbone: nn.Module | None = None) -> Model:
         """Reads a model file of any schema; it predicts the same to the bit on the same device.
 
+        Raises `ModelFileError` for a file that is missing, damaged, foreign, or does not fit the backbone.
+
         Parameters
         ----------
         backbone
             For a file whose backbone was the caller's own module (adopted ones included): that module, built again. It is
             copied, with the file's weights. A classifier may still have its head, for any number of classes.
-
-        Raises `ModelFileError` for a file that is missing, damaged, foreign, or does not fit the backbone.
         """
         tensors, settings = file.read(path)
         try:
