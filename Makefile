@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow test-lowest coverage lint types figures notebook structure wheels audit paper-gpu clean
+.PHONY: demo test test-slow test-lowest coverage lint types docs figures notebook structure wheels audit paper-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/edge-dfcil demo
@@ -40,7 +40,11 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-# The pictures of the README.
+# The site of docs/, into site/; a broken link is an error.
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
+# The pictures and figures of the demo.
 figures: $(STAMP)
 	$(BIN)/python -m demos.figures
 
@@ -83,4 +87,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest .venv-wheels .venv-audit .coverage build dist edge-dfcil-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-wheels .venv-audit .coverage build dist site edge-dfcil-demo .pytest_cache .mypy_cache .ruff_cache

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from benchmarks import accuracy, audits, datasets, memory_tables, readme, runners, steps, workshop_tables
+from benchmarks import accuracy, audits, datasets, memory_tables, pages, runners, steps, workshop_tables
 from benchmarks import images as photographs
 from benchmarks import latency as latencies
 from benchmarks import memory as memories
@@ -291,10 +291,10 @@ def run_images(data: Path, model: Path | None, quick: bool, out: Path) -> None:
 @main.command("report")
 @RESULTS
 def run_report(out: Path) -> None:
-    """Writes README.md and the plots of every protocol into the folder of results, and the table of the project's README."""
+    """Writes README.md and the plots of every protocol into the folder of results, and the tables of the project's pages."""
     click.echo(reports.write(out))
-    if out.resolve() == accuracy.RESULTS and readme.README.exists():
-        readme.write(out)
+    if out.resolve() == accuracy.RESULTS:
+        pages.write(out)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def summary(found: dict[str, Any]) -> str:
-    """The findings in short, for the README."""
+    """The findings in short, for the page on smaller models."""
     column = next(iter(found["seconds"]))
     forms = ", ".join(f"{name} {ratio:.1f}" for name, ratio in _ratios(found, column).items() if name.startswith("onnx"))
     return f"Times as fast as {BASE} ({found['backbone']}, {column}): {forms}. {_start(found)}"

@@ -1,4 +1,4 @@
-"""What the memory benchmark found, as Markdown: the tables of the results, the README's account, and a plot."""
+"""What the memory benchmark found, as Markdown: the tables of the results, a summary, and a plot."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks import (
     audits,
@@ -241,6 +241,62 @@ def plot_minutes(methods: dict[str, Results], path: Path) -> None:
     """Final accuracy by minutes of learning for all tasks, a point for each method."""
     taken = {method: mean(sum(r["seconds"]) for r in results) / 60 for method, results in methods.items()}
     _plot_points(methods, taken, "minutes for all tasks", path)
+
+
+def plot_chosen(methods: dict[str, Results], path: Path) -> None:
+    """The same of a few methods, by plain names and by what they keep; the upper bound is a line."""
+    figure, axes = _figure()
+    for kind, (colour, names) in CHOSEN.items():
+        for method, name in names.items():
+            if method in methods:
+                results = methods[method]
+                x, y = mean(sum(r["seconds"]) for r in results) / 60, last(results)
+                axes.plot(x, y, "o", color=colour, label=kind if method == next(iter(names)) else None)
+                offset, side = BESIDE.get(method, ((6, 3), "left"))
+                axes.annotate(name, (x, y), xytext=offset, textcoords="offset points", fontsize="small", ha=side)
+    if "upper_bound" in methods:
+        axes.axhline(last(methods["upper_bound"]), linestyle="--", color="grey", label="trained on all images together")
+    axes.set(xlabel="minutes of learning for all five tasks", ylabel="accuracy on all 20 classes, %", ylim=(0, 100))
+    axes.set_xlim(0, 1.25 * axes.get_xlim()[1])  # names stand to the right of their points
+    axes.grid(color="0.92")
+    axes.legend(loc="upper left", fontsize="small", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+CHOSEN = {
+    "edge-dfcil: keeps no image": (
+        "tab:blue",
+        {
+            "abd.frozen": "frozen (default)",
+            "abd.rotations_mirrored": "frozen, rotations, mirrored",
+            "abd.strict": "strict",
+            "abd": "ABD, every task",
+        },
+    ),
+    "other methods that keep no image": (
+        "tab:green",
+        {
+            "lwf_mc": "LwF.MC",
+            "frozen_lda": "LDA",
+            "ridge": "ridge",
+            "fecam": "FeCAM",
+            "deep_inversion": "DeepInversion",
+            "finetune": "fine-tuning",
+        },
+    ),
+    "methods that keep 400 images": (
+        "tab:orange",
+        {"icarl-400": "iCaRL", "bic-400": "BiC", "e2e-400": "EEIL", "rehearsal-400": "rehearsal"},
+    ),
+}
+# Where a name stands that would cover another one: the offset in points, and which end of it is there.
+BESIDE: dict[str, tuple[tuple[int, int], Literal["left", "right"]]] = {
+    "lwf_mc": ((-6, -6), "right"),
+    "rehearsal-400": ((-6, 0), "right"),
+    "e2e-400": ((-6, 0), "right"),
+    "frozen_lda": ((6, 0), "left"),
+    "fecam": ((6, -8), "left"),
+}
 
 
 def _plot_points(methods: dict[str, Results], costs: dict[str, float], label: str, path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Makes the README's pictures and figures from what `make demo` left, and runs the demo first if it left nothing.
+"""Makes the demo's pictures and figures for `docs/` from what `make demo` left, and runs the demo first if it left nothing.
 
-Writes docs/demo.json, docs/accuracy.png and docs/dreams.png, which shows dreams beside real digits, and the README's table.
+Writes docs/demo.json, docs/accuracy.png and docs/dreams.png, which shows dreams beside real digits, and the demo's table.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.machine import commit
+from benchmarks.pages import fill
 from edge_dfcil import Learner
 from edge_dfcil.demo import NAMES, digits, run
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+PAGE = DOCS / "benchmarks" / "accuracy.md"
 DEMO = ROOT / "edge-dfcil-demo"  # where `make demo` puts what it makes
 COLUMNS = 6
 
@@ -44,21 +46,14 @@ def draw(learner: Learner, path: Path) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The demo's figures as the README shows them."""
+    """The demo's figures as the page shows them."""
     seen = [f"{2 * (task + 1)} digits" for task in range(len(result["accuracy_after_task"]["abd"]))]
     lines = ["| accuracy on all digits so far, % | " + " | ".join(seen) + " |", "|---|" + "---|" * len(seen)]
     for method, accuracies in result["accuracy_after_task"].items():
         lines.append(f"| {method} | " + " | ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies) + " |")
     lines.append("| trained on everything |" + " |" * (len(seen) - 1) + f" {100 * result['final_accuracy']['upper_bound']:.1f} |")
     where = f"One run, seed {result['seed']}, torch {result['torch']}, {result['threads']} CPU threads"
-    return "\n".join([*lines, "", f"{where}; all learning took {result['seconds']:.0f} s ([docs/demo.json](docs/demo.json))."])
-
-
-def write_table(readme: Path, result: dict[str, Any]) -> None:
-    """Replaces what stands between the README's demo marks."""
-    text = readme.read_text()
-    begin, end = text.index("-->", text.index("<!-- demo:")) + 3, text.index("<!-- /demo -->")
-    readme.write_text(text[:begin] + "\n" + table(result) + "\n" + text[end:])
+    return "\n".join([*lines, "", f"{where}; all learning took {result['seconds']:.0f} s ([docs/demo.json](../demo.json)).", ""])
 
 
 def main() -> None:
@@ -69,9 +64,9 @@ def main() -> None:
     result |= {"commit": commit()}
     (DOCS / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
     shutil.copy(DEMO / "accuracy.png", DOCS)
-    write_table(ROOT / "README.md", result)
+    fill(PAGE, "demo", table(result))
     draw(Learner.load(DEMO / "digits.safetensors"), DOCS / "dreams.png")
-    print(f"{DOCS} holds demo.json, accuracy.png and dreams.png, and the README's table is new")
+    print(f"{DOCS} holds demo.json, accuracy.png and dreams.png, and {PAGE} has the new table")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ class FromHub:
     ) -> Self:
         """Loads a model file, the `model.safetensors` of a folder, or that of a repository on the Hugging Face Hub.
 
+        Raises `HubError` when the Hub does not give the file, `SettingError` without `huggingface_hub`
+        (`pip install 'edge-dfcil[hub]'`), and what `load` raises.
+
         Parameters
         ----------
         path_or_repo
@@ -47,9 +50,6 @@ class FromHub:
             None takes HF_TOKEN, or the token of `hf auth login`, where the repository needs one.
         options
             Those of `load`.
-
-        Raises `HubError` when the Hub does not give the file, `SettingError` without `huggingface_hub`
-        (`pip install 'edge-dfcil[hub]'`), and what `load` raises.
         """
         found: Self = cls.load(model_file(path_or_repo, revision=revision, token=token), **options)
         return found

@@ -35,6 +35,9 @@ class Publishing(FromHub):
     ) -> Path:
         """Writes `model.safetensors` and a model card, `README.md`, for `from_pretrained` and for people. Returns the folder.
 
+        Raises `NotLearnedError` before the first task, `SettingError` for an evaluation of other classes or without
+        `huggingface_hub` (`pip install 'edge-dfcil[hub]'`), `ModelFileError` when a file cannot be written, and `ExportError`.
+
         Parameters
         ----------
         folder
@@ -45,9 +48,6 @@ class Publishing(FromHub):
             What `evaluate` measured of this model, for the card.
         description, license
             Markdown of yours at the top of the card, and the license of the model as the Hub names it ("apache-2.0").
-
-        Raises `NotLearnedError` before the first task, `SettingError` for an evaluation of other classes or without
-        `huggingface_hub` (`pip install 'edge-dfcil[hub]'`), `ModelFileError` when a file cannot be written, and `ExportError`.
         """
         learner, folder = self._publishable(evaluation), Path(folder)
         exported = _write_model(learner, folder, onnx)
@@ -70,6 +70,8 @@ class Publishing(FromHub):
     ) -> str:
         """Puts what `save_pretrained` writes into a repository, in one commit, and returns the address of that commit.
 
+        The other parameters and errors are those of `save_pretrained`. Raises `HubError` when the Hub does not take the model.
+
         Parameters
         ----------
         repo_id
@@ -82,8 +84,6 @@ class Publishing(FromHub):
             A branch that is there; None takes the main one.
         message
             Of the commit; None says how many classes the model knows.
-
-        The other parameters and errors are those of `save_pretrained`. Raises `HubError` when the Hub does not take the model.
         """
         learner, hub = self._publishable(evaluation), client(token)
         check_token(hub)

@@ -148,6 +148,9 @@ def audit(
 ) -> Audit:
     """Measures what a model reveals of the images that it learnt from.
 
+    Features and images scaled to 32 pixels a side are held in memory until it returns, and nothing is stored. Raises
+    `DataError` for fewer than 20 images of a kind, `ClassError` for a class that is not known, and what `evaluate` raises.
+
     Parameters
     ----------
     members
@@ -160,9 +163,6 @@ def audit(
         Images (N, 3, S, S), uint8, that were generated from the model, as `Learner.dream` gives them.
     on_batch
         Called after every batch with its number of images. What it raises ends the audit.
-
-    Features and images scaled to 32 pixels a side are held in memory until it returns, and nothing is stored. Raises
-    `DataError` for fewer than 20 images of a kind, `ClassError` for a class that is not known, and what `evaluate` raises.
     """
     model.check_answering()
     inside, outside = (_Seen.of(model, loader, classes, on_batch) for loader in (members, others))

@@ -1,7 +1,8 @@
-"""The parts of the project's README that are made from results, between marks."""
+"""The parts of the README and of the pages in `docs/` that are made from results, between marks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,41 +12,49 @@ from benchmarks.accuracy import ABLATIONS
 from benchmarks.report import Results
 from edge_dfcil.recipe import dotted
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-SHOWN = "edge-5x4"  # the protocol of the README's table
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = "../../benchmarks/results"  # from a page in docs/benchmarks/
+PICTURE = "docs/minutes.png"
+SHOWN = "edge-5x4"  # the protocol of the table of methods
 ALL_CLASSES = "edge-5x20"
 MIRRORED = "augmentation.mirrored_answers"
 PUBLISHED, PUBLISHED_HOURS = "43.9 ± 0.9", 78  # ABD, CIFAR-100, 5 tasks (Smith et al., 2021, table 1); hours by our estimate
 
 
-def write(folder: Path, readme: Path = README) -> None:
-    """Replaces what stands between the README's marks."""
-    text = readme.read_text()
-    for mark, shown in SUMMARIES.items():
-        begin, end = text.index("-->", text.index(f"<!-- {mark}:")) + 3, text.index(f"<!-- /{mark} -->")
-        text = text[:begin] + "\n" + shown(folder) + text[end:]
-    readme.write_text(text)
+def write(folder: Path, root: Path = ROOT) -> None:
+    """Fills every page's marks, and draws the README's picture."""
+    for page, marks in PAGES.items():
+        for mark, made in marks.items():
+            fill(root / page, mark, made(folder))
+    report.plot_chosen(report.read(folder)[SHOWN], root / PICTURE)
+
+
+def fill(page: Path, mark: str, content: str) -> None:
+    """Replaces what stands between a page's marks `<!-- NAME: ... -->` and `<!-- /NAME -->`."""
+    text = page.read_text()
+    begin, end = text.index("-->", text.index(f"<!-- {mark}:")) + 3, text.index(f"<!-- /{mark} -->")
+    page.write_text(f"{text[:begin]}\n{content}{text[end:]}")
 
 
 def budgets(folder: Path) -> str:
-    """The README's account of memory."""
+    """What learning takes under a budget, and beside replay."""
     if (found := report.measured(folder / memory.FILE)) is None:
         return ""
-    picture = "\n\n![memory by image size, at rest and while learning](benchmarks/results/memory.png)"
+    picture = f"\n\n![memory by image size, at rest and while learning]({RESULTS}/memory.png)"
     return memory_tables.summary(found) + (picture if memory_tables.has_replay(found) else "") + "\n"
 
 
 def smaller(folder: Path) -> str:
-    """The README's account of compression and of what ships."""
+    """Compression, and what ships."""
     made, answers = report.measured(folder / workshop.FULL.file), report.measured(folder / latency.FILE)
     long = report.measured(folder / workshop.LARGE.file)
-    parts = [workshop_tables.describe(made, long, "benchmarks/results/")] if made else []
+    parts = [workshop_tables.describe(made, long, f"{RESULTS}/")] if made else []
     parts += [latency.summary(answers)] if answers else []
     return "\n\n".join(parts) + "\n" if parts else ""
 
 
 def photographs(folder: Path) -> str:
-    """The README's table: what each method ends at, and what it keeps to get there."""
+    """Each method from scratch: what each method ends at, and what it keeps to get there."""
     found = report.read(folder)
     # Changed recipes have an equals sign in their names; ablations are of the published method.
     ablations = {name.replace(":", ".") for name in ABLATIONS}
@@ -57,41 +66,80 @@ def photographs(folder: Path) -> str:
         kept = mean(r["bytes_kept"] for r in results) / 1e6
         more = f"{kept - model:.2f}" if kept - model > 0.005 else "0"
         rows.append([name, report.final(results), str(len(results)), f"{kept:.2f}", more])
-    picture = f"![accuracy against minutes of learning](benchmarks/results/{SHOWN}-minutes.png)"
+    picture = f"![accuracy against minutes of learning]({RESULTS}/{SHOWN}-minutes.png)"
     note = "Minutes are of runs that may have shared their machine, on the CPUs that the result files name."
     parts = [tables.table(head, rows), picture, note, *_all_classes(found)]
     if timed := report.measured_all(folder, speed.FILE):
         parts.append(
             "At equal mathematics, a classifier step of ABD and a generator step beside the published ones, which are those of "
-            "[demos/abd_in_one_file.py](demos/abd_in_one_file.py) "
+            "[demos/abd_in_one_file.py](../../demos/abd_in_one_file.py) "
             f"({timed[0]['setting']['backbone']}): {'; '.join(map(_speed, timed))}."
         )
     return "\n\n".join(parts) + "\n"
 
 
 def pretrained(folder: Path) -> str:
-    """The README's table of pretrained backbones: the default beside heads on the backbone's last features."""
+    """The table of pretrained backbones: the default beside heads on the backbone's last features."""
     found = report.read(folder)
     rows = []
     for name, text in PRETRAINED.items():
-        methods = {method: found.get(name, {}).get(method, []) for method in ("abd", *RIVALS)}
-        seeds = set.intersection(*({r["seed"] for r in results} for results in methods.values()))  # compare equal seeds
-        if seeds:
-            same = {method: [r for r in results if r["seed"] in seeds] for method, results in methods.items()}
-            ours = same["abd"]
-            minutes = mean(sum(r["seconds"]) for r in ours) / 60
-            images, shown = str(ours[0]["protocol"]["per_class"]), ", ".join(map(str, sorted(seeds)))
-            rows.append([text, images, shown, *map(report.final, same.values()), f"{minutes:.1f}"])
-    head = ["final accuracy, %", "images a class", "seeds", "edge-dfcil", *RIVALS.values(), "minutes for all tasks"]
-    return tables.table(head, rows) + "\n" if rows else ""
+        if methods := _of_equal_seeds(found.get(name, {}), "abd"):
+            minutes = mean(sum(r["seconds"]) for r in methods["abd"]) / 60
+            rows.append([text, *_figures(methods), f"{minutes:.1f}"])
+    return tables.table([*HEAD, "minutes for all tasks"], rows) + "\n" if rows else ""
+
+
+def compared(folder: Path) -> str:
+    """The README's table: the same rivals where we do well and where we do not, and what methods reach that keep images."""
+    found = report.read(folder)
+    rows = []
+    for (name, ours), text in COMPARED.items():
+        if methods := _of_equal_seeds(found.get(name, {}), ours):
+            rows.append([text, *_figures(methods)])
+    beside = [
+        f"{text} {report.final(results)} % ({len(results)} seed{'s' if len(results) > 1 else ''})"
+        for name, text in BESIDE.items()
+        if (results := found.get(SHOWN, {}).get(name))
+    ]
+    note = f"\nFrom scratch, beside the last row: {', '.join(beside)}.\n" if beside else ""
+    return f"{tables.table(HEAD, rows)}\n{note}" if rows else ""
+
+
+def _of_equal_seeds(methods: dict[str, Results], ours: str) -> dict[str, Results]:
+    """Our runs and those of the rivals, of the seeds that all have; empty where there are none."""
+    chosen = {method: methods.get(method, []) for method in (ours, *RIVALS)}
+    seeds = set.intersection(*({r["seed"] for r in results} for results in chosen.values()))
+    return {method: [r for r in results if r["seed"] in seeds] for method, results in chosen.items()} if seeds else {}
+
+
+def _figures(methods: dict[str, Results]) -> list[str]:
+    """The cells of `HEAD` after the first."""
+    ours = next(iter(methods.values()))
+    images = str(ours[0]["protocol"]["per_class"] or "all")
+    return [images, ", ".join(sorted(str(r["seed"]) for r in ours)), *map(report.final, methods.values())]
 
 
 RIVALS = {"frozen_lda": "LDA", "ridge": "ridge (RanPAC)", "fecam": "FeCAM"}
+HEAD = ["final accuracy, %", "images a class", "seeds", "edge-dfcil", *RIVALS.values()]
 PRETRAINED = {
     "pretrained-signs": "ten hand signs (nothing like them in ImageNet)",
     "pretrained-signs-20": "the same, few images",
     "pretrained-cifar": "20 classes of CIFAR-100, scaled up",
     "pretrained-tiny": "20 classes of Tiny-ImageNet (the backbone has seen them)",
+}
+COMPARED = {
+    ("pretrained-signs", "abd"): "ten hand signs, pretrained backbone",
+    ("pretrained-signs-20", "abd"): "the same, few images",
+    ("pretrained-cifar", "abd"): "20 classes of CIFAR-100, pretrained backbone",
+    ("pretrained-cifar-per_class=5", "abd"): "the same, very few images",
+    ("edge-5x4", "abd.frozen"): "20 classes of CIFAR-100, from scratch",
+}  # by protocol and our row in it
+BESIDE = {
+    "upper_bound": "all images together",
+    "icarl-400": "iCaRL, which keeps 400 images,",
+    "bic-400": "BiC, which keeps 400 images,",
+    "abd": "ABD, trained at every task,",
+    "finetune": "fine-tuning",
 }
 
 
@@ -136,9 +184,9 @@ def _settings(results: Results) -> dict[str, Any]:
     return dotted({name: value for name, value in results[0]["recipe"].items() if name not in ("preset", "version")})
 
 
-SUMMARIES = {
-    "pretrained": pretrained,
-    "photographs": photographs,
-    "budgets": budgets,
-    "smaller": smaller,
-}  # by mark in the README
+PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {"compared": compared},
+    "docs/benchmarks/accuracy.md": {"pretrained": pretrained, "photographs": photographs},
+    "docs/benchmarks/memory.md": {"budgets": budgets},
+    "docs/benchmarks/smaller.md": {"smaller": smaller},
+}  # what each page is filled with, by mark

@@ -1,0 +1,228 @@
+"""The README and the pages of `docs/`: their blocks run, their figures are those of the result files, and the site builds.
+
+A page's blocks run from top to bottom in an empty folder, as a new user would: Python here, `edge-dfcil` commands through the
+command line's own parser. The settings are made quick, not the commands: the recipes take a few steps instead of hundreds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields, replace
+from html.parser import HTMLParser
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from benchmarks import pages
+from demos import figures
+from docs import site
+from edge_dfcil import recipe
+from edge_dfcil.cli import main
+from edge_dfcil.compression import Distillation, Pruning
+from edge_dfcil.compression.distillation import REPAIR
+from edge_dfcil.model import backbones
+from exporters import registry
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]}
+BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.M | re.S)
+WITH_BLOCKS = [name for name, text in PAGES.items() if BLOCK.search(text)]
+GENERATED = {"recipe.md", "cli.md"}
+SET_UP = ("make", "pip")  # commands that CI runs before the tests
+
+FEW = {
+    "schedule.min_steps": 40,  # so that the network answers in INT8 as in floats
+    "schedule.epochs": 1,
+    "schedule.first_epochs": 1,
+    "generator.steps": 4,
+    "generator.width": 8,
+    "remember.pool": 64,
+    "refine.min_steps": 2,
+}
+SHORT: dict[str, Any] = {"rounds": 1, "dreams": 32, "generator_steps": 2, "steps": 2, "batch": 16}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps for all blocks: in the recipes, and in the defaults of the lessons of a smaller model."""
+    for name in ("edge", "frozen", "strict"):
+        monkeypatch.setitem(recipe.RECIPES, name, recipe.RECIPES[name].changed(FEW))
+    for settings, shorter in ((Distillation, SHORT), (Pruning, {"repair": replace(REPAIR, **SHORT)})):
+        for name, value in shorter.items():
+            monkeypatch.setattr(settings, name, value)
+        make: Any = settings.__init__
+        defaults = {field.name: value for field, value in zip(fields(settings), make.__defaults__, strict=True)}
+        monkeypatch.setattr(make, "__defaults__", tuple((defaults | shorter).values()))
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a page registers is gone after it."""
+    monkeypatch.setattr(registry, "_EXPORTERS", dict(registry._EXPORTERS))
+    monkeypatch.setattr(backbones, "_FAMILIES", dict(backbones._FAMILIES))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick", "registered")
+@pytest.mark.parametrize("page", WITH_BLOCKS)
+def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "page"}
+    monkeypatch.setitem(sys.modules, "page", type(sys)("page"))  # what a block defines has a module, as in a program
+    for block in BLOCK.finditer(PAGES[page]):
+        language, code = block.groups()
+        if language == "python":
+            above = "\n" * PAGES[page].count("\n", 0, block.start(2))  # so that a traceback names the line of the page
+            exec(compile(above + code, ROOT / page, "exec"), namespace)
+        else:
+            run_shell(code)
+
+
+def run_shell(code: str) -> None:
+    for line in code.splitlines():
+        command, *arguments = shlex.split(line, comments=True) or [""]
+        if command in ("", *SET_UP):
+            continue
+        assert command == "edge-dfcil", f"no other command runs here: {line}"
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 0, f"{line}\n{done.output}"
+
+
+def not_installed_by_pip_install() -> list[str]:
+    """The modules of this environment that `pip install .` alone would not bring."""
+    needed, queue = set(), ["edge-dfcil"]
+    while queue:
+        name = canonicalize_name(queue.pop())
+        if name in needed:
+            continue
+        needed.add(name)
+        try:
+            found = map(Requirement, requires(name) or [])
+        except PackageNotFoundError:  # of another platform
+            continue
+        queue += [one.name for one in found if one.marker is None or one.marker.evaluate({"extra": ""})]
+    modules = packages_distributions()
+    return [name for name, homes in modules.items() if not needed & {canonicalize_name(home) for home in homes}]
+
+
+@pytest.mark.slow
+def test_the_first_example_runs_after_pip_install_alone(tmp_path: Path) -> None:
+    missing = not_installed_by_pip_install()
+    assert {"sklearn", "matplotlib", "timm", "mkdocs"} <= set(missing) and "torch" not in missing
+    code = next(block[2] for block in BLOCK.finditer(README) if block[1] == "python")
+    assert len(code.splitlines()) <= 10
+    program = f"import sys\nsys.modules.update(dict.fromkeys({missing!r}))\n{code}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout and (tmp_path / "digits.onnx").stat().st_size > 0
+
+
+def test_the_readme_is_short_and_promises_what_is_true() -> None:
+    assert len(README.splitlines()) <= 150
+    assert "keeps no samples" in README
+    assert "derived from" in README, "weights and dreams are derived from data, and it says so"
+
+
+def test_there_are_blocks_of_both_kinds() -> None:
+    assert {block[1] for text in PAGES.values() for block in BLOCK.finditer(text)} == {"python", "sh"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_links_to_is_there(page: str) -> None:
+    prose = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.M | re.S)
+    for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", prose):
+        path = (ROOT / page).parent / target
+        assert path.exists() or path.name in GENERATED, f"{page} links to {target}"
+
+
+MARKS = [(page, mark) for page, marks in pages.PAGES.items() for mark in marks]
+
+
+def shown(page: str, mark: str) -> str:
+    """What stands between a page's marks."""
+    text = PAGES[page]
+    return text[text.index("-->", text.index(f"<!-- {mark}:")) + 4 : text.index(f"<!-- /{mark} -->")]
+
+
+@pytest.mark.parametrize(("page", "mark"), MARKS)
+def test_the_figures_are_those_of_the_result_files(page: str, mark: str) -> None:
+    assert shown(page, mark) == pages.PAGES[page][mark](ROOT / "benchmarks" / "results")
+
+
+def test_the_table_of_the_demo_is_that_of_its_file() -> None:
+    result = json.loads((ROOT / "docs" / "demo.json").read_text())
+    page = figures.PAGE.relative_to(ROOT).as_posix()
+    assert shown(page, "demo") == figures.table(result)
+
+
+def test_the_page_of_the_recipe_has_every_setting_with_its_values() -> None:
+    rows = [line.split(" | ") for line in site.recipe_page().splitlines() if line.startswith("| `")]
+    assert [row[0].strip("|` ") for row in rows] == [name.partition(".")[2] for name in recipe.SETTINGS]
+    by_name = dict(zip(recipe.SETTINGS, rows, strict=True))
+    paper, edge = recipe.RECIPES["paper"], recipe.RECIPES["edge"]
+    assert by_name["schedule.epochs"][1:3] == [f"`{paper.schedule.epochs}`", f"`{edge.schedule.epochs}` in frozen, edge, strict"]
+    assert by_name["schedule.momentum"][1:3] == [f"`{paper.schedule.momentum}`", ""]
+    assert all(row[3].strip("| ").endswith(".") for row in rows), "each says what it is"
+
+
+# The site
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+class Loaded(HTMLParser):
+    """The addresses from which a page loads something; a link that a reader may follow is none."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attributes if tag != "a" and name in ("src", "srcset", "href", "data")]
+
+
+def outside(addresses: list[str]) -> list[str]:
+    return [address for address in addresses if re.match(r"(https?:)?//", address)]
+
+
+@pytest.mark.slow
+def test_the_site_builds_strict_and_loads_nothing_from_elsewhere(built: Path) -> None:
+    html = list(built.rglob("*.html"))
+    assert len(html) > len(PAGES) - 2
+    for page in html:
+        assert not outside(Loaded(page).addresses), page
+    for style in built.rglob("*.css"):
+        assert not outside(re.findall(r"url\([\"']?([^)\"']+)", style.read_text())), style
+
+
+@pytest.mark.slow
+def test_the_site_has_the_commands_and_the_names(built: Path) -> None:
+    commands = (built / "reference" / "cli.html").read_text()
+    assert all(f"edge-dfcil {name}" in commands for name in main.commands)
+    names = (built / "reference" / "api.html").read_text()
+    for name in ("Learner.learn_task", "Model.predict", "Session.pause", "Callback.on_commit"):
+        assert f'id="edge_dfcil.{name}"' in names, name
+
+
+def test_loading_from_elsewhere_would_be_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text('<a href="https://a.org"></a><script src="//b.org/x.js"></script><img src="x.png">')
+    assert outside(Loaded(page).addresses) == ["//b.org/x.js"]
