@@ -170,8 +170,8 @@ class Routes:
         per_class = (await _values(request)).get("per_class", 1)
         if type(per_class) is not int or not 1 <= per_class <= MAX_PER_CLASS:
             raise BadRequest(f"'per_class' must be a whole number from 1 to {MAX_PER_CLASS}")
-        images = await run_in_threadpool(self._lesson.dream, per_class)
-        return JSONResponse({"size": self._lesson.learner.image_size, "images": images})
+        dreams = await run_in_threadpool(self._lesson.dream, per_class)
+        return JSONResponse({"size": self._lesson.learner.image_size, "dreams": dreams})
 
     async def export(self, request: Request) -> Response:
         return JSONResponse({"version": await run_in_threadpool(self._lesson.export)})

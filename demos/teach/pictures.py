@@ -20,6 +20,7 @@ from exporters.decoding import to_rgb
 
 MAX_BYTES = 16 * 2**20  # of one picture
 MAX_PIXELS = 2**25  # of one picture: 33 megapixels, decoded in about 130 MB
+TOO_MANY = f"the picture has too many pixels, and {MAX_PIXELS:,} are the most; scale it down"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 HELD_BACK = 5  # of a folder's pictures of a class every fifth is held back, to measure with
 MAX_HELD_BACK = 40  # of a class: measuring happens after every commit and has to be quick
@@ -36,12 +37,12 @@ def decode(content: bytes) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # larger ones are refused below, undecoded
             picture = Image.open(BytesIO(content), formats=FORMATS)
         if picture.width * picture.height > MAX_PIXELS:
-            raise DataError(
-                f"the picture has {picture.width} x {picture.height} pixels, and {MAX_PIXELS:,} are the most; scale it down"
-            )
+            raise DataError(TOO_MANY)
         return to_rgb(picture)
     except DataError:
         raise
+    except Image.DecompressionBombError as error:  # beyond Pillow's own limit
+        raise DataError(TOO_MANY) from error
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
         kinds = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
         raise DataError(f"this is not a picture that can be read; send a whole {kinds} file") from error
@@ -67,11 +68,6 @@ class Ready:
     title: str = ""
     train: Mapping[str, Tensor] = field(default_factory=dict)
     test: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        """What all of them take in memory."""
-        return sum(images.numel() for part in (self.train, self.test) for images in part.values())
 
 
 def ready_digits() -> Ready:

@@ -28,7 +28,7 @@ logger = logging.getLogger("edge_dfcil.teach")
 MAX_CLASSES = 20  # of one task
 MAX_PICTURES = 600  # of one task, of the page's own classes
 MAX_NAME = 60  # characters
-MAX_DREAMS = 240  # in one gallery
+DREAMS_FOR_ONE = 4  # generated for each that is shown: some classes come out rarely
 BATCH = 32
 
 
@@ -156,7 +156,7 @@ class Teacher:
                 "kept": by_role(model),
                 "held": {
                     "task": _size(self._draft.values()),
-                    "ready": {"pictures": sum(map(len, self._ready.train.values())), "bytes": self._ready.bytes},
+                    "ready": _size([*self._ready.train.values(), *self._ready.test.values()]),
                 },
                 "exported": self._exported == version,
             }
@@ -291,19 +291,22 @@ class Teacher:
             self._measured.rename(old, new)
         self.feed.notify()
 
-    def dream(self, per_class: int) -> list[dict[str, str]]:
-        """Generated images by class: `name`, and `pixels`, base64 of uint8 RGB (S, S, 3). Nothing of them is kept.
+    def dream(self, per_class: int) -> list[dict[str, Any]]:
+        """Generated images of each class: `name`, and `images`, each as base64 of uint8 RGB (S, S, 3). Nothing of them is kept.
 
-        Raises `NotLearnedError` before the first task, `Cancelled`, `Busy` while something else runs.
+        A class of which the generator rarely makes an image has fewer, or none. Raises `NotLearnedError` before the first task,
+        `Cancelled`, `Busy` while something else runs.
         """
         with self._running(Job("dream", self.learner.classes)) as job:
             learner = self.learner.with_model(self.learner.model)  # not the one that a task would be learnt by
             watch = Watch(job, self.feed.notify, lambda kind: None)
-            n = min(per_class * max(1, len(learner.classes)), MAX_DREAMS)
+            n = DREAMS_FOR_ONE * per_class * max(1, len(learner.classes))
             images = learner.dream(n, callbacks=[watch], progress=False)
             labels = [prediction.label for prediction in learner.predict(images)]
-            pixels = [base64.b64encode(image.permute(1, 2, 0).numpy().tobytes()).decode() for image in images]
-            return [{"name": str(label), "pixels": one} for label, one in zip(labels, pixels, strict=True)]
+        found: dict[str | None, list[str]] = {name: [] for name in learner.classes}
+        for image, label in zip(images, labels, strict=True):
+            found[label].append(_pixels(image))
+        return [{"name": name, "images": some[:per_class]} for name, some in found.items()]
 
     # Files
 
@@ -405,6 +408,12 @@ def _batches(images: Mapping[str, Tensor]) -> Batches:
     return Batches(torch.cat(list(images.values())), torch.cat(targets), BATCH)
 
 
-def _size(pictures: Iterable[Sequence[Tensor]]) -> dict[str, int]:
-    found = [image for images in pictures for image in images]
-    return {"pictures": len(found), "bytes": sum(image.numel() for image in found)}
+def _pixels(image: Tensor) -> str:
+    return base64.b64encode(image.permute(1, 2, 0).numpy().tobytes()).decode()
+
+
+def _size(pictures: Iterable[Sequence[Tensor] | Tensor]) -> dict[str, int]:
+    """How many pictures these are, of classes, and their bytes."""
+    found = list(pictures)
+    bytes_ = sum(image.numel() for images in found for image in images)
+    return {"pictures": sum(map(len, found)), "bytes": bytes_}

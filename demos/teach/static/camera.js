@@ -18,6 +18,7 @@ export async function openCamera(receive, single) {
   $("camera-one").onclick = async () => {
     if ((await shoot()) && single) $("camera-dialog").close();
   };
+  ready(false);
   $("camera-dialog").showModal();
   await showing($("camera-problem"), async () => {
     if (!navigator.mediaDevices) throw new Error("this browser gives no camera to this page; open it at 127.0.0.1 or localhost");
@@ -28,7 +29,13 @@ export async function openCamera(receive, single) {
     }
     $("camera-video").srcObject = stream;
     await $("camera-video").play();
+    ready(true);
   });
+}
+
+/** Whether there is a picture to take. */
+function ready(plays) {
+  $("camera-one").disabled = $("camera-many").disabled = !plays;
 }
 
 async function shoot() {

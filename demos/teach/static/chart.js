@@ -3,10 +3,9 @@
 import { $, listed, make } from "./dom.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 480;
 const ROW = 58;
 const PLOT = 40; // pixels from 0 to 100 %
-const LEFT = 104;
+const LEFT = 96;
 const RIGHT = 64;
 const TOP = 6;
 
@@ -34,7 +33,15 @@ function share(right, names) {
 
 const percent = (value) => (value === null ? "not taught" : `${(100 * value).toFixed(1)} %`);
 
+let shown = null; // the state that is drawn
+
+/** Text keeps its size: the chart is drawn again, as wide as there is room. */
+export function startChart() {
+  new ResizeObserver(() => shown && showChart(shown)).observe($("chart"));
+}
+
 export function showChart(state) {
+  shown = state;
   const { history } = state;
   $("chart-title").hidden = !history.length;
   if (!history.length) {
@@ -48,30 +55,31 @@ export function showChart(state) {
   $("chart").replaceChildren(drawn(rows, history), table(rows, history));
   const pictures = Object.values(history.at(-1).right).reduce((sum, [, n]) => sum + n, 0);
   $("chart-note").textContent =
-    `Right answers on ${pictures} pictures held back from ${state.ready.title}, all known classes competing; a point a change of ` +
-    "the model. They are never learnt from.";
+    `Right answers on ${pictures} pictures held back from ${state.ready.title}, which are never learnt from; all known classes compete. ` +
+    "A row goes from 0 to 100 %, with a point for each change of the model.";
 }
 
 function drawn(rows, history) {
   const height = TOP + rows.length * ROW + 16;
-  const chart = svg("svg", { viewBox: `0 0 ${WIDTH} ${height}`, "aria-hidden": "true" });
-  const span = WIDTH - LEFT - RIGHT - 16;
+  const width = Math.max(260, $("chart").clientWidth);
+  const chart = svg("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
+  const span = width - LEFT - RIGHT - 16;
   const x = (place) => LEFT + 8 + (history.length > 1 ? (place * span) / (history.length - 1) : span / 2);
   rows.forEach(({ name, points }, row) => {
     const kind = name === "All" ? "all" : "";
     const y = (value) => TOP + row * ROW + 8 + PLOT * (1 - value);
-    for (const value of [0, 1]) chart.append(svg("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }));
+    for (const value of [0, 1]) chart.append(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value) }));
     chart.append(svg("text", { class: `name ${kind}`, x: 0, y: y(0.5) + 4 }, short(name)));
     const known = points.map((value, place) => [x(place), value]).filter(([, value]) => value !== null);
     chart.append(svg("polyline", { class: `line ${kind}`, points: known.map(([at, value]) => `${at},${y(value)}`).join(" ") }));
     for (const [at, value] of known) chart.append(svg("circle", { class: kind, cx: at, cy: y(value), r: 3.5 }));
     const last = known.at(-1);
-    if (last) chart.append(svg("text", { class: `value ${kind}`, x: WIDTH, y: y(0.5) + 4, "text-anchor": "end" }, percent(last[1])));
+    if (last) chart.append(svg("text", { class: `value ${kind}`, x: width, y: y(0.5) + 4, "text-anchor": "end" }, percent(last[1])));
   });
   const bottom = TOP + rows.length * ROW + 10;
   chart.append(svg("text", { x: LEFT, y: bottom }, label(history[0].label)));
   if (history.length > 1) {
-    chart.append(svg("text", { x: WIDTH - RIGHT, y: bottom, "text-anchor": "end" }, label(history.at(-1).label)));
+    chart.append(svg("text", { x: width - RIGHT, y: bottom, "text-anchor": "end" }, label(history.at(-1).label)));
   }
   return chart;
 }

@@ -1,7 +1,7 @@
 // What the model dreams of each class: generated when asked for, and held by this page alone.
 
 import { bytesOf, post } from "./api.js";
-import { $, make, showing } from "./dom.js";
+import { $, make, plural, showing } from "./dom.js";
 import { fromRgb } from "./pictures.js";
 
 const PER_CLASS = 8;
@@ -15,22 +15,16 @@ export function startDreams() {
   $("dream-cancel").addEventListener("click", () => showing($("dream-problem"), () => post("/api/cancel")));
 }
 
-function show({ size, images }) {
-  const byClass = Map.groupBy ? Map.groupBy(images, ({ name }) => name) : grouped(images);
+function show({ size, dreams }) {
   $("dreams").replaceChildren(
-    ...[...byClass].map(([name, some]) => {
-      const canvases = some.slice(0, PER_CLASS).map(({ pixels }) => fromRgb(bytesOf(pixels), size));
+    ...dreams.map(({ name, images }) => {
+      const canvases = images.map((pixels) => fromRgb(bytesOf(pixels), size));
       const pictures = make("div", { className: "images", role: "img" }, ...canvases);
-      pictures.setAttribute("aria-label", `${canvases.length} generated images of ${name}`);
-      return make("figure", {}, make("figcaption", {}, name), pictures);
+      pictures.setAttribute("aria-label", `${plural(canvases.length, "generated image")} of ${name}`);
+      const none = make("p", { className: "soft" }, "None came out that the model takes for this class.");
+      return make("figure", {}, make("figcaption", {}, name), canvases.length ? pictures : none);
     }),
   );
-}
-
-function grouped(images) {
-  const found = new Map();
-  for (const image of images) found.set(image.name, [...(found.get(image.name) ?? []), image]);
-  return found;
 }
 
 export function showDreams(state) {

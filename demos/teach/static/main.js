@@ -2,7 +2,7 @@
 
 import { follow, getJson } from "./api.js";
 import { startCamera } from "./camera.js";
-import { showChart } from "./chart.js";
+import { showChart, startChart } from "./chart.js";
 import { $, plural, size } from "./dom.js";
 import { showDreams, startDreams } from "./dreams.js";
 import { showKept, startKept } from "./kept.js";
@@ -37,7 +37,7 @@ function showModel({ model, classes, kept }) {
 }
 
 async function start() {
-  for (const begin of [startCamera, startTeaching, startTrying, startKnown, startKept, startDreams]) begin();
+  for (const begin of [startCamera, startTeaching, startTrying, startKnown, startChart, startKept, startDreams]) begin();
   const { runtime, limits } = await getJson("/api/state");
   $("class-name").maxLength = limits.name;
   $("new-name").maxLength = limits.name;

@@ -76,13 +76,14 @@ async function askBrowser(question) {
     note("");
     showBars($("browser-answer"), answered.classes, probabilities);
     const difference = Math.max(...probabilities.map((value, place) => Math.abs(value - answered.probabilities[place])));
-    $("agreement").textContent = `Both had the same pixels; their probabilities differ by ${difference.toExponential(1)} at most.`;
+    $("agreement").textContent = `Both had the same pixels; their probabilities differ by ${shown(difference)}.`;
     $("answer").dataset.compared = JSON.stringify({ server: answered.probabilities, browser: probabilities });
   } catch (error) {
     if (question === asking) note(`It cannot answer: ${error.message}.`);
   }
 }
 
+const shown = (difference) => (difference < 1e-6 ? "less than 0.000001" : `${difference.toFixed(6)} at most`);
 const note = (text) => void ($("browser-note").textContent = text);
 
 function showVerdict() {
@@ -132,6 +133,7 @@ export function showTrying(now) {
   const before = state;
   state = now;
   $("try-sample").hidden = !state.ready.samples;
+  $("try-hint").hidden = state.classes.length > 0;
   for (const id of ["try-files", "try-camera", "try-sample"]) $(id).disabled = !state.classes.length;
   showTally();
   const changed = before !== null && before.version !== state.version;
