@@ -31,7 +31,7 @@ def teach_some(page: Page) -> None:
         page.wait_for_selector(f"#known .task:nth-child({number})", timeout=LONG)
         page.wait_for_selector("#outcome.done", timeout=LONG)
     page.click("#try-sample")
-    page.wait_for_selector('#answer:not([data-compared=""])', timeout=LONG)
+    page.wait_for_selector('#answer[data-compared^="{"]', timeout=LONG)
     page.click("#dream-button")
     page.wait_for_selector("#dreams canvas", timeout=LONG)
 

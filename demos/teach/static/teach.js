@@ -18,7 +18,7 @@ const STAGES = {
 const COMMITS = { instant: "It answers for the new classes", adapted: "It answers with the adapted network" };
 
 let chosen = new Set(); // ready classes
-let offered = ""; // the ready classes that the choice was made among
+let offered = ""; // what the choice was made from: it is made again after every task
 let state = null;
 const thumbnails = new Map(); // of collected classes, in this page alone
 
@@ -79,12 +79,13 @@ async function upload(name, blob) {
 export function showTeaching(now) {
   state = now;
   const names = state.ready.classes.map(({ name }) => name);
-  if (names.join("\n") !== offered) {
-    offered = names.join("\n");
+  const teaching = state.job?.kind === "teach";
+  const key = JSON.stringify([names, state.classes, teaching]);
+  if (key !== offered) {
+    offered = key;
     chosen = new Set(state.draft.length ? [] : names.slice(0, SUGGESTED));
     showReady();
   }
-  const teaching = state.job?.kind === "teach";
   for (const name of thumbnails.keys()) if (!state.draft.some((one) => one.name === name) && !teaching) thumbnails.delete(name);
   showDraft();
   showProgress();
