@@ -3,10 +3,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow test-lowest coverage lint types docs figures notebook structure wheels audit paper-gpu clean
+.PHONY: demo teach runtime test test-slow test-lowest coverage lint types docs figures notebook structure wheels audit paper-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/edge-dfcil demo
+
+# A page that teaches a model in the browser; ARGS="--camera" or ARGS="--folder PATH" for other pictures than digits.
+teach: $(STAMP) runtime
+	$(BIN)/python -m demos.teach $(ARGS)
+
+# What the page answers with in the browser itself. Without npm the page works, and says that this part is off.
+runtime: demos/teach/node_modules/.installed
+demos/teach/node_modules/.installed: demos/teach/package.json
+	@if command -v npm >/dev/null; \
+	then npm install --prefix demos/teach --no-package-lock --no-audit --no-fund --ignore-scripts && touch $@; \
+	else echo 'npm is not installed: the page will work without its answer in the browser' >&2; fi
 
 # Tests compute with one thread each, so two processes keep two cores busy. A file's tests stay together, and files in order:
 # by their number of tests, those with few long ones would come last, when one process has nothing left to do.
@@ -87,4 +98,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest .venv-wheels .venv-audit .coverage build dist site edge-dfcil-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf demos/teach/node_modules .venv .venv-lowest .venv-wheels .venv-audit .coverage build dist site edge-dfcil-demo .pytest_cache .mypy_cache .ruff_cache
