@@ -12,6 +12,7 @@ let state = null;
 let picture = null; // the canvas that is answered
 let answered = null; // the server's answer
 let asking = 0; // the number of the last question: an answer to an earlier one is not shown
+let comparing = 0; // the question that the browser answers now; 0: none
 let truth = ""; // what the picture really is, where that is known
 let counted = false; // whether this picture is in the tally
 let tally = { version: null, right: 0, n: 0 };
@@ -67,7 +68,8 @@ async function askBrowser(question) {
   if (!state.runtime) {
     return note("It is off, because onnxruntime-web is not installed. With npm: npm install --prefix demos/teach, then reload.");
   }
-  if (state.job !== null) return note("It answers when the task has ended: its file is exported from the model then.");
+  if (state.job !== null) return note("It answers when nothing else runs: its file is exported from the model then.");
+  comparing = question;
   note(state.exported ? "Loading" : "The server exports the model for it");
   try {
     const { version, probabilities } = await classify(picture);
@@ -80,6 +82,8 @@ async function askBrowser(question) {
     $("answer").dataset.compared = JSON.stringify({ server: answered.probabilities, browser: probabilities });
   } catch (error) {
     if (question === asking) note(`It cannot answer: ${error.message}.`);
+  } finally {
+    if (comparing === question) comparing = 0;
   }
 }
 
@@ -137,9 +141,11 @@ export function showTrying(now) {
   for (const id of ["try-files", "try-camera", "try-sample"]) $(id).disabled = !state.classes.length;
   showTally();
   const changed = before !== null && before.version !== state.version;
-  const ended = before?.job && !state.job && before.job.kind !== "export";
-  if (picture !== null && (changed || ended)) {
-    if (changed) counted = true; // it was counted for the model before, or not at all
+  if (picture === null) return;
+  if (changed) {
+    counted = true; // it was counted for the model before, or not at all
     ask().catch((error) => void ($("try-problem").textContent = error.message));
+  } else if (before?.job && !state.job && answered !== null && comparing !== asking && !$("answer").dataset.compared) {
+    askBrowser(asking); // what it waited for has ended
   }
 }
