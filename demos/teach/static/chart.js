@@ -91,5 +91,6 @@ const label = (text) => ({ learnt: "first task", instant: "instant commit", adap
 function table(rows, history) {
   const head = make("tr", {}, make("th", {}, "Classes"), ...history.map((entry) => make("th", {}, label(entry.label))));
   const body = rows.map(({ name, points }) => make("tr", {}, make("th", {}, name), ...points.map((one) => make("td", {}, percent(one)))));
-  return make("table", { className: "visually-hidden" }, make("caption", {}, "Accuracy by task"), head, ...body);
+  const whole = make("table", {}, make("caption", {}, "Accuracy by task"), head, ...body);
+  return make("div", { className: "visually-hidden" }, whole); // a table itself cannot be made that small
 }
