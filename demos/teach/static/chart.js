@@ -3,11 +3,11 @@
 import { $, listed, make } from "./dom.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const ROW = 58;
+const ROW = 74;
+const LONGEST = 32; // characters of a name that are shown
 const PLOT = 40; // pixels from 0 to 100 %
-const LEFT = 96;
-const RIGHT = 64;
-const TOP = 6;
+const NAME = 18; // pixels of a row's name, above its plot
+const RIGHT = 72;
 
 function svg(tag, attributes, text) {
   const element = document.createElementNS(SVG, tag);
@@ -60,31 +60,31 @@ export function showChart(state) {
 }
 
 function drawn(rows, history) {
-  const height = TOP + rows.length * ROW + 16;
+  const height = rows.length * ROW + 16;
   const width = Math.max(260, $("chart").clientWidth);
   const chart = svg("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
-  const span = width - LEFT - RIGHT - 16;
-  const x = (place) => LEFT + 8 + (history.length > 1 ? (place * span) / (history.length - 1) : span / 2);
+  const span = width - RIGHT - 16;
+  const x = (place) => 8 + (history.length > 1 ? (place * span) / (history.length - 1) : span / 2);
   rows.forEach(({ name, points }, row) => {
     const kind = name === "All" ? "all" : "";
-    const y = (value) => TOP + row * ROW + 8 + PLOT * (1 - value);
-    for (const value of [0, 1]) chart.append(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value) }));
-    chart.append(svg("text", { class: `name ${kind}`, x: 0, y: y(0.5) + 4 }, short(name)));
+    const y = (value) => row * ROW + NAME + 6 + PLOT * (1 - value);
+    for (const value of [0, 1]) chart.append(svg("line", { class: "grid", x1: 0, x2: width - RIGHT, y1: y(value), y2: y(value) }));
+    chart.append(svg("text", { class: `name ${kind}`, x: 0, y: row * ROW + 12 }, short(name)));
     const known = points.map((value, place) => [x(place), value]).filter(([, value]) => value !== null);
     chart.append(svg("polyline", { class: `line ${kind}`, points: known.map(([at, value]) => `${at},${y(value)}`).join(" ") }));
     for (const [at, value] of known) chart.append(svg("circle", { class: kind, cx: at, cy: y(value), r: 3.5 }));
     const last = known.at(-1);
     if (last) chart.append(svg("text", { class: `value ${kind}`, x: width, y: y(0.5) + 4, "text-anchor": "end" }, percent(last[1])));
   });
-  const bottom = TOP + rows.length * ROW + 10;
-  chart.append(svg("text", { x: LEFT, y: bottom }, label(history[0].label)));
+  const bottom = rows.length * ROW + 10;
+  chart.append(svg("text", { x: 0, y: bottom }, label(history[0].label)));
   if (history.length > 1) {
     chart.append(svg("text", { x: width - RIGHT, y: bottom, "text-anchor": "end" }, label(history.at(-1).label)));
   }
   return chart;
 }
 
-const short = (text) => (text.length > 14 ? `${text.slice(0, 13)}…` : text);
+const short = (text) => (text.length > LONGEST ? `${text.slice(0, LONGEST - 1)}…` : text);
 const label = (text) => ({ learnt: "first task", instant: "instant commit", adapted: "adapted" })[text] ?? short(text);
 
 /** The same figures for a screen reader. */
