@@ -132,8 +132,10 @@ class Teacher:
     def state(self) -> dict[str, Any]:
         """All that the page shows, as JSON takes it."""
         with self._lock:
+            # Before the model: whoever reads of a commit must find its classes.
+            job = self._job.to_dict() if self._job is not None else None
             model, version = self._current()
-            known, job = model.classes, self._job
+            known = model.classes
             return {
                 "version": version,
                 "model": {
@@ -150,7 +152,7 @@ class Teacher:
                     "samples": self._measured.has_samples,
                 },
                 "draft": [{"name": name, "count": len(images)} for name, images in self._draft.items()],
-                "job": job.to_dict() if job is not None else None,
+                "job": job,
                 "outcome": self._outcome,
                 "history": self._measured.history,
                 "kept": by_role(model),
