@@ -529,6 +529,18 @@ def known(page: Any) -> list[str]:
     return [chip.inner_text() for chip in page.query_selector_all("#known button")]
 
 
+def comparison(page: Any, asked: list[float]) -> Any:
+    """The probabilities that the page compares, `server` and `browser`, once the server's are those that were asked for."""
+    found: list[Any] = []
+
+    def is_there() -> bool:
+        found[:] = [json.loads(page.get_attribute("#answer", "data-compared") or '{"server": []}')]
+        return len(found[0]["server"]) == len(asked) and np.allclose(found[0]["server"], asked, atol=1e-6)
+
+    wait_until(is_there)
+    return found[0]
+
+
 @needs_browser
 @pytest.mark.slow
 def test_a_visitor_teaches_cancels_forgets_and_predicts(page: Any, ready: Ready, tmp_path: Path) -> None:
@@ -580,8 +592,8 @@ def test_a_visitor_teaches_cancels_forgets_and_predicts(page: Any, ready: Ready,
     for content in (png(ready.test["2"][0]), some_pictures(1, side=61)[0], some_pictures(1, side=300)[0]):
         asked = lesson.learner.probabilities(pictures.decode(content))[0].tolist()
         drop(page, "#try-drop", content)
-        wait_until(lambda asked=asked: compared(page) and np.allclose(compared(page)["server"], asked, atol=1e-6))  # type: ignore[misc]
-        assert np.abs(np.subtract(compared(page)["browser"], asked)).max() <= 1e-3
+        answers = comparison(page, asked)
+        assert np.abs(np.subtract(answers["browser"], answers["server"])).max() <= 1e-3
     page.select_option("#truth", "2")
     assert "right of 1 picture" in page.inner_text("#tally")
 
@@ -589,9 +601,10 @@ def test_a_visitor_teaches_cancels_forgets_and_predicts(page: Any, ready: Ready,
     page.click("text=mug <b>")
     press(page, "#forget-button")
     page.wait_for_selector("#class-dialog", state="hidden")
-    assert known(page) == ["0", "1", "2", "3"] == list(lesson.learner.classes)
-    wait_until(lambda: len((compared(page) or {"browser": []})["browser"]) == 4)
-    assert np.abs(np.subtract(compared(page)["browser"], compared(page)["server"])).max() <= 1e-3
+    wait_until(lambda: known(page) == ["0", "1", "2", "3"])
+    assert list(lesson.learner.classes) == ["0", "1", "2", "3"]
+    answers = comparison(page, lesson.learner.probabilities(pictures.decode(content))[0].tolist())
+    assert np.abs(np.subtract(answers["browser"], answers["server"])).max() <= 1e-3
 
     # Dreams, and what is kept.
     press(page, "#dream-button")
@@ -607,8 +620,3 @@ def test_a_visitor_teaches_cancels_forgets_and_predicts(page: Any, ready: Ready,
     assert {urlsplit(url).netloc for url in page.asked} == {urlsplit(page.url).netloc}, "no request leaves the host"
     refused = [one for one in page.complaints if "400" not in one and "bad.png" not in one and "/api/events" not in one]
     assert refused == [], "the policy forbids nothing that the page does"
-
-
-def compared(page: Any) -> Any:
-    """The probabilities that the page compares: `server` and `browser`; None while it waits for one."""
-    return json.loads(page.get_attribute("#answer", "data-compared") or "null")
