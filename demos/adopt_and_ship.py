@@ -71,7 +71,7 @@ def run(out: Path, recipe: Recipe = RECIPE, epochs: int = 4, say: Callable[[str]
     out.mkdir(parents=True, exist_ok=True)
     reports = [learner.export(out / "digits.onnx")]
     try:
-        reports += [learner.export(out / "digits.int8.onnx", "int8")]
+        reports += [learner.export(out / "digits.int8.onnx", "int8", force=True)]
     except ExportError as error:  # its answers are not the model's: the floats are shipped alone
         say(f"no INT8 file: {error}")
     for report in reports:  # each is answered as an app would: NumPy and ONNX Runtime, no torch
