@@ -14,6 +14,7 @@ import click
 
 from benchmarks import accuracy, datasets, memory_tables, readme, runners, steps, workshop_tables
 from benchmarks import images as photographs
+from benchmarks import int8 as int8s
 from benchmarks import latency as latencies
 from benchmarks import memory as memories
 from benchmarks import precision as precisions
@@ -258,6 +259,20 @@ def run_images(data: Path, model: Path | None, quick: bool, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / photographs.FILE).write_text(json.dumps(found, indent=1) + "\n")
     click.echo(photographs.describe(found))
+
+
+@main.command("int8")
+@DATA
+@click.option("--models", type=click.Path(file_okay=False, path_type=Path), default="edge-dfcil-int8", help="Folder of models.")
+@click.option("--backbones", default=",".join(int8s.BACKBONES), show_default=True, help="Names with commas between.")
+@RESULTS
+def run_int8(data: Path, models: Path, backbones: str, out: Path) -> None:
+    """Each way to quantize mobile networks, which are trained first where MODELS does not hold them."""
+    models.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    found = int8s.run(datasets.load(data), models, lambda line: click.echo(line, err=True), backbones.split(","))
+    (out / int8s.FILE).write_text(json.dumps(found, indent=1) + "\n")
+    click.echo(int8s.describe(found))
 
 
 @main.command("report")

@@ -68,7 +68,8 @@ def _graphs(learner: Learner, others: dict[str, Path], folder: Path, say: Callab
         ("onnx int8", learner, "int8"),
         *((f"onnx float, {word}", Learner.load(path, "cpu"), None) for word, path in others.items()),
     ):
-        graphs[name] = Path(one.export(folder / "graph.onnx", quantize, progress=False).path).read_bytes()
+        report = one.export(folder / "graph.onnx", quantize, force=quantize is not None, progress=False)
+        graphs[name] = Path(report.path).read_bytes()
     return graphs
 
 

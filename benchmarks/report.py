@@ -13,6 +13,7 @@ from benchmarks import (
     candidates,
     embedding,
     images,
+    int8,
     latency,
     memory,
     memory_tables,
@@ -97,6 +98,8 @@ def write(folder: Path) -> str:
         parts += ["## Rejection and calibration", known]
     if (answers := measured(folder / latency.FILE)) is not None:
         parts += ["## Latency", latency.describe(answers)]
+    if (quantized := measured(folder / int8.FILE)) is not None:
+        parts += ["## INT8 of mobile networks", int8.describe(quantized)]
     if (photographs := measured(folder / images.FILE)) is not None:
         parts += ["## Images of any size", images.describe(photographs)]
     text = "\n\n".join(parts) + "\n"

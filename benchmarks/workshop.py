@@ -288,7 +288,8 @@ class Workshop:
             calibration = [(part.images[:CALIBRATION], part.targets[:CALIBRATION])]
         path = self._models / f"int8-{'real' if real else 'dreams'}.onnx"
         try:
-            report = self._teacher.export(path, "int8", calibration=calibration, evaluation=self._test, classes=self._data.names)
+            sets: dict[str, Any] = {"calibration": calibration, "evaluation": self._test, "classes": self._data.names}
+            report = self._teacher.export(path, "int8", force=True, **sets)
         except ExportError as error:
             return {"refused": str(error)}
         return {**report.to_dict(), "path": path.name}

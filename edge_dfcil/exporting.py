@@ -56,9 +56,12 @@ class Exporting(PlainWork):
     calibration
         A loader, as for `learn_task`, to calibrate on instead. Nothing of it is kept.
     evaluation
-        A loader of known classes, on which the INT8 file is checked as well; the report has both accuracies.
+        A loader of known classes, on which the INT8 file is checked as well: it may lose one point of accuracy. The report has
+        both accuracies.
     classes
         Names by target value for `evaluation`; None takes its data set's.
+    force
+        Whether an INT8 file is written that is not faster than floats on this machine.
 
     Raises `ExportError` when the file cannot be made or disagrees with the model; nothing is written then.
     """
@@ -77,17 +80,21 @@ class Exporting(PlainWork):
         calibration: Any | None = None,
         evaluation: Any | None = None,
         classes: Classes | None = None,
+        force: bool = False,
     ) -> None:
         if quantize not in (None, "int8"):
             raise ExportError(f"quantize={quantize!r} is no form of quantization; pass None or 'int8'")
         if quantize is None and (calibration is not None or evaluation is not None):
             raise ExportError("calibration and evaluation are for quantize='int8'; a float file is checked without them")
+        if quantize is None and force:
+            raise ExportError("force is for quantize='int8': it writes a file that is not faster than floats")
         check_input(input)
         model.check_answering()
         registry.find_exporter(path, format)
         registry.check_target(path, source)
         self._model, self._recipe, self._path, self._format, self._source = model, recipe, path, format, source
         self._input = input
+        self._force = force
         self._seed, self._calibration, self._evaluation, self._classes = seed, calibration, evaluation, classes
         count = max(MIN_CALIBRATION, 8 * len(model.classes))
         self._dreaming = Dreaming(model, recipe, count, None, "fast") if quantize else None
@@ -147,9 +154,9 @@ class Exporting(PlainWork):
         order = pool.labels.argsort(stable=True)
         checks["dreams"] = Generated(model, pool, order[1::2])
         if self._calibration is not None:
-            return Int8(Pictures(model, self._calibration), checks, targets)
+            return Int8(Pictures(model, self._calibration), checks, targets, force=self._force)
         varied = Generated(model, pool, order[::2], views=2, recipe=self._recipe, seed=self._seed)
-        return Int8(varied, checks, targets, widening=WIDENING)
+        return Int8(varied, checks, targets, widening=WIDENING, force=self._force)
 
 
 class Merged(nn.Module):

@@ -292,7 +292,7 @@ class Learner(Serving, RunsSessions):
     ) -> ExportReport:
         """Writes the current classifier with its preprocessing, checked against the model before it is written.
 
-        See `edge_dfcil.exporting.Exporting` for `quantize` and the options: `input`, `calibration`, `evaluation`, `classes`.
+        See `edge_dfcil.exporting.Exporting` for `quantize` and the options, `input`, `calibration`, `evaluation` and others.
         Raises `ExportError` when the file cannot be made or disagrees with the model; nothing is written then.
         """
         work = Exporting(self._model, self._recipe, path, quantize, seed=self._seed_of_task(), **options)

@@ -1,7 +1,8 @@
 """INT8: static quantization of an exported graph by ONNX Runtime, calibrated on images, checked against the float graph.
 
-Weights get a scale a channel, activations one a tensor (QDQ form). Weights use seven of their eight bits: x86 CPUs without
-VNNI add products in 16 bits, which eight would overflow, and an exported file must give the same answers everywhere.
+Activations get a scale a tensor (QDQ form). Weights get one a channel, or what else of `ATTEMPTS` answers as the float graph.
+Weights use seven of their eight bits: x86 CPUs without VNNI add products in 16 bits, which eight would overflow, and an exported
+file must give the same answers everywhere.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from exporters.telemetry import runtime_library
 from exporters.timing import session
 
 AGREEMENT = 0.9  # share of images, of each set it is checked on, whose answer must be that of the float graph
+LOSS = 0.01  # of accuracy, at most, on sets whose answers are known
 # Images that a graph sees together. Calibration holds the activations of all layers for so many pixels: 50 MB for
 # mobilenet_v3_small, whose quantization takes about 150 MB beside torch, however many images there are.
 BATCH, BATCH_PIXELS = 32, 2**17
@@ -32,9 +34,26 @@ ImageSet = Images | Iterable[Images]
 
 
 @dataclass(frozen=True)
+class Attempt:
+    """A way to quantize: a scale for each channel of a weight or one for the tensor, and whether the head stays floats."""
+
+    per_channel: bool = True
+    float_head: bool = False
+
+    def __str__(self) -> str:
+        return f"a scale a {'channel' if self.per_channel else 'tensor'}{', the head in floats' if self.float_head else ''}"
+
+
+# The first that passes the checks is written. The head is what follows the last convolution, pooling included: one linear layer
+# over features of very different variances, such as those of several scales, loses the small ones in a common scale.
+ATTEMPTS = (Attempt(), Attempt(per_channel=False), Attempt(float_head=True), Attempt(per_channel=False, float_head=True))
+
+
+@dataclass(frozen=True)
 class Int8:
     """What a graph is quantized with. A set of images is an array (N, 3, S, S), uint8, or an iterable of such arrays, which is
-    read once, batch by batch, and not kept. Its `len`, if it has one, is the number of its images.
+    read batch by batch, and not kept. Its `len`, if it has one, is the number of its images. Sets to check on are read again
+    for every attempt.
 
     Attributes
     ----------
@@ -47,12 +66,18 @@ class Int8:
     widening
         Factor by which the ranges read from `calibration` are widened: above 1 where the images to come reach further than
         those, below which what they exceed the ranges by would be cut off.
+    force
+        Whether a file is written that is not faster than floats on this machine. It is smaller, and may be faster on others.
+    attempts
+        Ways to quantize, in the order in which they are tried.
     """
 
     calibration: ImageSet
     checks: Mapping[str, ImageSet]
     targets: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     widening: float = 1.0
+    force: bool = False
+    attempts: tuple[Attempt, ...] = ATTEMPTS
 
 
 @dataclass(frozen=True)
@@ -61,6 +86,8 @@ class Comparison:
 
     Attributes
     ----------
+    images
+        Their number.
     agreement
         Share of images with the same answer.
     accuracy
@@ -69,9 +96,23 @@ class Comparison:
         The largest difference of a probability.
     """
 
+    images: dict[str, int]
     agreement: dict[str, float]
     accuracy: dict[str, tuple[float, float]]
     max_difference: float
+
+    def reason(self) -> str:
+        """Why the INT8 graph must not be written; empty if it may be."""
+        for name, share in self.agreement.items():
+            if share < AGREEMENT:
+                of = f"of the {self.images[name]} {name}"
+                return f"another answer than the model for {1 - share:.1%} {of}, {1 - AGREEMENT:.0%} is allowed"
+        for name, (as_float, as_int8) in self.accuracy.items():
+            lost = round((as_float - as_int8) * self.images[name])
+            if lost > max(1, LOSS * self.images[name]):  # one image of few is chance
+                loss = f"{100 * (as_float - as_int8):.1f} points of accuracy less on the {name}, {100 * LOSS:g} is allowed"
+                return f"{loss} ({as_float:.1%} as float, {as_int8:.1%} as INT8)"
+        return ""
 
 
 def count(images: ImageSet) -> int | None:
@@ -81,38 +122,92 @@ def count(images: ImageSet) -> int | None:
     return len(images) if isinstance(images, Sized) else None
 
 
-def quantize(graph: bytes, setting: Int8, advance: Callable[[int], None] = lambda images: None) -> bytes:
-    """The graph in INT8.
+def quantize(
+    graph: bytes, setting: Int8, advance: Callable[[int], None] = lambda images: None
+) -> tuple[bytes, Attempt, Comparison]:
+    """The graph in INT8 by the first of `setting.attempts` that answers as the graph does on every set of images to check on.
 
-    `advance` is called with the number of images of every batch that has been calibrated on; what it raises passes through.
-    Raises `ExportError` when ONNX Runtime cannot quantize it.
+    `advance` is called with the number of images of every batch that has been read, except that the checks are counted once;
+    what it raises passes through. Raises `ExportError` when ONNX Runtime cannot quantize the graph, when a set is empty, and when
+    no attempt passes, with the figures of each.
     """
     runtime_library()
-    import onnx
     from onnxruntime import quantization
 
+    reasons = []
     with tempfile.TemporaryDirectory() as folder:
-        plain, prepared, quantized = (Path(folder) / name for name in ("float.onnx", "prepared.onnx", "int8.onnx"))
+        plain, prepared = (Path(folder) / name for name in ("float.onnx", "prepared.onnx"))
         with _onnxruntime():
             plain.write_bytes(graph)
             # Folds BatchNorm into convolutions and infers the shapes.
             quantization.quant_pre_process(str(plain), str(prepared))
+            _pool(prepared)
         first, ranges = _ranges(prepared, setting, advance)
-        with _onnxruntime():
-            quantization.quantize_static(
-                str(prepared),
-                str(quantized),
-                _OneBatch(first),  # has to be given, but every range is
-                quant_format=quantization.QuantFormat.QDQ,
-                activation_type=quantization.QuantType.QUInt8,
-                weight_type=quantization.QuantType.QInt8,
-                per_channel=True,
-                reduce_range=True,
-                nodes_to_exclude=_of_probabilities(prepared),
-                extra_options={"TensorQuantOverrides": ranges},
-            )
-            model = onnx.load(str(quantized))
+        for number, attempt in enumerate(setting.attempts):
+            quantized = _quantized(graph, prepared, first, ranges, attempt)
+            found = compare(graph, quantized, setting, advance if number == 0 else lambda images: advance(0))
+            if not (reason := found.reason()):
+                return quantized, attempt, found
+            reasons.append(f"{attempt}: {reason}")
+    raise ExportError(
+        f"no INT8 graph answers as the model does. {'; '.join(reasons)}. Nothing was written. Calibrate on images like those to "
+        "come, or export floats"
+    )
+
+
+def _quantized(graph: bytes, prepared: Path, first: Images, ranges: dict[str, Any], attempt: Attempt) -> bytes:
+    import onnx
+    from onnxruntime import quantization
+
+    quantized = prepared.with_name("int8.onnx")
+    with _onnxruntime():
+        quantization.quantize_static(
+            str(prepared),
+            str(quantized),
+            _OneBatch(first),  # has to be given, but every range is
+            quant_format=quantization.QuantFormat.QDQ,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            per_channel=attempt.per_channel,
+            reduce_range=True,
+            nodes_to_exclude=_of_probabilities(prepared) + (_of_the_head(prepared) if attempt.float_head else []),
+            extra_options={"TensorQuantOverrides": ranges},
+        )
+        model = onnx.load(str(quantized))
     return _labelled_as(onnx.load_from_string(graph), model)
+
+
+def _pool(graph: Path) -> None:
+    """Means of whole maps as pooling: ONNX Runtime has an integer kernel for that, and takes six times as long for means."""
+    import onnx
+
+    model = onnx.load(str(graph))
+    constants = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    ranks = {one.name: len(one.type.tensor_type.shape.dim) for one in model.graph.value_info}
+    for node in model.graph.node:
+        axes = constants.get(node.input[1]) if node.op_type == "ReduceMean" and len(node.input) > 1 else None
+        keeps = all(entry.i == 1 for entry in node.attribute if entry.name == "keepdims")
+        if axes is not None and keeps and ranks.get(node.input[0]) == 4 and {int(axis) % 4 for axis in axes} == {2, 3}:
+            node.op_type = "GlobalAveragePool"
+            del node.input[1:], node.attribute[:]
+    used = {name for node in model.graph.node for name in node.input}
+    for one in [one for one in model.graph.initializer if one.name not in used]:
+        model.graph.initializer.remove(one)
+    onnx.save(model, str(graph))
+
+
+def _of_the_head(graph: Path) -> list[str]:
+    """The nodes behind which no convolution follows."""
+    import onnx
+
+    leads: set[str] = set()  # tensors that a convolution comes of
+    found = []
+    for node in reversed(onnx.load(str(graph)).graph.node):  # sorted: what a node takes is made before it
+        if node.op_type == "Conv" or leads.intersection(node.output):
+            leads.update(node.input)
+        else:
+            found.append(node.name)
+    return found
 
 
 def _of_probabilities(graph: Path) -> list[str]:
@@ -207,10 +302,10 @@ def _onnxruntime() -> Iterator[None]:
 def compare(graph: bytes, quantized: bytes, setting: Int8, advance: Callable[[int], None] = lambda images: None) -> Comparison:
     """Runs both graphs on every set of images, batch by batch; `advance` is as for `quantize`.
 
-    Raises `ExportError` when they agree on too few of a set, or a set is empty.
+    Raises `ExportError` when a set is empty, or has another number of images than of targets.
     """
     ours, theirs = session(quantized), session(graph)
-    agreement, accuracy, largest = {}, {}, 0.0
+    images_of, agreement, accuracy, largest = {}, {}, {}, 0.0
     for name, images in setting.checks.items():
         found, right = [], []
         for batch in _batches(images):
@@ -222,15 +317,10 @@ def compare(graph: bytes, quantized: bytes, setting: Int8, advance: Callable[[in
         if not found:
             raise ExportError(f"there is no image in {name!r} to check the INT8 graph on")
         answers, wanted = np.concatenate(found), np.concatenate(right)
-        agreement[name] = float((answers == wanted).mean())
+        images_of[name], agreement[name] = len(wanted), float((answers == wanted).mean())
         if name in setting.targets:
             accuracy[name] = _accuracies(name, setting.targets[name], wanted, answers)
-        if agreement[name] < AGREEMENT:
-            raise ExportError(
-                f"the INT8 graph gives another answer than the model for {1 - agreement[name]:.1%} of the {len(answers)} {name}, "
-                f"{1 - AGREEMENT:.0%} is allowed. Nothing was written. Calibrate on images like those to come, or export floats"
-            )
-    return Comparison(agreement, accuracy, largest)
+    return Comparison(images_of, agreement, accuracy, largest)
 
 
 def _accuracies(name: str, targets: npt.NDArray[np.int64], *answers: npt.NDArray[np.int64]) -> tuple[float, float]:

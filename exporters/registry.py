@@ -72,7 +72,7 @@ class Artifact:
         What the report calls it; empty takes the format's name.
     input
         "fixed" or "any", as in `ExportReport`.
-    opset, float_bytes, agreement, accuracy, speedup
+    opset, float_bytes, agreement, accuracy, speedup, quantization
         As in `ExportReport`, for formats that have them.
     """
 
@@ -85,6 +85,7 @@ class Artifact:
     agreement: dict[str, float] = field(default_factory=dict)
     accuracy: dict[str, tuple[float, float]] = field(default_factory=dict)
     speedup: float | None = None
+    quantization: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ class ExportReport:
         Of an INT8 file: share of right answers of the model and of the file, for sets whose answers are known.
     speedup
         Of an INT8 file: seconds of the float graph for one image over its own, on this machine with one thread.
+    quantization
+        Of an INT8 file: which weights share a scale, and whether the head stays floats.
     input
         "fixed" for a file that takes squares of `image_size` pixels alone, "any" for one that scales and crops by itself.
     """
@@ -127,6 +130,7 @@ class ExportReport:
     accuracy: dict[str, tuple[float, float]] = field(default_factory=dict)
     speedup: float | None = None
     input: str = "fixed"
+    quantization: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -293,6 +297,7 @@ def export(
         accuracy=made.accuracy,
         speedup=made.speedup,
         input=made.input,
+        quantization=made.quantization,
     )
 
 

@@ -121,7 +121,7 @@ def test_int8_takes_every_size_too_whatever_onnx_is_installed(tmp_path: Path, mo
     monkeypatch.setattr(onnx, "IR_VERSION", 99)
     monkeypatch.setattr(onnx.helper, "IR_VERSION", 99, raising=False)
     images, path = noise(8, 3, SIDE, SIDE), tmp_path / "m.onnx"
-    report = exporters.export(Conv(), path, int8=Int8(images, {"images": images}), input="any", **SETTINGS)
+    report = exporters.export(Conv(), path, int8=Int8(images, {"images": images}, force=True), input="any", **SETTINGS)
     graph = session(str(path))
     for size in ((40, 30), (7, 90)):
         photos = noise(2, 3, *size)

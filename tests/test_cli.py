@@ -319,7 +319,7 @@ class TestSmaller:
     def test_in_int8(self, pictures: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(exporting, "MIN_CALIBRATION", 64)
         pictured = ["--calibration", pictures[0], "--eval", pictures[0]]
-        shown = cli("export", model, tmp_path / "int8.onnx", "--quantize", "int8", *pictured).stdout
+        shown = cli("export", model, tmp_path / "int8.onnx", "--quantize", "int8", "--force", *pictured).stdout
         assert "of the float file's size" in shown and "of the dreams" in shown
 
 

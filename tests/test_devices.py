@@ -86,7 +86,7 @@ def test_prunes_on_an_accelerator_what_it_prunes_on_the_cpu(taught: Learner, tmp
 
 
 def test_int8_from_an_accelerator(taught: Learner, tmp_path: Path) -> None:
-    report = taught.export(tmp_path / "m.onnx", "int8")
+    report = taught.export(tmp_path / "m.onnx", "int8", force=True)
     assert report.bytes < report.float_bytes and report.agreement["dreams"] >= 0.9
 
 

@@ -15,10 +15,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from edge_dfcil import DataError, ExportError, Learner
 from edge_dfcil.demo import Batches
 from exporters import Int8, OnnxClassifier, export, export_onnx
+from exporters.int8 import Comparison
 from exporters.timing import session
 from tests.conftest import NAMES, QUICK, quick_learner
 
@@ -38,7 +40,7 @@ def able(train: Batches) -> Learner:
 @pytest.fixture(scope="module")
 def int8(able: Learner, test: Batches, tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("int8") / "digits.onnx"
-    return able.export(path, "int8", evaluation=[*test.of(("0", "1", "2", "3"))], classes=NAMES, progress=False), path
+    return able.export(path, "int8", force=True, evaluation=[*test.of(("0", "1", "2", "3"))], classes=NAMES, progress=False), path
 
 
 def test_it_answers_nearly_as_the_model_in_a_third_of_the_space(able: Learner, int8: Any, test: Batches, tmp_path: Path) -> None:
@@ -62,7 +64,7 @@ def test_it_rejects_as_the_model(able: Learner, test: Batches, tmp_path: Path) -
     learner, known = copy.deepcopy(able), test.of(("0", "1", "2", "3"))
     half = len(known.images) // 2
     learner.calibrate([(known.images[:half], known.targets[:half])], NAMES)
-    learner.export(tmp_path / "int8.onnx", "int8", progress=False)
+    learner.export(tmp_path / "int8.onnx", "int8", force=True, progress=False)
     classifier = OnnxClassifier(tmp_path / "int8.onnx")
     assert classifier.thresholds == learner.model.thresholds
     mine, theirs = (one.predict(test.images.numpy(), reject=True) for one in (classifier, learner))
@@ -90,7 +92,7 @@ def test_ranges_can_be_wider_than_those_of_the_calibration(able: Learner, tmp_pa
     scales = []
     for widening in (1.0, 1.5):
         path = tmp_path / f"{widening}.onnx"
-        setting = Int8(able.dream(64, progress=False).numpy(), {}, widening=widening)
+        setting = Int8(able.dream(64, progress=False).numpy(), {}, widening=widening, force=True)
         export_onnx(able.network, path, classes=able.classes, image_size=16, int8=setting)
         tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
         scales.append({name: scale.item() for name, scale in tensors.items() if name.endswith("_scale") and scale.ndim == 0})
@@ -103,7 +105,7 @@ def test_it_can_be_calibrated_on_pictures_and_take_every_size(
     able: Learner, train: Batches, test: Batches, tmp_path: Path
 ) -> None:
     known, path = ("0", "1", "2", "3"), tmp_path / "a.onnx"
-    report = able.export(path, "int8", calibration=[*train.of(known)], input="any", progress=False)
+    report = able.export(path, "int8", force=True, calibration=[*train.of(known)], input="any", progress=False)
     assert report.agreement["dreams"] >= 0.9 and report.input == "any"
     large = test.of(known).images.numpy().repeat(3, axis=2).repeat(3, axis=3)
     found = session(str(path)).run(["probabilities"], {"images": large})[0].argmax(1)
@@ -116,10 +118,57 @@ def test_a_graph_that_answers_otherwise_is_not_written(able: Learner, tmp_path: 
     dark = np.zeros((8, 3, 16, 16), np.uint8)  # no range at all to calibrate on
     bright = np.random.default_rng(0).integers(0, 256, (64, 3, 16, 16)).astype(np.uint8)
     digits = able.dream(64, progress=False).numpy()
-    setting = Int8(dark, {"dreams": np.concatenate([bright, digits])})
+    setting = Int8(dark, {"dreams": np.concatenate([bright, digits])}, force=True)
     with pytest.raises(ExportError, match=r"another answer than the model for .* of the \d+ dreams, 10% is allowed"):
         export_onnx(able.network, path, classes=able.classes, image_size=16, int8=setting)
     assert path.read_bytes() == b"what was there before"
+
+
+class Uneven(nn.Module):
+    """Answers by the mean of green over that of blue, beside a mean of red that is ten thousand times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 3, 1, bias=False), nn.Linear(3, 2, bias=False)
+        self.register_buffer("scales", torch.tensor([1e4, 1.0, 1.0]))
+        with torch.no_grad():
+            self.conv.weight.copy_(torch.eye(3)[:, :, None, None])
+            self.head.weight.copy_(torch.tensor([[0.0, 20.0, -20.0], [0.0, -20.0, 20.0]]))
+
+    def forward(self, images: Any) -> Any:
+        return self.head(self.conv(images.float() / 255).relu().mean((2, 3)) * self.scales)
+
+
+def test_a_head_over_features_of_very_different_sizes_stays_floats(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (128, 3, 1, 1))
+    images = np.broadcast_to(colours, (128, 3, 16, 16)).astype(np.uint8)
+    path = tmp_path / "m.onnx"
+    report = export(Uneven(), path, classes=["green", "blue"], image_size=16, int8=Int8(images, {"pictures": images}, force=True))
+    assert report.quantization == "a scale a channel, the head in floats"
+    assert report.agreement["pictures"] >= 0.9
+    quantized = {node.op_type: node.input for node in onnx.load(path).graph.node}
+    assert quantized["Conv"][1].endswith("_DequantizeLinear_Output") and not quantized["Gemm"][1].endswith("Output")
+
+
+@pytest.mark.parametrize(
+    ("images", "as_float", "as_int8", "refused"),
+    [(1000, 0.9, 0.891, False), (1000, 0.9, 0.889, True), (20, 0.9, 0.85, False), (20, 0.9, 0.8, True), (1000, 0.8, 0.9, False)],
+)
+def test_a_point_of_accuracy_may_be_lost_or_one_image(images: int, as_float: float, as_int8: float, refused: bool) -> None:
+    found = Comparison({"pictures": images}, {"pictures": 0.95}, {"pictures": (as_float, as_int8)}, 0.1)
+    assert bool(found.reason()) == refused
+    assert not refused or "points of accuracy less on the pictures" in found.reason()
+
+
+def test_a_file_that_is_not_faster_is_not_written_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exporters.onnx.latencies", lambda graphs, size: {"float": 0.001, "int8": 0.002})
+    images = np.random.default_rng(0).integers(0, 256, (64, 3, 16, 16)).astype(np.uint8)
+    settings: dict[str, Any] = {"classes": ["green", "blue"], "image_size": 16}
+    with pytest.raises(ExportError, match=r"takes 2\.00 times as long .* Nothing was written\. .* force=True"):
+        export(Uneven(), tmp_path / "m.onnx", int8=Int8(images, {}), **settings)
+    assert not list(tmp_path.iterdir())
+    report = export(Uneven(), tmp_path / "m.onnx", int8=Int8(images, {}, force=True), **settings)
+    assert report.speedup == 0.5 and (tmp_path / "m.onnx").exists()
 
 
 def test_what_it_refuses(able: Learner, learnt: Learner, train: Batches, tmp_path: Path) -> None:
@@ -127,11 +176,13 @@ def test_what_it_refuses(able: Learner, learnt: Learner, train: Batches, tmp_pat
         learnt.export(tmp_path / "x.onnx", "int4")
     with pytest.raises(ExportError, match="for quantize='int8'"):
         learnt.export(tmp_path / "x.onnx", calibration=train)
+    with pytest.raises(ExportError, match="force is for"):
+        learnt.export(tmp_path / "x.onnx", force=True)
     with pytest.raises(DataError, match="no image"):
-        able.export(tmp_path / "x.onnx", "int8", calibration=[], progress=False)
+        able.export(tmp_path / "x.onnx", "int8", force=True, calibration=[], progress=False)
     with pytest.raises(ExportError, match="make it first"):
-        able.export(tmp_path / "no" / "x.onnx", "int8")
-    setting = Int8(np.zeros((0, 3, 16, 16), np.uint8), {})
+        able.export(tmp_path / "no" / "x.onnx", "int8", force=True)
+    setting = Int8(np.zeros((0, 3, 16, 16), np.uint8), {}, force=True)
     with pytest.raises(ExportError, match="no image to calibrate on"):
         export_onnx(able.network, tmp_path / "x.onnx", classes=able.classes, image_size=16, int8=setting)
     assert not list(tmp_path.iterdir())
@@ -139,7 +190,7 @@ def test_what_it_refuses(able: Learner, learnt: Learner, train: Batches, tmp_pat
 
 def test_exporting_leaves_the_callers_random_state_alone(able: Learner, tmp_path: Path) -> None:
     state = torch.get_rng_state()
-    able.export(tmp_path / "x.onnx", "int8", progress=False)
+    able.export(tmp_path / "x.onnx", "int8", force=True, progress=False)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -167,8 +218,8 @@ def test_a_set_can_come_in_batches_which_are_not_kept(able: Learner, test: Batch
 
     seen = []
     sets: dict[str, Any] = {"classes": able.classes, "image_size": 16}
-    one = export(able.network, tmp_path / "a.onnx", int8=Int8(images, {"pictures": images}), **sets)
-    setting = Int8(Batches(), {"pictures": Batches()})
+    one = export(able.network, tmp_path / "a.onnx", int8=Int8(images, {"pictures": images}, force=True), **sets)
+    setting = Int8(Batches(), {"pictures": Batches()}, force=True)
     two = export(able.network, tmp_path / "b.onnx", int8=setting, on_batch=lambda *state: seen.append(state), **sets)
     assert one.agreement == two.agreement
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
@@ -184,7 +235,7 @@ def test_progress_counts_images_and_can_end_the_export(able: Learner, test: Batc
         if done >= 64:
             raise KeyError("stopped")
 
-    setting = Int8([images[:50], images[50:100]], {"pictures": images[:20]})
+    setting = Int8([images[:50], images[50:100]], {"pictures": images[:20]}, force=True)
     with pytest.raises(KeyError, match="stopped"):
         export(able.network, tmp_path / "a.onnx", classes=able.classes, image_size=16, int8=setting, on_batch=stop)
     assert seen == [(32, 120), (50, 120), (82, 120)]
@@ -194,10 +245,10 @@ def test_progress_counts_images_and_can_end_the_export(able: Learner, test: Batc
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        (Int8(np.zeros((2, 3, 16, 16), np.float32), {}), "dtype float32"),
-        (Int8(np.zeros((2, 3, 9, 9), np.uint8), {}), "could not quantize"),
-        (Int8([], {}), "no image to calibrate on"),
-        (Int8(np.zeros((2, 3, 16, 16), np.uint8), {"pictures": []}), "no image in 'pictures'"),
+        (Int8(np.zeros((2, 3, 16, 16), np.float32), {}, force=True), "dtype float32"),
+        (Int8(np.zeros((2, 3, 9, 9), np.uint8), {}, force=True), "could not quantize"),
+        (Int8([], {}, force=True), "no image to calibrate on"),
+        (Int8(np.zeros((2, 3, 16, 16), np.uint8), {"pictures": []}, force=True), "no image in 'pictures'"),
     ],
 )
 def test_sets_that_cannot_be_used(able: Learner, tmp_path: Path, setting: Any, message: str) -> None:
@@ -222,7 +273,7 @@ def test_what_the_quantizer_logs_is_dropped_and_what_others_log_is_not(
         return original(*args, **settings)
 
     monkeypatch.setattr(quantization, "quantize_static", logs)
-    setting = Int8(test.images.numpy()[:32], {})
+    setting = Int8(test.images.numpy()[:32], {}, force=True)
     export(able.network, tmp_path / "x.onnx", classes=able.classes, image_size=16, int8=setting)
     assert [record.getMessage() for record in caplog.records if record.name == "root"] == ["from another thread"]
 
@@ -238,5 +289,11 @@ def test_a_set_that_knows_its_size_is_counted(able: Learner, test: Batches, tmp_
             return iter(np.array_split(images, 3))
 
     settings: dict[str, Any] = {"classes": able.classes, "image_size": 16}
-    export(able.network, tmp_path / "a.onnx", int8=Int8(Sized(), {}), on_batch=lambda *state: seen.append(state), **settings)
+    export(
+        able.network,
+        tmp_path / "a.onnx",
+        int8=Int8(Sized(), {}, force=True),
+        on_batch=lambda *state: seen.append(state),
+        **settings,
+    )
     assert seen == [(16, 48), (32, 48), (48, 48)]

@@ -294,7 +294,7 @@ class TestOtherOperations:
             lambda: learnt.dream(16),
             lambda: distill(learnt, "resnet8", progress=False),
             lambda: prune(learnt, Pruning(ratio=0.1), timing=False, progress=False),
-            lambda: learnt.export(tmp_path / "model.onnx", "int8", progress=False),
+            lambda: learnt.export(tmp_path / "model.onnx", "int8", force=True, progress=False),
         ):
             with pytest.raises(BudgetError, match=r"stage '\w+' needs [\d.]+ MB even with"):
                 operation()

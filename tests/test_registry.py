@@ -121,7 +121,7 @@ def test_the_host_application_is_left_as_it_was(tmp_path: Path) -> None:
     filters, classifier = [*warnings.filters], Conv()
     classifier.conv.eval()
     images = np.random.default_rng(0).integers(0, 256, (8, 3, 16, 16)).astype(np.uint8)
-    exporters.export(classifier, tmp_path / "m.onnx", int8=Int8(images, {}), **SETTINGS)
+    exporters.export(classifier, tmp_path / "m.onnx", int8=Int8(images, {}, force=True), **SETTINGS)
     assert classifier.training and not classifier.conv.training
     assert warnings.filters == filters
     for logger, level, handlers, found in logging_before:
@@ -138,7 +138,7 @@ def test_a_file_is_of_ir_10_and_opset_18_whatever_onnx_is_installed(
     images = np.random.default_rng(0).integers(0, 256, (8, 3, 16, 16)).astype(np.uint8)
     monkeypatch.setattr(onnx, "IR_VERSION", 99)
     monkeypatch.setattr(onnx.helper, "IR_VERSION", 99, raising=False)
-    exporters.export(Conv(), tmp_path / "m.onnx", int8=Int8(images, {}) if int8 else None, **SETTINGS)
+    exporters.export(Conv(), tmp_path / "m.onnx", int8=Int8(images, {}, force=True) if int8 else None, **SETTINGS)
     model = onnx.load(tmp_path / "m.onnx")
     assert model.ir_version <= 10
     assert [entry.version for entry in model.opset_import if entry.domain == ""] == [18]

@@ -207,7 +207,7 @@ def test_other_long_work_is_cancelled_too(verb: str, learnt: Learner, tmp_path: 
 
     work = {
         "dream": lambda: learnt.dream(8, callbacks=[Cancel()], progress=False),
-        "export": lambda: learnt.export(tmp_path / "m.onnx", "int8", callbacks=[Cancel()], progress=False),
+        "export": lambda: learnt.export(tmp_path / "m.onnx", "int8", force=True, callbacks=[Cancel()], progress=False),
     }
     with pytest.raises(Cancelled):
         work[verb]()

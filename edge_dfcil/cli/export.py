@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 )
 @click.option("--quantize", type=click.Choice(["int8"]), help="A quarter of the size, calibrated on dreams.")
 @click.option("--calibration", type=PATH, metavar="IMAGES", help="For int8: calibrate on these pictures.")
+@click.option("--force", is_flag=True, help="For int8: write it even if it is not faster than floats on this machine.")
 @EVALUATION
 @recipe_options
 @MODULE
@@ -54,6 +55,7 @@ def command(
     accepted: str,
     quantize: str | None,
     calibration: Path | None,
+    force: bool,
     evaluation: Path | None,
     recipe: str | None,
     changes: dict[str, str],
@@ -77,6 +79,7 @@ def command(
         source=model,
         calibration=loader_of(calibration, learner, strict),
         evaluation=loader_of(evaluation, learner, strict),
+        force=force,
     )
     answer(report.to_dict(), as_json, _lines(report, out))
 
@@ -88,7 +91,8 @@ def _lines(report: ExportReport, out: Path) -> list[str]:
     if report.input == "any":
         lines.append(f"takes images of every size, and scales and crops them to {report.image_size} x {report.image_size} pixels")
     if report.speedup is not None:
-        lines.append(f"{report.bytes / report.float_bytes:.0%} of the float file's size, {report.speedup:.1f} times as fast")
+        size = f"{report.bytes / report.float_bytes:.0%} of the float file's size"
+        lines.append(f"{size}, {report.speedup:.1f} times as fast; {report.quantization}")
         lines += [f"answers as the model does for {share:.1%} of the {name}" for name, share in report.agreement.items()]
         lines += [f"accuracy on the {n}: {before:.1%} as float, {after:.1%}" for n, (before, after) in report.accuracy.items()]
     return lines

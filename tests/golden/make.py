@@ -95,7 +95,9 @@ def main(schema: str, folder: Path) -> None:
         answers[name] = np.array([[dict(p.top)[c] for c in learner.classes] for p in learner.predict(images, 10)])
     if schema == "schema1":
         found["cifar"].export(folder / "cifar.onnx")
-        found["cifar"].export(folder / "cifar-int8.onnx", "int8", calibration=[*digits()[0].of(("0", "1", "2", "3", "4"))])
+        found["cifar"].export(
+            folder / "cifar-int8.onnx", "int8", force=True, calibration=[*digits()[0].of(("0", "1", "2", "3", "4"))]
+        )
     else:
         found["closed_form"].export(folder / "closed_form-any.onnx", input="any")
     for path in sorted(folder.glob("*.onnx")):

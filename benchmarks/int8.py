@@ -1,0 +1,93 @@
+"""INT8 of trained mobile networks: size, speed and answers of each way to quantize, beside floats."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import exporters
+from benchmarks import machine
+from benchmarks.datasets import Data, Part, class_order
+from benchmarks.tables import percent, table
+from edge_dfcil import Learner
+from edge_dfcil.exporting import Merged, Pictures
+from edge_dfcil.recipe import RECIPES
+from exporters import ExportError, Int8
+from exporters import int8 as ways
+
+FILE = "int8.json"
+BACKBONES = {"mobilenet_v3_small": (6, 500), "efficientnet_b0": (8, 200)}  # epochs, and training images a class
+CLASSES, IMAGE_SIZE, CALIBRATION = 10, 64, 60  # CALIBRATION: training images a class
+
+
+def run(data: Data, models: Path, say: Callable[[str], None], backbones: Sequence[str]) -> dict[str, Any]:
+    """Every way of `exporters.int8.ATTEMPTS` for each backbone, learnt on some classes or read from MODELS/NAME.safetensors.
+
+    Each is calibrated on training images and checked on all test images.
+    """
+    made = machine.provenance(torch.device("cpu"))
+    order = class_order(len(data.names), 0)[:CLASSES]
+    test, train = data.part("test", order, 250), data.part("train", order, 32)
+    found = []
+    for name in backbones:
+        say(name)
+        path = models / f"{name}.safetensors"
+        if not path.exists():
+            _trained(name, train, data).save(path)
+        learner = Learner.load(path, "cpu")
+        few, outputs = train.few(CALIBRATION, 1), {label: number for number, label in enumerate(learner.classes)}
+        targets = np.array([outputs[data.names[target]] for _, batch in test for target in batch.tolist()])
+        checks = {"pictures": Pictures(learner.model, test)}
+        given = Int8(Pictures(learner.model, [*few]), checks, {"pictures": targets}, force=True)
+        rows = {str(way): _exported(learner, given, way) for way in ways.ATTEMPTS}
+        found.append({"backbone": name, "accuracy": learner.evaluate(test, data.names).accuracy, "ways": rows})
+    setting = {"classes": CLASSES, "image_size": IMAGE_SIZE, "calibration": CALIBRATION * CLASSES}
+    return {"networks": found, "setting": setting, **made}
+
+
+def _trained(name: str, train: Part, data: Data) -> Learner:
+    epochs, images = BACKBONES[name]
+    recipe = RECIPES["edge"].changed({"schedule.first_epochs": epochs, "schedule.learning_rate": 0.05})
+    learner = Learner(name, image_size=IMAGE_SIZE, recipe=recipe, device="cpu", multiscale=False)
+    learner.learn_task(train.few(images, 0), data.names)
+    return learner
+
+
+def _exported(learner: Learner, setting: Int8, way: ways.Attempt) -> dict[str, Any]:
+    """What `exporters.export` reports of one way, or why it refused."""
+    model, size = Merged(learner.model).eval(), learner.image_size
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            given = replace(setting, attempts=(way,))
+            report = exporters.export(model, Path(folder) / "m.onnx", classes=learner.classes, image_size=size, int8=given)
+        except ExportError as error:
+            return {"refused": str(error)}
+    return report.to_dict() | {"path": ""}
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The findings as Markdown."""
+    setting, rows = found["setting"], []
+    for network in found["networks"]:
+        for way, report in network["ways"].items():
+            if "refused" in report:
+                rows.append([network["backbone"], way, report["refused"]])
+                continue
+            as_float, as_int8 = report["accuracy"]["pictures"]
+            size = f"{100 * report['bytes'] / report['float_bytes']:.0f}"
+            shares = [percent(share) for share in (as_float, as_int8, report["agreement"]["pictures"])]
+            rows.append([network["backbone"], way, size, f"{report['speedup']:.2f}", *shares])
+    head = ["network", "weights", "size of float, %", "times as fast", "accuracy as float, %", "as INT8, %", "agreement, %"]
+    text = (
+        f"{setting['classes']} classes of CIFAR-100 at {setting['image_size']} pixels, trained here from scratch, calibrated on "
+        f"{setting['calibration']} training images, answers on all test images, ONNX Runtime, one image, one thread, "
+        f"{found['machine']['processor']}. An export writes the first way that loses at most a point of accuracy, if it is "
+        "faster than floats."
+    )
+    return f"{text}\n\n{table(head, rows)}"
