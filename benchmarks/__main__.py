@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from benchmarks import accuracy, datasets, memory_tables, readme, runners, steps, workshop_tables
+from benchmarks import formats as forms
 from benchmarks import images as photographs
 from benchmarks import int8 as int8s
 from benchmarks import latency as latencies
@@ -273,6 +274,20 @@ def run_int8(data: Path, models: Path, backbones: str, out: Path) -> None:
     found = int8s.run(datasets.load(data), models, lambda line: click.echo(line, err=True), backbones.split(","))
     (out / int8s.FILE).write_text(json.dumps(found, indent=1) + "\n")
     click.echo(int8s.describe(found))
+
+
+@main.command("formats")
+@DATA
+@click.option(
+    "--model", required=True, type=click.Path(exists=True, path_type=Path), help="A model file of ten of these classes."
+)
+@RESULTS
+def run_formats(data: Path, model: Path, out: Path) -> None:
+    """Size, latency and answers of a model in every format whose extra is installed."""
+    out.mkdir(parents=True, exist_ok=True)
+    found = forms.run(datasets.load(data), model, lambda line: click.echo(line, err=True))
+    (out / forms.FILE).write_text(json.dumps(found, indent=1) + "\n")
+    click.echo(forms.describe(found))
 
 
 @main.command("report")

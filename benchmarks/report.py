@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks import (
     candidates,
     embedding,
+    formats,
     images,
     int8,
     latency,
@@ -98,6 +99,8 @@ def write(folder: Path) -> str:
         parts += ["## Rejection and calibration", known]
     if (answers := measured(folder / latency.FILE)) is not None:
         parts += ["## Latency", latency.describe(answers)]
+    if (shipped := measured(folder / formats.FILE)) is not None:
+        parts += ["## Formats", formats.describe(shipped)]
     if (quantized := measured(folder / int8.FILE)) is not None:
         parts += ["## INT8 of mobile networks", int8.describe(quantized)]
     if (photographs := measured(folder / images.FILE)) is not None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import threading
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +15,7 @@ from exporters.registry import About, Artifact, ExportReport, export, register_e
 from exporters.scaling import for_any_size, scaling_graph
 from exporters.seals import seal
 from exporters.timing import latencies, session
+from exporters.tracing import metadata, serving, tracing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,11 +23,7 @@ if TYPE_CHECKING:
 OPSET = 18
 IR_VERSION = 10  # at most: runtimes from 1.20 on read it
 FORMAT = "edge-dfcil/2"  # from 2 on a file is sealed
-RESIZE = "short side to image_size, antialiased bilinear; centre square"
 INPUTS = ("fixed", "any")
-
-# One export at a time: torch traces with global state, and `warnings` keeps its filters for the whole process.
-_TRACING = threading.Lock()
 
 
 def export_onnx(
@@ -175,18 +169,7 @@ def _graph(classifier: nn.Module, about: About) -> bytes:
     if opset != OPSET:
         raise ExportError(f"torch wrote ONNX opset {opset} instead of {OPSET} for this network")
     model.ir_version = min(model.ir_version, IR_VERSION)
-    metadata = {
-        "format": FORMAT,
-        "image_size": str(about.image_size),
-        "resize": RESIZE,
-        "input": "fixed",
-        "classes": json.dumps(about.classes),
-        "source_sha256": about.source_sha256,
-        "version": about.version,
-        "temperature": repr(about.temperature),
-        "thresholds": json.dumps(about.thresholds),
-    }
-    for key, value in metadata.items():
+    for key, value in metadata(about, FORMAT).items():
         model.metadata_props.add(key=key, value=value)
     content: bytes = model.SerializeToString()
     return content
@@ -196,31 +179,18 @@ def _traced(classifier: nn.Module, image_size: int) -> Any:
     """The network with a softmax at its end as torch's exporter writes it, an `onnx.ModelProto`."""
     import torch
 
-    class Serving(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.classifier = classifier
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.classifier(images).softmax(1)
-
     example = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)
-    try:
-        with _TRACING, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                Serving().eval(),
-                (example,),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=["images"],
-                output_names=["probabilities"],
-                dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
-                verbose=False,
-            )
-    except Exception as error:  # the exporter raises many kinds; its message is the useful part
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"torch could not write this network as ONNX: {reason}") from error
+    with tracing("ONNX"):
+        program = torch.onnx.export(
+            serving(classifier),
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["probabilities"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
+            verbose=False,
+        )
     assert program is not None
     return _without_traces(program.model_proto)
 

@@ -16,6 +16,7 @@ import importlib
 import inspect
 import json
 import os
+import pkgutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -312,5 +313,7 @@ def _in_eval_mode(classifier: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-# The format of this package registers itself. It imports this module, so it comes last.
+# The formats of this package register themselves. They import this module, so they come last.
 importlib.import_module("exporters.onnx")
+for _file in pkgutil.iter_modules(importlib.import_module("exporters.formats").__path__, "exporters.formats."):
+    importlib.import_module(_file.name)
