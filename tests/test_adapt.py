@@ -71,6 +71,7 @@ def test_an_untrained_backbone_can_be_left_as_it_is(train: Batches, test: Batche
     assert learner.evaluate(test.of(learner.classes), NAMES).accuracy > 0.6
 
 
+@pytest.mark.slow
 def test_without_statistics_it_trains_at_every_task(train: Batches) -> None:
     learner = quick_learner(recipe=FIRST.changed({"remember.class_statistics": False, "schedule.adapt": "always"}))
     assert not learner.network.scales.layers
@@ -87,7 +88,7 @@ def test_batchnorm_can_stay_as_the_first_task_left_it(train: Batches) -> None:
     assert before and all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-@pytest.mark.parametrize("method", slow_but({"lda"}, ["abd", "lda"]))
+@pytest.mark.parametrize("method", slow_but(set(), ["abd", "lda"]))
 def test_turned_images_are_classes_of_a_head_that_is_thrown_away(train: Batches, method: str) -> None:
     learner = quick_learner(method=method, recipe=QUICK.changed({"augmentation.rotations": True}))
     report = learner.learn_task(train.of(("0", "1")), NAMES, progress=False)

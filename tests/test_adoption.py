@@ -292,7 +292,7 @@ FAMILIES = {
     "vgg11_bn": 32,
     "wide_resnet50_2": 32,
 }
-FAST = ("shufflenet_v2_x0_5", "mobilenet_v3_small")
+FAST = ("mobilenet_v3_small",)
 
 
 ONE_STEP = QUICK.changed(

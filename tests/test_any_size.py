@@ -82,6 +82,7 @@ def exported(_learnt: Learner, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.slow
 def test_a_file_answers_as_the_learner_does_for_every_size(exported: Any, size: tuple[int, int]) -> None:
     learner, _, path = exported
     photos = noise(3, 3, *size)
@@ -93,6 +94,7 @@ def test_a_file_answers_as_the_learner_does_for_every_size(exported: Any, size: 
     assert [p.label for p in classifier.predict(photos)] == [p.label for p in learner.predict(photos)]
 
 
+@pytest.mark.slow
 def test_photographs_in_every_form_are_the_graphs_own(exported: Any, tmp_path: Path) -> None:
     photo = noise(40, 56, 3)
     Image.fromarray(photo).save(tmp_path / "photo.png")
@@ -102,6 +104,7 @@ def test_photographs_in_every_form_are_the_graphs_own(exported: Any, tmp_path: P
             np.testing.assert_allclose(found, expected[0], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_file_says_that_it_takes_every_size(exported: Any) -> None:
     _, report, path = exported
     model = onnx.load(path)

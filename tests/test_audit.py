@@ -96,6 +96,7 @@ class TestAudit:
         assert found.attacks[2].auc > 0.8 > found.attacks[0].auc
         assert {one.space for one in found.nearest} == {"pixels", "features"}
 
+    @pytest.mark.slow
     def test_fewer_directions_of_the_covariance_give_fewer_members_away(self, found: Audit, halves: Any) -> None:
         few = {"schedule.adapt": "first", "refine.head": "lda", "remember.images_per_direction": 16}
         learner = taught_of(halves[0], QUICK.changed(few))

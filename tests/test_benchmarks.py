@@ -87,6 +87,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(
     assert json.loads(written.read_text()) == json.loads(json.dumps(expected))
 
 
+@pytest.mark.slow
 def test_a_run_says_all_that_a_reader_needs(data: Data, tmp_path: Path) -> None:
     bound = accuracy.run(TINY, "upper_bound", 0, data, tmp_path, "cpu", QUICK)
     plain = accuracy.run(TINY, "finetune", 0, data, tmp_path, "cpu", QUICK)
@@ -158,6 +159,7 @@ def test_classes_of_an_imbalanced_protocol_have_from_all_images_to_few(data: Dat
     assert [int(together[number]) for number in order] == counts
 
 
+@pytest.mark.slow
 def test_instant_and_adapted_models_are_tested_apart(data: Data, tmp_path: Path) -> None:
     result = accuracy.run(TINY, "abd:drift", 0, data, tmp_path, "cpu", QUICK)
     first, later = result["candidates"]
@@ -417,6 +419,7 @@ def of_colours(folder: Path) -> accuracy.Protocol:
     return accuracy.Protocol("tiny", 8, 4, "resnet8", "edge", image_size=16, batch_size=8)
 
 
+@pytest.mark.slow
 def test_an_audit_is_made_with_and_without_class_statistics(tmp_path: Path) -> None:
     protocol, short = of_colours(tmp_path), QUICK | {"remember.pool": 64}
     for recipe in audits.RECIPES.split(","):
