@@ -78,7 +78,10 @@ class OnnxClassifier:
         except Exception as error:  # onnxruntime's errors share no public base
             raise _refusal(path, str(error)) from error
         del content
-        metadata = self._session.get_modelmeta().custom_metadata_map
+        try:
+            metadata = self._session.get_modelmeta().custom_metadata_map
+        except UnicodeDecodeError as error:
+            raise ExportError(f"{path} is damaged: its metadata cannot be read ({error}); export it again") from error
         if verify and not self.sealed and ("sha256" in metadata or metadata.get("format", _UNSEALED) != _UNSEALED):
             raise _changed(path)
         try:

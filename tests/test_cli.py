@@ -423,7 +423,7 @@ def test_classes_are_renamed_and_forgotten(pictures: Any, model: Path) -> None:
         (["dream", "{model}", "{tmp}/dreams"], "does not end like a picture"),
         (["export", "{model}", "{tmp}/no/m.onnx"], "make it first"),
         (["export", "{model}", "{model}"], "onnx (.onnx)"),
-        (["export", "{model}", "{tmp}/m.tflite"], "onnx (.onnx)"),
+        (["export", "{model}", "{tmp}/m.keras"], "onnx (.onnx)"),
         (["export", "{model}", "{tmp}/m.onnx", "--format", "tflite"], "onnx (.onnx)"),
         (["export", "{model}", "{tmp}/m.bin", "--format", "onnx"], "rename it"),
         (["dream", "{model}", "{tmp}"], "does not end like a picture"),
