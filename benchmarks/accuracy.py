@@ -141,6 +141,26 @@ def find_preset(name: str) -> Protocol:
     return PRESETS[name]
 
 
+def tag_of(changes: dict[str, Any] | None) -> str:
+    """Numbers of the recipe that are changed, in the name of a result."""
+    return "".join(f"-{key}={value}" for key, value in (changes or {}).items())
+
+
+def tasks_of(protocol: Protocol, data: Data, seed: int) -> list[list[int]]:
+    """The classes of each task, in order."""
+    order = class_order(len(data.names), seed)[: protocol.classes]
+    size = protocol.classes // protocol.tasks
+    return [order[begin : begin + size] for begin in range(0, protocol.classes, size)]
+
+
+def learn(learner: Learner, protocol: Protocol, data: Data, tasks: Sequence[Sequence[int]], seed: int) -> float:
+    """Learns tasks; returns the seconds."""
+    begin = time.perf_counter()
+    for task in tasks:
+        learner.learn_task(training(protocol, data, task, seed), data.names, progress=False)
+    return time.perf_counter() - begin
+
+
 class Stopped(Exception):
     """The next task would not end in time; what is done is on disk."""
 
@@ -210,7 +230,7 @@ def run(
 
 def file_of(protocol: Protocol, method: str, seed: int, out: Path, changes: dict[str, Any] | None = None) -> Path:
     """Where the result of a run is, or will be."""
-    tag = "".join(f"-{key}={value}" for key, value in (changes or {}).items())
+    tag = tag_of(changes)
     return out / f"{protocol.name}-{method.replace(':', '.')}{tag}-seed{seed}.json"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import accuracy, machine, tables
-from benchmarks.datasets import Data, class_order
+from benchmarks.datasets import Data
 from edge_dfcil.privacy.audit import audit
 from edge_dfcil.recipe import dotted, find_recipe
 
@@ -31,20 +30,16 @@ def run(
 ) -> dict[str, Any]:
     """Learns all tasks, and returns what the audit finds with all training images and all test images of the classes. A result
     that `out` holds already is returned as it is."""
-    changed = "".join(f"-{name}={value}" for name, value in (changes or {}).items())
+    changed = accuracy.tag_of(changes)
     path = out / f"audit-{protocol.name}-{recipe}{changed}-{seed}.json"
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
     settings = find_recipe(recipe).changed(dotted(protocol.changes) | dotted(changes or {}))
     learner = accuracy.new_learner(protocol, "abd", seed, settings, device)
-    order = class_order(len(data.names), seed)[: protocol.classes]
-    size = protocol.classes // protocol.tasks
-    begin = time.perf_counter()
-    for first in range(0, protocol.classes, size):
-        task = order[first : first + size]
-        learner.learn_task(accuracy.training(protocol, data, task, seed), data.names, progress=False)
-    seconds = time.perf_counter() - begin
+    tasks = accuracy.tasks_of(protocol, data, seed)
+    seconds = accuracy.learn(learner, protocol, data, tasks, seed)
+    order = [number for task in tasks for number in task]
     generated = learner.dream(DREAMS * protocol.classes, progress=False)
     members = accuracy.training(protocol, data, order, seed)
     others = data.part("test", order, protocol.batch_size)

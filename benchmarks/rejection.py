@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -16,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks import accuracy, machine, tables
-from benchmarks.datasets import Data, class_order
+from benchmarks.datasets import Data
 from edge_dfcil import Model
 from edge_dfcil.recipe import dotted, find_recipe
 from exporters.rejection import margins, scores
@@ -42,13 +41,9 @@ def run(
         return found
     recipe = find_recipe(RECIPE).changed(dotted(protocol.changes) | dotted(changes or {}))
     learner = accuracy.new_learner(protocol, "abd", seed, recipe, device)
-    order = class_order(len(data.names), seed)[: protocol.classes]
-    size = protocol.classes // protocol.tasks
-    tasks = [order[begin : begin + size] for begin in range(0, protocol.classes, size)]
-    begin = time.perf_counter()
-    for task in tasks[:-UNSEEN]:
-        learner.learn_task(accuracy.training(protocol, data, task, seed), data.names, progress=False)
-    seconds, model = time.perf_counter() - begin, learner.model
+    tasks, size = accuracy.tasks_of(protocol, data, seed), protocol.classes // protocol.tasks
+    seconds = accuracy.learn(learner, protocol, data, tasks[:-UNSEEN], seed)
+    model = learner.model
     model.check_rejecting()
     known = [_scores(model, data, task) for task in tasks[:-UNSEEN]]
     result = {

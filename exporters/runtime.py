@@ -80,11 +80,8 @@ class OnnxClassifier:
         del content
         try:
             metadata = self._session.get_modelmeta().custom_metadata_map
-        except UnicodeDecodeError as error:
-            raise ExportError(f"{path} is damaged: its metadata cannot be read ({error}); export it again") from error
-        if verify and not self.sealed and ("sha256" in metadata or metadata.get("format", _UNSEALED) != _UNSEALED):
-            raise _changed(path)
-        try:
+            if verify and not self.sealed and ("sha256" in metadata or metadata.get("format", _UNSEALED) != _UNSEALED):
+                raise _changed(path)
             self.classes: tuple[str, ...] = tuple(json.loads(metadata["classes"]))
             self.image_size = int(metadata["image_size"])
             self.temperature = float(metadata.get("temperature", 1.0))  # files of before have neither
