@@ -49,7 +49,7 @@ lint: $(STAMP)
 	$(BIN)/codespell
 
 types: $(STAMP)
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 
 # The site of docs/, into site/; a broken link is an error.
 docs: $(STAMP)

@@ -34,6 +34,7 @@ def test_from_scratch_the_first_task_trains_and_later_ones_are_one_pass(train: B
     assert learner.evaluate(test.of(learner.classes), NAMES).accuracy > 0.85
 
 
+@pytest.mark.slow
 def test_a_pretrained_backbone_is_never_trained(train: Batches) -> None:
     backbone = pretrained(train)
     learner = Learner(backbone, image_size=16, recipe=FIRST, device="cpu", mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -65,6 +66,7 @@ def test_a_recipe_that_adapts_always_trains_at_every_task(train: Batches) -> Non
     assert stages_of(learner, train, ("0", "1"), ("2", "3")) == [["learn", "lda"], ["instant", "dream", "learn", "lda"]]
 
 
+@pytest.mark.slow
 def test_an_untrained_backbone_can_be_left_as_it_is(train: Batches, test: Batches) -> None:
     learner = quick_learner(recipe=FIRST.changed({"schedule.adapt": "never"}))
     assert stages_of(learner, train, ("0", "1"), ("2", "3")) == [["lda"], ["lda"]]
@@ -98,6 +100,7 @@ def test_turned_images_are_classes_of_a_head_that_is_thrown_away(train: Batches,
     assert all("rotations" not in stage.losses for stage in report.stages)
 
 
+@pytest.mark.slow
 def test_a_smaller_rate_after_the_first_task(train: Batches) -> None:
     """One step at a hundredth of the rate moves the weights a hundredth as far."""
     moved = []

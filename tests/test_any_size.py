@@ -136,6 +136,7 @@ def test_int8_takes_every_size_too_whatever_onnx_is_installed(tmp_path: Path, mo
     assert {node.op_type for node in model.graph.node} >= {"If", "QuantizeLinear"}
 
 
+@pytest.mark.slow
 def test_a_graph_that_scales_otherwise_than_the_model_is_not_written(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(b"what was there before")

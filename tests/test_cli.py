@@ -363,6 +363,7 @@ class TestCheckpoint:
         assert not json.loads(cli("learn", other, "--model", model, "--json").stdout)["resumed"]
         assert not [*tmp_path.glob(".*")]
 
+    @pytest.mark.slow
     def test_stopped_after_the_model_was_saved_there_is_nothing_left_to_do(
         self, pictures: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -375,6 +376,7 @@ class TestCheckpoint:
         assert model.read_bytes() == saved and not [*tmp_path.glob(".*")]
         assert "known already" in cli("learn", pictures[1], "--model", model, expect=1).stderr
 
+    @pytest.mark.slow
     def test_one_can_be_named_or_none(self, pictures: Any, model: Path, tmp_path: Path, stopped: Any) -> None:
         before = {*tmp_path.iterdir()}
         done = cli("learn", pictures[1], "--model", model, "--checkpoint", "none", expect=1)
@@ -382,6 +384,7 @@ class TestCheckpoint:
         cli("learn", pictures[1], "--model", model, "--checkpoint", tmp_path / "here", expect=1)
         assert {*tmp_path.iterdir()} == before | {tmp_path / "here"}
 
+    @pytest.mark.slow
     def test_a_time_budget_is_kept_in_the_report(self, pictures: Any, model: Path) -> None:
         report = json.loads(cli("learn", pictures[1], "--model", model, "--time-budget", "10min", "--json").stdout)
         assert report["fitted"]["share"] == 1
@@ -494,6 +497,7 @@ def test_killed_while_learning_the_old_model_is_intact(pictures: Any, slow_model
     assert Learner.load(slow_model).predict(test.images[:1])
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_reported_and_the_old_model_is_intact(pictures: Any, slow_model: Any) -> None:
     before = slow_model.read_bytes()
     process = start_learning(pictures[1], slow_model)

@@ -86,6 +86,7 @@ def test_its_statistics_are_kept_and_moved_with_the_backbone(train: Batches) -> 
     assert learner.model.statistics["count"].images[0] == len(train.of(("0",)).images)
 
 
+@pytest.mark.slow
 def test_without_statistics_old_classes_are_estimated_from_generated_images(train: Batches) -> None:
     learner = quick_learner(recipe=QUICK.changed(LDA_HEAD | {"remember.class_statistics": False}))
     for names in (("0", "1"), ("2", "3")):

@@ -49,6 +49,7 @@ def kinds(commits: Any) -> list[str]:
     return [commit.kind for commit in commits]
 
 
+@pytest.mark.slow
 def test_a_first_model_serves_while_the_network_is_adapted(one_task: Learner, train: Batches) -> None:
     before, watch = next(one_task.network.backbone.parameters()).clone(), Watch()
     report = one_task.learn_task(train.of(("2", "3")), NAMES, callbacks=[watch], progress=False)
@@ -77,6 +78,7 @@ def test_what_is_adapted_is_the_same_with_and_without(one_task: Learner, train: 
     assert same_weights(weights(other), one_task)
 
 
+@pytest.mark.slow
 def test_the_first_model_stays_where_the_adapted_one_is_expected_to_be_worse(
     one_task: Learner, train: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:

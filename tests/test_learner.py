@@ -67,6 +67,7 @@ class TestLearning:
         assert torch.equal(grown.head.weight[:2], old.weight)
         assert torch.equal(grown.head.bias[:2], old.bias)
 
+    @pytest.mark.slow
     def test_a_first_task_of_one_class_then_another_one(self, train: Batches, test: Batches) -> None:
         learner = quick_learner()
         learner.learn_task(train.of(("4",)), NAMES, progress=False)
@@ -99,6 +100,7 @@ class TestLearning:
             models.append(weights(learner))
         assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 
+    @pytest.mark.slow
     def test_normalisation_is_measured_on_the_first_task_and_stays(self, train: Batches) -> None:
         learner, task = quick_learner(), train.of(("0", "1"))
         learner.learn_task(task, NAMES, progress=False)
@@ -112,10 +114,12 @@ class TestLearning:
         given.learn_task(task, NAMES, progress=False)
         assert given.settings()["mean"] == pytest.approx((0.1, 0.2, 0.3))
 
+    @pytest.mark.slow
     def test_other_image_sizes_are_scaled_and_cropped(self, learnt: Learner) -> None:
         learnt.learn_task([(images(6, 40)[:, :, :, :30], torch.full((6,), 2))], NAMES, progress=False)
         assert learnt.predict(images(2, 100))[0].label in learnt.classes
 
+    @pytest.mark.slow
     def test_a_known_class_is_refused_by_name_and_refreshed_on_request(self, learnt: Learner, train: Batches) -> None:
         before = weights(learnt)
         with pytest.raises(ClassError, match=r"'1' is known already.*relearn=True"):
@@ -158,6 +162,7 @@ class TestLearning:
         learnt.dream(4, progress=False)
         assert loader.passes == passes
 
+    @pytest.mark.slow
     def test_no_more_of_the_data_is_held_than_the_batch_in_flight(self, learnt: Learner) -> None:
         """While a batch is being read, of all those before it only the last may still be there."""
         alive: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -178,6 +183,7 @@ class TestLearning:
         assert max(most) <= 1
         assert not alive
 
+    @pytest.mark.slow
     def test_fresh_dreams_at_every_step_as_published(self, learnt: Learner) -> None:
         learnt.recipe = QUICK.changed({"remember.pool": 0, "refine.epochs": 0, "schedule.shape": "step"})
         report = learnt.learn_task(a_task(), NAMES, progress=False)
@@ -484,6 +490,7 @@ class TestBackbones:
         learner.learn_task([(images(4, 32), torch.tensor([2, 2, 3, 3]))], NAMES, progress=False)
         assert learner.predict(images(1, 32))[0].label in learner.classes
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("given", "momentum"), [(0.1, 0.1), (None, 0.01)])
     def test_running_statistics_keep_up_with_a_short_schedule(self, train: Batches, given: float | None, momentum: float) -> None:
         """torchvision's MobileNetV3 has a momentum of 0.01, which is kept only where the recipe says so."""

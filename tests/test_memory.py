@@ -68,11 +68,13 @@ class TestPlan:
         assert json.loads(json.dumps(plan.to_dict()))["budget"] is None
         assert "activations" in str(plan)
 
+    @pytest.mark.slow
     def test_changes_nothing(self, learnt: Learner, train: Batches) -> None:
         before = weights(learnt)
         learnt.plan(train.of(("2", "3")), NAMES)
         assert same_weights(before, learnt) and learnt.classes == ("0", "1")
 
+    @pytest.mark.slow
     def test_takes_a_batch_for_a_task(self, learnt: Learner, train: Batches) -> None:
         task = train.of(("2", "3"))
         plan = learnt.plan((task.images[:32], task.targets[:32]), NAMES)
@@ -155,6 +157,7 @@ def test_planning_is_announced_once_and_only_where_something_is_planned(
 
 
 class TestRefusal:
+    @pytest.mark.slow
     def test_says_what_is_needed_and_what_would_help(self, learnt: Learner, train: Batches) -> None:
         before = weights(learnt)
         learnt.memory_budget = 10_000
@@ -249,6 +252,7 @@ class TestHolding:
             learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
         assert learner.classes == ()
 
+    @pytest.mark.slow
     def test_the_pool_is_generated_as_few_at_once_as_the_generator_was_trained(
         self, learnt: Learner, train: Batches, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -21,7 +21,7 @@ from edge_dfcil.training.stage import Terms
 from tests.conftest import NAMES, slow_but
 
 
-@pytest.mark.parametrize("name", slow_but({"lda"}, names()))
+@pytest.mark.parametrize("name", slow_but({"finetune"}, names()))
 def test_method(name: str) -> None:
     check_method(lambda: name, exports=name in ("abd", "lda"))  # trained heads, and closed-form ones
 

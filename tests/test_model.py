@@ -158,6 +158,7 @@ class TestStatistics:
         ours = lda.model.statistics["covariance"].values.double()
         assert torch.allclose(ours, scatter / total, atol=0.02 * float((scatter / total).abs().max()))
 
+    @pytest.mark.slow
     def test_a_class_of_few_images_gets_a_row_and_no_statistic(self, train: Batches, test: Batches) -> None:
         learner = quick_learner(method="lda")
         learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
@@ -177,6 +178,7 @@ class TestStatistics:
         learner.learn_task([(again.images[:20], again.targets[:20])], NAMES, relearn=True, progress=False)
         assert learner.model.statistics["mean"].images[0] == lda.model.statistics["mean"].images[0] + 20
 
+    @pytest.mark.slow
     def test_refreshing_a_class_of_few_images_moves_its_row(self, train: Batches, test: Batches) -> None:
         learner = quick_learner(method="lda")
         learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
@@ -194,12 +196,14 @@ class TestStatistics:
             learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
         assert learner.classes == ()
 
+    @pytest.mark.slow
     def test_another_method_drops_statistics_of_features_that_move(self, lda: Any, train: Batches) -> None:
         learner = copy.deepcopy(lda)
         learner.method = "abd"
         learner.learn_task(train.of(("5",)), NAMES, progress=False)
         assert learner.model.statistics == {}
 
+    @pytest.mark.slow
     def test_planning_leaves_them_alone(self, lda: Any, train: Batches) -> None:
         learner = copy.deepcopy(lda)
         learner.memory_budget = 2 * 10**9

@@ -160,6 +160,7 @@ class TestBfloat16:
         assert {value.dtype for value in kept.values()} <= {torch.float32, torch.int64}
         assert same_weights(kept, learner)
 
+    @pytest.mark.slow
     def test_it_changes_what_is_learnt_but_by_rounding(self, train: Batches) -> None:
         found = []
         for precision in ("float32", "bfloat16"):
@@ -268,6 +269,7 @@ class TestChoice:
         FakeClock(monkeypatch, {"bfloat16": 0.1}).steps = True
         assert chosen(learn(new_learner(method=NoBfloat16()), train)).precision == "float32"
 
+    @pytest.mark.slow
     def test_short_and_closed_form_tasks_are_not_measured(self, train: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = FakeClock(monkeypatch, {"bfloat16": 0.1}, least=BATCHES + 1)
         report = learn(new_learner(), train)
@@ -338,6 +340,7 @@ class TestLeavesThingsAsTheyWere:
     def _fewer_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
         FakeClock(monkeypatch, FASTER)
 
+    @pytest.mark.slow
     def test_after_an_error(self, learnt: Learner, train: Batches) -> None:
         class Fail(Callback):
             def on_step_end(self, stage: Any, step: Any, losses: Any, images: Any) -> None:
@@ -358,6 +361,7 @@ class TestLeavesThingsAsTheyWere:
         with pytest.raises(KeyError):
             learn(new_learner(method=Broken(), precision="bfloat16"), train)
 
+    @pytest.mark.slow
     def test_after_a_cancel_also_while_it_measures(
         self, learnt: Learner, train: Batches, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -151,6 +151,7 @@ def test_state_dict_carries_a_session_over(train: Batches, uninterrupted: Any) -
     assert same_weights(uninterrupted, learner)
 
 
+@pytest.mark.slow
 def test_a_state_of_another_operation_is_refused(train: Batches) -> None:
     class Pause(Callback):
         def on_step_end(self, stage: Any, step: Any, losses: Any, images: Any) -> None:
@@ -191,6 +192,7 @@ def test_there_is_nothing_to_finish_before_the_first_step(train: Batches) -> Non
     assert learner.classes == ("0", "1")
 
 
+@pytest.mark.slow
 def test_two_sessions_of_one_learner_do_not_both_commit(train: Batches) -> None:
     learner = begun(train)
     first, second = session(learner, train), session(learner, train)
@@ -331,6 +333,7 @@ class TestTimeBudget:
         assert same_weights(uninterrupted, learner)
 
 
+@pytest.mark.slow
 def test_two_threads_cannot_teach_one_learner(learnt: Learner, train: Batches) -> None:
     class Wait(Callback):
         def on_stage_begin(self, stage: Any) -> None:

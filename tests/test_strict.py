@@ -41,6 +41,7 @@ def two_tasks(_two_tasks: list[Learner]) -> list[Learner]:
     return copy.deepcopy(_two_tasks)
 
 
+@pytest.mark.slow
 def test_classes_of_all_tasks_are_told_apart(two_tasks: list[Learner], test: Batches) -> None:
     found = two_tasks[1].evaluate(test.of(tuple(NAMES[:6])), NAMES)
     assert found.accuracy > 0.6 and min(task or 0.0 for task in found.per_task) > 0.4
@@ -56,6 +57,7 @@ def test_a_later_task_changes_no_weight_of_before(two_tasks: list[Learner]) -> N
         assert torch.equal(after[name][: len(value)] if name.startswith("head.") else after[name], value), name
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_a_file(two_tasks: list[Learner], train: Batches, tmp_path: Path) -> None:
     two_tasks[0].save(tmp_path / "m.safetensors")
     again = Learner.load(tmp_path / "m.safetensors", "cpu")

@@ -279,6 +279,7 @@ def test_a_cancelled_task_leaves_the_model_and_no_picture(client: TestClient, le
     assert state["classes"] == () and state["draft"] == []
 
 
+@pytest.mark.slow
 def test_it_answers_while_the_network_adapts_and_keeps_that_when_cancelled(client: TestClient, lesson: Teacher) -> None:
     client.post("/api/teach", json={"ready": ["2", "3"]})
     wait(lesson)
@@ -344,6 +345,7 @@ def test_before_the_first_task_there_is_no_answer(ready: Ready) -> None:
             assert answer.status_code == 400 and "nothing has been learnt yet" in answer.json()["error"]
 
 
+@pytest.mark.slow
 def test_a_class_is_renamed_and_forgotten(client: TestClient, lesson: Teacher) -> None:
     client.post("/api/teach", json={"ready": ["2", "3"]})
     before = wait(lesson)
