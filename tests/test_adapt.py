@@ -25,6 +25,7 @@ def pretrained(train: Batches) -> nn.Module:
     return learner.network.backbone
 
 
+@pytest.mark.slow
 def test_from_scratch_the_first_task_trains_and_later_ones_are_one_pass(train: Batches, test: Batches) -> None:
     learner = quick_learner(recipe=FIRST)
     assert stages_of(learner, train, ("0", "1")) == [["learn", "lda"]]

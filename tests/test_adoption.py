@@ -292,7 +292,7 @@ FAMILIES = {
     "vgg11_bn": 32,
     "wide_resnet50_2": 32,
 }
-FAST = ("mobilenet_v3_small",)
+FAST = ("resnet18",)
 
 
 ONE_STEP = QUICK.changed(

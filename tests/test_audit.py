@@ -85,6 +85,7 @@ class TestAttacks:
         assert auc(*likelihood_ratio(both, classes, same, classes)) == pytest.approx(0.5, abs=0.06)
 
 
+@pytest.mark.slow
 class TestAudit:
     def test_it_counts_all_that_is_kept(self, found: Audit, taught: Learner) -> None:
         assert sum(found.bytes_by_role.values()) == sum(t.numel() * t.element_size() for t in taught.model.tensors().values())
@@ -168,6 +169,7 @@ class ByHeart(nn.Module):
         return Learner.from_classifier(self.eval(), names, image_size=16, mean=zeros, std=ones, device="cpu").model
 
 
+@pytest.mark.slow
 def test_the_command_writes_json_and_a_page(taught: Learner, train: Batches, tmp_path: Path) -> None:
     model = taught.save(tmp_path / "m.safetensors")
     inside, outside = (folder_of(tmp_path / name, train, KNOWN) for name in ("in", "out"))

@@ -32,6 +32,7 @@ def tiny(name: str, weights: str | None = None) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+@pytest.mark.slow
 def test_a_new_family_is_one_call(family: Any, train: Batches, test: Batches, tmp_path: Path) -> None:
     """It is learnt with, saved, loaded by its name, and listed."""
     register_backbone(family, tiny, names=["8", "16"])

@@ -60,6 +60,7 @@ def calibration_of(model: Model) -> Calibration:
     return model.calibration
 
 
+@pytest.mark.slow
 class TestPredict:
     def test_unseen_classes_and_noise_are_rejected_more_often(self, rejecting: Model, test: Batches) -> None:
         noise = np.random.default_rng(0).integers(0, 256, (200, 3, 16, 16)).astype(np.uint8)
@@ -128,6 +129,7 @@ class TestCalibrate:
         assert learnt.model.calibration is None
 
 
+@pytest.mark.slow
 class TestHeldOut:
     """A task that trains its backbone finds thresholds on images that it holds out."""
 
@@ -159,6 +161,7 @@ class TestHeldOut:
         assert learner.model.calibration is None
 
 
+@pytest.mark.slow
 class TestKept:
     def test_what_is_stored(self, rejecting: Model) -> None:
         found = calibration_of(rejecting)

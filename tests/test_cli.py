@@ -534,6 +534,7 @@ def test_killed_at_any_moment_of_writing_the_file_is_the_old_or_the_new(tmp_path
             assert Learner.load(path, "cpu").classes == ()
 
 
+@pytest.mark.slow
 def test_progress_is_quiet_without_a_terminal(pictures: Any, model: Path) -> None:
     assert cli("learn", pictures[1], "--model", model).stderr == ""
 

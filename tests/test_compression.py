@@ -346,6 +346,7 @@ def test_channels_that_are_shuffled_are_refused_with_a_reason(table: LatencyTabl
         Cutter(network, Dream(images, network.classify(images).detach()), Pruning(ratio=0.1), table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_what_can_be_pruned_does_not_depend_on_the_size_of_the_logits(able: Learner, table: LatencyTable, scale: float) -> None:
     network, images = able.network.grown(0).eval(), torch.randn(8, 3, 16, 16)

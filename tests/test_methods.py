@@ -83,6 +83,7 @@ def test_distillation_gives_new_classes_probability_zero() -> None:
     assert torch.isfinite(F.softmax(logits, 1)).all()
 
 
+@pytest.mark.slow
 def test_a_class_that_is_refreshed_is_remembered_too(learnt: Learner, train: Batches) -> None:
     """Its new images add to what is remembered of it, and do not replace that."""
     seen: dict[str, list[int]] = {}

@@ -40,6 +40,7 @@ def displays(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     return shown
 
 
+@pytest.mark.slow
 def test_a_notebook_has_one_display_a_task_with_every_stage(
     learnt: Learner, train: Batches, displays: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,6 +71,7 @@ def test_a_killed_task_goes_on_to_the_same_bits(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_learn_task_removes_its_checkpoint(train: Batches, tmp_path: Path, uninterrupted: Any) -> None:
     learner = begun(train)
     learner.learn_task(train.of(SECOND), NAMES, checkpoint=tmp_path / "c", progress=False)

@@ -47,10 +47,12 @@ def test_classes_of_all_tasks_are_told_apart(two_tasks: list[Learner], test: Bat
     assert found.accuracy > 0.6 and min(task or 0.0 for task in found.per_task) > 0.4
 
 
+@pytest.mark.slow
 def test_nothing_but_weights_is_kept(two_tasks: list[Learner]) -> None:
     assert all(learner.model.statistics == {} for learner in two_tasks)
 
 
+@pytest.mark.slow
 def test_a_later_task_changes_no_weight_of_before(two_tasks: list[Learner]) -> None:
     before, after = (learner.network.state_dict() for learner in two_tasks)
     for name, value in before.items():

@@ -15,7 +15,7 @@ from edge_dfcil import SettingError
 from edge_dfcil.demo import Batches
 from edge_dfcil.training.loop import fit
 from edge_dfcil.training.stage import StageSpec
-from tests.conftest import NAMES, QUICK, quick_learner, slow_but, weights
+from tests.conftest import NAMES, QUICK, quick_learner, weights
 
 CPU = torch.device("cpu")
 
@@ -72,7 +72,8 @@ def test_running_statistics_move_as_far_in_parts() -> None:
     assert moved[1] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("method", slow_but({"finetune"}, ["abd", "finetune"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["abd", "finetune"])
 def test_frozen_layers_stay_as_the_first_task_left_them(method: str, train: Batches) -> None:
     learner = quick_learner(method=method, recipe=QUICK.changed({"schedule.freeze": 0.4}))
     found = []
