@@ -108,21 +108,19 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-# A closed-form head over features of several scales, where the backbone is trained in the first task alone, if at all.
-FROZEN: dict[str, Any] = {"schedule.adapt": "first", "refine.head": "lda"}
-# The same where no class statistics may be kept, as the recipe `strict` has it.
-ROWS: dict[str, Any] = FROZEN | {
-    "remember.class_statistics": False,
-    "remember.pool": 6144,
-    "augmentation.rotations": True,
-}
+def _beyond_edge(recipe: str) -> dict[str, Any]:
+    """What a recipe changes of `edge`, with whose schedules these protocols run."""
+    return replace(find_recipe(recipe), preset="edge", version=find_recipe("edge").version).differences()
+
+
+FROZEN, STRICT = _beyond_edge("frozen"), _beyond_edge("strict")
 CLOSED_FORM: dict[str, dict[str, Any]] = {
     "abd:frozen": FROZEN,
     "abd:rotations": FROZEN | {"augmentation.rotations": True},
     "abd:rotations_mirrored": FROZEN | {"augmentation.rotations": True, "augmentation.mirrored_answers": True},
     "abd:untrained": FROZEN | {"schedule.adapt": "never"},
-    "abd:strict": ROWS,
-    "abd:strict_mirrored": ROWS | {"augmentation.mirrored_answers": True},
+    "abd:strict": STRICT,
+    "abd:strict_mirrored": STRICT | {"augmentation.mirrored_answers": True},
     "abd:strict_trained": {"remember.class_statistics": False},
     "abd:drift": FROZEN | {"schedule.adapt": "always", "schedule.later_learning_rate": 0.01},
 }

@@ -1,22 +1,26 @@
-"""Kills a process that learns, again and again: `python -m tests.kills --kills 100`.
+"""Kills processes that learn, again and again: `python -m tests.kills --kills 100`.
 
-A second task is taught by the command line and killed with SIGKILL at random moments. After each kill the model file must load
-and answer as it was committed; the same command must go on; and the result must be the one of a run without kills, to the bit.
+Each round begins with a model of one task and ends with a model of three. Two tasks are taught by the command line in processes
+of their own, one after the other or both at the same time, and killed with SIGKILL: at a random moment, or while a file beside
+the model is being written. After each kill the model file must load and answer as it was last committed, and a command that has
+reported success must never lose its task. Tasks that were taught one after the other must end in the model of a run without
+kills, to the bit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from PIL import Image
@@ -24,18 +28,24 @@ from PIL import Image
 from edge_dfcil import Model
 from edge_dfcil.demo import digits
 
-RECIPE = "edge"  # trains in a second task; the default's is one pass
+TASKS = ("0-1", "2-3", "4-5")
+RECIPE = "edge"  # trains in later tasks; the default's are one pass
 SETTINGS = {
-    "schedule.min_steps": 300,
+    "schedule.min_steps": 20,
     "schedule.first_epochs": 1,
     "schedule.epochs": 1,
-    "generator.steps": 20,
+    "generator.steps": 8,
+    "generator.batch": 32,
     "generator.width": 16,
     "generator.latent": 16,
-    "remember.pool": 128,
+    "remember.pool": 64,
     "refine.epochs": 1,
-    "refine.min_steps": 40,
+    "refine.min_steps": 5,
 }
+BUSY = "in use by"  # what a command says whose model another one is teaching
+# Processes are forked from one that has loaded the package and has done nothing else, which saves some seconds for each.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["edge_dfcil.cli", "edge_dfcil.learner", "edge_dfcil.methods", "edge_dfcil.model.pictures"])
 
 
 @dataclass
@@ -43,78 +53,159 @@ class Account:
     """What a run of kills came to."""
 
     kills: int = 0
-    survived: int = 0  # runs that ended before they were to be killed
-    resumed: int = 0  # kills that left a checkpoint to go on from
-    same: bool = False
+    while_writing: int = 0  # kills while a hidden file, a part or a checkpoint, was being written
+    while_competing: int = 0  # kills while two processes taught one file
+    resumed: int = 0  # kills that left a checkpoint to resume from
+    refused: int = 0  # commands that ended because another one was teaching the model
+    rounds: int = 0  # times that all tasks were learnt
+    same: int = 0  # rounds without competition, each of which ended in the model of a run without kills
 
 
-def learn(images: Path, model: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "edge_dfcil", "learn", str(images), "--model", str(model), "--device", "cpu"]
+class Command:
+    """`edge-dfcil learn` of one folder of pictures, in a process of its own."""
+
+    def __init__(self, images: Path, model: Path) -> None:
+        self.images, self.model = images, model
+        self.log = model.parent.parent / f"{images.name}.log"
+        self.process: BaseProcess = _PROCESSES.Process(target=_command, args=(_arguments(images, model), str(self.log)))
+        self.process.start()
+
+    def kill_at(self, moment: float, writing: bool) -> bool:
+        """Waits for a moment (seconds), or until a hidden file is being written, and kills. False if it had ended by itself."""
+        end = time.monotonic() + moment
+        while self.process.is_alive() and time.monotonic() < end:
+            if writing and _is_written(self.model.parent):
+                break
+            self.process.join(0.0005 if writing else max(0.0, end - time.monotonic()))
+        self.process.kill()
+        return self.end() < 0
+
+    def end(self) -> int:
+        self.process.join()
+        code = self.process.exitcode
+        assert code is not None
+        return code
+
+    def finish(self) -> None:
+        assert self.end() == 0, self.log.read_text()
+
+    def is_refused(self) -> bool:
+        """Whether it has ended because another process teaches the model."""
+        return self.end() == 1 and BUSY in self.log.read_text()
+
+
+def _arguments(images: Path, model: Path) -> list[str]:
+    command = ["learn", str(images), "--model", str(model), "--device", "cpu"]
     command += ["--precision", "float32"]  # what is measured to be faster may differ from run to run, and its bits with it
     if not model.exists():
         command += ["--backbone", "resnet8", "--image-size", "16", "--no-flip", "--recipe", RECIPE]
         command += [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return command
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    _, error = process.communicate()
-    assert process.returncode == 0, error.decode()
+def _command(arguments: Sequence[str], log: str) -> None:
+    """Runs the command line with these arguments and ends the process with its exit status."""
+    from edge_dfcil.cli import main
+
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    main(list(arguments), prog_name="edge-dfcil")
 
 
-def write_digits(folder: Path) -> tuple[Path, Path]:
-    """Two folders of pictures, 40 of each of two digits."""
+def _is_written(folder: Path) -> bool:
+    return any(path.name.endswith(".part") for path in folder.iterdir())
+
+
+def learn(images: Path, model: Path) -> None:
+    Command(images, model).finish()
+
+
+def write_digits(folder: Path) -> list[Path]:
+    """A folder of pictures for each task, 20 of each of two digits."""
     train, _ = digits()
-    for task in ((0, 1), (2, 3)):
-        for digit in task:
-            place = folder / "-".join(map(str, task)) / str(digit)
+    for task in TASKS:
+        for digit in task.split("-"):
+            place = folder / task / digit
             place.mkdir(parents=True)
-            for number, image in enumerate(train.images[train.targets == digit][:40]):
+            for number, image in enumerate(train.images[train.targets == int(digit)][:20]):
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{number}.png")
-    return folder / "0-1", folder / "2-3"
+    return [folder / task for task in TASKS]
 
 
 def run(kills: int, folder: Path, seed: int = 0) -> Account:
-    """Kills the second task `kills` times, then lets it end. Raises `AssertionError` when anything was lost."""
-    first, second = write_digits(folder)
-    model, whole = folder / "killed" / "m.safetensors", folder / "whole" / "m.safetensors"
-    for place in (model, whole):
-        place.parent.mkdir()
-    finish(learn(first, model))
-    shutil.copy(model, whole)
-    begin = time.perf_counter()
-    finish(learn(second, whole))
-    seconds, committed = time.perf_counter() - begin, Model.load(model, "cpu").digest()
+    """Kills until there have been `kills`, then lets the round end. Raises `AssertionError` when anything was lost."""
+    tasks = write_digits(folder)
+    taught, seconds = [], 0.0  # the models of a run without kills, after each task
+    whole = folder / "whole" / "m.safetensors"
+    whole.parent.mkdir()
+    for images in tasks:
+        begin = time.monotonic()
+        learn(images, whole)
+        seconds = time.monotonic() - begin
+        taught.append(shutil.copy(whole, folder / f"{images.name}.safetensors"))
+    expected = [Model.load(path, "cpu").digest() for path in taught]
     draw, account = random.Random(seed), Account()
-    while account.kills < kills:
-        process = learn(second, model)
-        try:
-            process.wait(draw.uniform(0.1, 1.1) * seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-        process.communicate()
-        if process.returncode == -signal.SIGKILL:
-            account.kills += 1
-            account.resumed += any(path.name.endswith(".checkpoint") for path in model.parent.iterdir())
-        found = Model.load(model, "cpu")
-        if process.returncode != 0 and found.digest() == committed:
-            continue
-        assert found.classes == ("0", "1", "2", "3"), "killed between two models"
-        assert found.digest() == Model.load(whole, "cpu").digest(), "not the model of a run without kills"
-        if any(path.name.endswith(".checkpoint") for path in model.parent.iterdir()):
-            finish(learn(second, model))  # killed between the save and the end: the same command says so and clears up
-        account.survived += 1
-        assert sorted(path.name for path in model.parent.iterdir()) == [model.name], "something is left beside the model"
-        if account.kills < kills:  # once more from the first task
-            shutil.rmtree(model.parent)
-            model.parent.mkdir()
-            finish(learn(first, model))
-    if Model.load(model, "cpu").digest() == committed:
-        finish(learn(second, model))
-    account.same = Model.load(model, "cpu").digest() == Model.load(whole, "cpu").digest()
-    assert account.same, "not the model of a run without kills"
+    while account.kills < kills or not account.rounds:
+        model = folder / f"round{account.rounds}" / "m.safetensors"
+        model.parent.mkdir()
+        shutil.copy(taught[0], model)
+        if account.rounds % 4 == 3:
+            _compete(tasks[1:], model, kills, seconds, draw, account)
+        else:
+            for images, before, after in zip(tasks[1:], expected[:-1], expected[1:], strict=True):
+                _one(images, model, (before, after), kills, seconds, draw, account)
+            account.same += 1
+        account.rounds += 1
+        left = sorted(path.name for path in model.parent.iterdir() if not path.name.endswith(".part"))
+        assert left == [model.name], f"left beside the model: {left}"
+        shutil.rmtree(model.parent)
     return account
+
+
+def _one(
+    images: Path, model: Path, digests: tuple[str, str], kills: int, seconds: float, draw: random.Random, account: Account
+) -> None:
+    """Teaches one task to its end, with kills: before the commit the file is the old model, and after it the expected one."""
+    before, after = digests
+    while True:
+        command, writing = Command(images, model), draw.random() < 0.3
+        if account.kills < kills and command.kill_at(draw.uniform(0.0, 1.1) * seconds, writing):
+            _count(account, model, writing=writing)
+        elif command.end() == 0:
+            break
+        else:
+            raise AssertionError(command.log.read_text())
+        assert Model.load(model, "cpu").digest() in (before, after), "neither the model of before nor of after the task"
+    assert Model.load(model, "cpu").digest() == after, "not the model of a run without kills"
+
+
+def _compete(tasks: Sequence[Path], model: Path, kills: int, seconds: float, draw: random.Random, account: Account) -> None:
+    """Two processes teach one file, each a task of its own, and are killed, until both have reported success."""
+    done: set[str] = set()
+    while len(done) < len(tasks):
+        commands = [Command(images, model) for images in draw.sample(tasks, len(tasks)) if images.name not in done]
+        for command in commands:
+            writing = draw.random() < 0.3
+            if account.kills < kills and command.kill_at(draw.uniform(0.0, 1.1) * seconds, writing):
+                _count(account, model, writing=writing, competing=len(commands) > 1)
+            elif command.is_refused():
+                account.refused += 1
+            else:
+                command.finish()
+                done.add(command.images.name)
+            # The other command may commit at any moment: what has been reported is there in any case.
+            found = Model.load(model, "cpu").classes
+            assert set("01").union(*(name.split("-") for name in done)) <= set(found), f"{done} was reported, {found} is there"
+    assert Model.load(model, "cpu").classes in (tuple("012345"), tuple("014523"))
+
+
+def _count(account: Account, model: Path, writing: bool, competing: bool = False) -> None:
+    account.kills += 1
+    account.while_writing += writing and _is_written(model.parent)
+    account.while_competing += competing
+    account.resumed += any(path.name.endswith(".checkpoint") for path in model.parent.iterdir())
 
 
 if __name__ == "__main__":

@@ -237,9 +237,9 @@ class _Sums:
         if found.images < fewest or not task.recipe.remember.class_statistics:
             return
         enough, images = found.count >= fewest, (int(found.images),)
-        per_direction, covariance = task.recipe.remember.images_per_direction, found.covariance
-        if per_direction:
-            covariance = leading(covariance, max(1, int(found.images) // per_direction))
+        covariance, remember = found.covariance, task.recipe.remember
+        if remember.images_per_direction:
+            covariance = leading(covariance, max(remember.min_directions, int(found.images) // remember.images_per_direction))
         counts = tuple(int(number) for number in (found.count * enough).tolist())
         task.kept = {
             "mean": Statistic("class_mean", (found.means * enough[:, None]).float(), counts),
