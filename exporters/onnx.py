@@ -13,7 +13,7 @@ from exporters.errors import ExportError
 from exporters.int8 import Int8, count, quantize
 from exporters.registry import About, Artifact, ExportReport, export, register_exporter
 from exporters.scaling import for_any_size, scaling_graph
-from exporters.seals import seal
+from exporters.seals import IR_VERSION, seal
 from exporters.timing import latencies, session
 from exporters.tracing import metadata, serving, tracing
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 OPSET = 18
-IR_VERSION = 10  # at most: runtimes from 1.20 on read it
 FORMAT = "edge-dfcil/2"  # from 2 on a file is sealed
 INPUTS = ("fixed", "any")
 

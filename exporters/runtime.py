@@ -70,7 +70,7 @@ class OnnxClassifier:
             check_signature(path, public_key, content=content)
         self.sealed = verify and seals.is_sealed(content)
         if self.sealed and not seals.is_intact(content):
-            raise _changed(path)
+            raise _changed(path, seals.ir_version(content))
         try:
             self._session = session(content, threads)
         except ExportError:
@@ -138,9 +138,12 @@ def _thresholds(text: str, classes: int) -> tuple[float, ...]:
     return found
 
 
-def _changed(path: str | Path) -> ExportError:
+def _changed(path: str | Path, ir_version: int | None = None) -> ExportError:
+    newer = ""
+    if ir_version is not None and ir_version > seals.IR_VERSION:
+        newer = f", and its ONNX IR version is {ir_version}, where edge-dfcil writes {seals.IR_VERSION} at most"
     return ExportError(
-        f"{path} is not as it was exported: its SHA-256 is another one. Restore it from a copy or export it again; "
+        f"{path} is not as it was exported: its SHA-256 is another one{newer}. Restore it from a copy or export it again; "
         "OnnxClassifier(path, verify=False) opens a file that you have changed on purpose"
     )
 

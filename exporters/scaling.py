@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from exporters.resize import BITS, LONGEST, MOST_BITS
+from exporters.seals import IR_VERSION
 
 GROUP = 32  # columns that are computed together: each is a sum over few pixels, and zeros between them cost time
 PREFIX = "fit/"  # of every name that is added to a graph
@@ -55,7 +56,7 @@ def scaling_graph(size: int) -> Any:
     entry = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", 3, "height", "width"])
     end = helper.make_tensor_value_info(PREFIX + "squares", TensorProto.UINT8, ["batch", 3, size, size])
     made = helper.make_graph(graph.nodes, "scaling", [entry], [end], graph.constants)
-    return helper.make_model(made, ir_version=10, opset_imports=[helper.make_opsetid("", 18)])
+    return helper.make_model(made, ir_version=IR_VERSION, opset_imports=[helper.make_opsetid("", 18)])
 
 
 class _Graph:

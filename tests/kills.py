@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import random
 import shutil
 import sys
@@ -107,11 +106,9 @@ def _command(arguments: Sequence[str], log: str) -> None:
     """Runs the command line with these arguments and ends the process with its exit status."""
     from edge_dfcil.cli import main
 
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-    main(list(arguments), prog_name="edge-dfcil")
+    with open(log, "w") as sys.stdout:  # kept from the terminal
+        sys.stderr = sys.stdout
+        main(list(arguments), prog_name="edge-dfcil")
 
 
 def _is_written(folder: Path) -> bool:

@@ -271,6 +271,7 @@ class TestFlatNames:
             "remember.class_statistics",
             "remember.min_images",
             "remember.images_per_direction",
+            "remember.min_directions",
             "refine.head",
             "schedule.freeze_batchnorm",
             "refine.calibrate",

@@ -70,6 +70,13 @@ class TestDamage:
         half = len(content) // 2
         refuses(tmp_path / "m.onnx", content[half:] + content[:half])
 
+    def test_a_file_that_another_tool_made_newer_names_both_versions(self, exported: Path, tmp_path: Path) -> None:
+        model = onnx.load(exported)
+        model.ir_version = 99
+        onnx.save(model, tmp_path / "m.onnx")
+        with pytest.raises(ExportError, match=r"not as it was exported.*IR version is 99, where edge-dfcil writes 10 at most"):
+            OnnxClassifier(tmp_path / "m.onnx")
+
     def test_a_file_that_was_changed_on_purpose_opens_when_asked(self, exported: Path, tmp_path: Path) -> None:
         model = onnx.load(exported)
         model.doc_string = "mine"
