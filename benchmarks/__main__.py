@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from benchmarks import accuracy, audits, datasets, memory_tables, pages, runners, steps, workshop_tables
+from benchmarks import accuracy, audits, datasets, memory_tables, pages, runners, steps, trust, workshop_tables
 from benchmarks import formats as forms
 from benchmarks import images as photographs
 from benchmarks import int8 as int8s
@@ -316,6 +316,19 @@ def run_formats(data: Path, model: Path, out: Path) -> None:
     found = forms.run(datasets.load(data), model, lambda line: click.echo(line, err=True))
     (out / forms.FILE).write_text(json.dumps(found, indent=1) + "\n")
     click.echo(forms.describe(found))
+
+
+@main.command("trust")
+@click.option("--checks", default=",".join(trust.CHECKS), show_default=True, help="Names with commas between.")
+@click.option("--share", type=float, default=1.0, show_default=True, help="Of the trials of each.")
+@RESULTS
+def run_trust(checks: str, share: float, out: Path) -> None:
+    """Kills, damaged files and rubbish input by the thousand; a stopped run continues from the last finished piece."""
+    names = checks.split(",")
+    if unknown := set(names) - set(trust.CHECKS):
+        raise click.BadParameter(f"unknown checks: {', '.join(sorted(unknown))}", param_hint="--checks")
+    out.mkdir(parents=True, exist_ok=True)
+    click.echo(trust.describe(trust.run(names, out, lambda line: click.echo(line, err=True), share)))
 
 
 @main.command("report")

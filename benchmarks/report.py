@@ -23,6 +23,7 @@ from benchmarks import (
     rejection,
     speed,
     tables,
+    trust,
     workshop,
     workshop_tables,
 )
@@ -100,6 +101,8 @@ def write(folder: Path) -> str:
         parts += ["## Rejection and calibration", known]
     if revealed := audits.describe(folder):
         parts += ["## What models reveal", revealed]
+    if tried := trust.read(folder):
+        parts += ["## Trust", trust.describe(tried)]
     if (answers := measured(folder / latency.FILE)) is not None:
         parts += ["## Latency", latency.describe(answers)]
     if (shipped := measured(folder / formats.FILE)) is not None:

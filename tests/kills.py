@@ -95,7 +95,8 @@ class Command:
 
 def _arguments(images: Path, model: Path) -> list[str]:
     command = ["learn", str(images), "--model", str(model), "--device", "cpu"]
-    command += ["--precision", "float32"]  # what is measured to be faster may differ from run to run, and its bits with it
+    # What is measured to be faster may differ from run to run, and its bits with it.
+    command += ["--batch-size", "16", "--precision", "float32"]
     if not model.exists():
         command += ["--backbone", "resnet8", "--image-size", "16", "--no-flip", "--recipe", RECIPE]
         command += [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]

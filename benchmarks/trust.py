@@ -1,0 +1,112 @@
+"""Kills, damaged files, rubbish input, searches of memory and load: how much of each was tried, and what came of it.
+
+The checks are harnesses in `tests/`, which raise `AssertionError` where a promise is broken. Each is run in pieces with a seed of
+their own, and the result file holds what is done, so that a stopped run continues from there.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from numbers import Number
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine, tables
+from tests import kills
+
+FILE = "trust.json"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A harness, and how much of it is run.
+
+    Attributes
+    ----------
+    run
+        Called with a number of trials, an empty folder and a seed; returns a dataclass of counts.
+    trials
+        How many in all.
+    piece
+        How many with one seed.
+    says
+        What holds, in words.
+    """
+
+    run: Callable[[int, Path, int], Any]
+    trials: int
+    piece: int
+    says: str
+
+
+CHECKS = {
+    "kills": Check(
+        kills.run, 1000, 50, "The model file answers as it was last committed, and no task that was reported as learnt is lost."
+    ),
+}
+
+
+def run(names: list[str], out: Path, say: Callable[[str], None], share: float = 1.0) -> dict[str, Any]:
+    """Runs what is not done yet of these checks, or a share of it, and returns the results of all."""
+    for name in names:
+        check = CHECKS[name]
+        size = max(1, round(check.piece * min(1.0, share * check.trials / check.piece)))
+        for seed in range(-(-round(check.trials * share) // size)):
+            found = read(out)
+            done = found.setdefault(name, {"pieces": {}})["pieces"]
+            if str(seed) in done:
+                continue
+            begin = time.perf_counter()
+            with tempfile.TemporaryDirectory() as folder:
+                account = asdict(check.run(size, Path(folder), seed))
+            done[str(seed)] = {
+                "trials": size,
+                "account": account,
+                "seconds": time.perf_counter() - begin,
+                **machine.provenance(torch.device("cpu")),
+            }
+            (out / FILE).write_text(json.dumps(found, indent=1) + "\n")
+            say(f"{name} {seed}: {account}")
+    return read(out)
+
+
+def read(out: Path) -> dict[str, Any]:
+    """The results in a folder; empty where there are none."""
+    path = out / FILE
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def describe(found: dict[str, Any]) -> str:
+    """Markdown: a row a check, with what its pieces counted."""
+    rows = []
+    for name, check in CHECKS.items():
+        if name in found:
+            pieces = list(found[name]["pieces"].values())
+            counts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in _sum(pieces).items())
+            rows.append([name, sum(piece["trials"] for piece in pieces), counts, check.says])
+    return tables.table(["check", "trials", "counted", "what held in all of them"], rows)
+
+
+def _sum(pieces: list[dict[str, Any]]) -> dict[str, Any]:
+    """The counts of all pieces together; those of a mapping by its keys, other values of the last piece."""
+    total: dict[str, Any] = {}
+    for piece in pieces:
+        for name, value in _flat(piece["account"]).items():
+            adds = isinstance(value, Number) and not isinstance(value, bool)
+            total[name] = total.get(name, 0) + value if adds else value
+    return total
+
+
+def _flat(account: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, value in account.items():
+        inner = _flat(value) if isinstance(value, dict) else {"": value}
+        found |= {f"{name} {key}".strip(): one for key, one in inner.items()}
+    return found
