@@ -105,7 +105,7 @@ def _sum(pieces: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _flat(account: dict[str, Any]) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in account.items():
         inner = _flat(value) if isinstance(value, dict) else {"": value}
         found |= {f"{name} {key}".strip(): one for key, one in inner.items()}

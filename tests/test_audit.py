@@ -105,6 +105,16 @@ class TestAudit:
         assert others["class statistics"] < found.attacks[2].auc - 0.1
         assert learner.evaluate(halves[1], NAMES).accuracy > 0.9
 
+    def test_a_least_number_of_directions_is_kept(self, taught: Learner, halves: Any) -> None:
+        all_of_them = {"remember.images_per_direction": 16, "remember.min_directions": 10**4}
+        whole, few = (
+            taught_of(halves[0], QUICK.changed({"schedule.adapt": "first", "refine.head": "lda"} | changes))
+            for changes in (all_of_them, {"remember.images_per_direction": 16, "remember.min_directions": 3})
+        )
+        kept = [learner.model.statistics["covariance"].values for learner in (taught, whole, few)]
+        assert torch.equal(kept[0], kept[1]) and torch.equal(kept[0].diagonal(), kept[2].diagonal())
+        assert not torch.allclose(kept[0], kept[2])
+
     def test_images_beside_themselves_are_no_members(self, taught: Learner, halves: Any) -> None:
         same = audit(taught.model, halves[1], halves[1], NAMES)
         assert [one.auc for one in same.attacks if not one.name.startswith("likelihood")] == [0.5, 0.5]
