@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pty
@@ -29,6 +30,7 @@ from edge_dfcil.cli.options import build_module, chosen_recipe
 from edge_dfcil.demo import Batches
 from edge_dfcil.model import file
 from edge_dfcil.recipe import RECIPES
+from exporters import files
 from tests.conftest import NAMES, QUICK, quick_learner
 from tests.golden.make import own_classifier
 
@@ -362,6 +364,27 @@ class TestCheckpoint:
         other = folder_of(tmp_path / "other", train, ("5", "6"))
         assert not json.loads(cli("learn", other, "--model", model, "--json").stdout)["resumed"]
         assert not [*tmp_path.glob(".*")]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("enough", [True, False])
+    def test_a_disk_that_is_full_in_the_end_gives_the_model_the_room_of_the_checkpoint(
+        self, pictures: Any, model: Path, monkeypatch: pytest.MonkeyPatch, enough: bool
+    ) -> None:
+        replace_file = files.replace_file
+
+        def full(path: Any, content: bytes) -> None:
+            if Path(path) == model and (not enough or [*model.parent.glob(".*.checkpoint")]):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            replace_file(path, content)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(files, "replace_file", full)
+            failed = cli("learn", pictures[1], "--model", model, expect=0 if enough else 1).stderr
+        assert len([*model.parent.glob(".*.checkpoint")]) == (0 if enough else 1)
+        if not enough:
+            assert "No space left" in failed and Learner.load(model).classes == ("0", "1")
+            assert json.loads(cli("learn", pictures[1], "--model", model, "--json").stdout)["resumed"]
+        assert Learner.load(model).classes == ("0", "1", "2", "3")
 
     @pytest.mark.slow
     def test_stopped_after_the_model_was_saved_there_is_nothing_left_to_do(

@@ -355,3 +355,24 @@ def test_two_threads_cannot_teach_one_learner(learnt: Learner, train: Batches) -
 def test_a_checkpoint_that_cannot_be_written_is_an_error_before_training(learnt: Learner, train: Batches, tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="folder"):
         learnt.learn_task(train.of(("4",)), NAMES, checkpoint=Path(tmp_path / "no" / "c"), progress=False)
+
+
+def test_a_disk_that_fills_up_costs_the_checkpoint_and_not_the_task(
+    train: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    learner, path, write, tried = quick_learner(), tmp_path / "c", file.write, []
+
+    def full(target: Any, *arguments: Any, kind: str = "model", **settings: Any) -> Any:
+        if kind == "checkpoint" and tried:
+            tried.append(path.exists())
+            raise ModelFileError("c cannot be written: No space left on device")
+        tried.append(False)
+        return write(target, *arguments, kind=kind, **settings)
+
+    monkeypatch.setattr(file, "write", full)
+    session(learner, train, checkpoint=path).run()
+    assert learner.classes and len(tried) > 3
+    assert all(tried[1:]), "the checkpoint that could be written stays"
+    assert [record.getMessage() for record in caplog.records].count(
+        "the session continues without a new checkpoint: c cannot be written: No space left on device"
+    ) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,9 +175,32 @@ def _learn_and_save(session: Session[TaskReport], learner: Learner, model: Path)
         if session.checkpoint is not None and session.checkpoint.exists():
             note("the same command continues from here")
         raise
-    learner.save(model)
+    try:
+        learner.save(model)
+    except ModelFileError as error:
+        if not _is_full(error) or session.checkpoint is None or not session.checkpoint.exists():
+            raise
+        _save_in_its_place(learner, model, session.checkpoint)
     session.clear_checkpoint()
     return report
+
+
+def _is_full(error: ModelFileError) -> bool:
+    """Whether a file could not be written for want of room."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _save_in_its_place(learner: Learner, model: Path, checkpoint: Path) -> None:
+    """Saves in the room that the checkpoint takes, which is written again where that is not enough."""
+    from exporters.files import replace_file
+
+    content = checkpoint.read_bytes()
+    checkpoint.unlink()
+    try:
+        learner.save(model)
+    except BaseException:
+        replace_file(checkpoint, content)
+        raise
 
 
 def _lines(report: TaskReport, model: Path) -> list[str]:

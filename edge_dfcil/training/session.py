@@ -129,7 +129,8 @@ class Session(Generic[Result]):
         Called while it runs.
     checkpoint
         A file that is written every `checkpoint_every` seconds (0: at every step), or less often where writing takes
-        long, and from which an interrupted session continues; None writes none. `clear_checkpoint` removes it.
+        long, and from which an interrupted session continues; None writes none. `clear_checkpoint` removes it. Whether it can
+        be written is checked at the start; if the disk fills up later, the session continues without, and logs a warning.
     deadline
         Seconds that `run` may take in all: then it finishes with what has been learnt, as after `finish_now()`.
     guard
@@ -170,6 +171,7 @@ class Session(Generic[Result]):
         self._tensors: Mapping[str, Tensor] = {}
         self._written, self._write_seconds, self._spent = 0.0, 0.0, 0.0
         self._running, self._began = False, 0.0
+        self._warned = False  # whether it has been said that the checkpoint cannot be written
         self._announced = False  # whether callbacks know that something is planned
         self._begun: dict[str, Tensor] | None = None  # the random state before a closed-form stage
         self.has_result = False  # whether the work has committed something, and may end at any time
@@ -226,7 +228,7 @@ class Session(Generic[Result]):
             now = time.perf_counter()
             share = self._write_seconds / CHECKPOINT_SHARE if self.checkpoint_every else 0.0
             if now - self._written >= max(self.checkpoint_every, share):
-                self.save_checkpoint()
+                self._try_checkpoint()
 
     def _has_learnt(self) -> bool:
         return self._network_done or (self._resumable() and self._state is not None and self._state.step > 0)
@@ -292,7 +294,7 @@ class Session(Generic[Result]):
             self._network_done = self._network_done or trained
             self._stage = self._state = self._begun = None
             if trained and self.checkpoint is not None and self._loaded is None:
-                self.save_checkpoint()
+                self._try_checkpoint()
 
     def _run_stage(self, stage: Stage) -> StageReport:
         if not isinstance(stage, StageSpec):
@@ -364,6 +366,17 @@ class Session(Generic[Result]):
         file.write(self.checkpoint, state["tensors"], state["position"], kind="checkpoint")
         self._written = time.perf_counter()
         self._write_seconds = self._written - begin
+
+    def _try_checkpoint(self) -> None:
+        """Writes the checkpoint where it can be: a disk that fills up later costs what a checkpoint saves, and not the work."""
+        try:
+            self.save_checkpoint()
+            self._warned = False
+        except ModelFileError as error:
+            self._written = time.perf_counter()
+            if not self._warned:
+                logger.warning("the session continues without a new checkpoint: %s", error)
+            self._warned = True
 
     def _load_checkpoint(self) -> None:
         """Continues from the checkpoint, if there is one of this operation; any other is ignored."""
