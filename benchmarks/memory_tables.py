@@ -118,7 +118,7 @@ def _budgets(done: dict[str, Any]) -> str:
     note = (
         "Two tasks of 2 classes, 128 images each, six epochs, batches of 64. Planned is what the plan expects of the largest "
         "stage, reached what the largest stage took, both of the run in which they differ most; highest is of everything, the "
-        "planning included, and must be within the budget. After so few steps accuracy tells large differences only."
+        "planning included, and must be within the budget. After so few steps accuracy shows large differences only."
     )
     rows = []
     for name, by_budget in _by_network(done):

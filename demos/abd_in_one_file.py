@@ -141,7 +141,7 @@ def learning_losses(student: Classifier, teacher: Teacher, images: Tensor, targe
     return {
         # Eq. 6: separates the new classes from each other, on real images alone.
         "local": (1 - rho) * F.cross_entropy(student.head(features[:n])[:, n_old:], targets - n_old),
-        # Eq. 8: only the head learns to tell old classes from new ones.
+        # Eq. 8: only the head learns to separate old classes from new ones.
         "head": (weights * F.cross_entropy(student.head(detached), all_targets, reduction="none")).mean(),
         # Eq. 7: features stay where they were in the directions that the old head looks in.
         "distillation": DISTILLATION * F.mse_loss(teacher.classifier.head(features), before),

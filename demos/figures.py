@@ -34,7 +34,7 @@ def draw(learner: Learner, path: Path) -> None:
     sides: Any = figure.subfigures(1, 2, wspace=0.06)
     real_side, dream_side = sides
     real = {name: train.of((name,)).images for name in NAMES}
-    for side, title, pictures in ((real_side, "real, not kept", real), (dream_side, "dreamt from the weights", dreams)):
+    for side, title, pictures in ((real_side, "real, not kept", real), (dream_side, "generated from the weights", dreams)):
         side.suptitle(title)
         grid = side.subplots(len(NAMES), COLUMNS)
         for row, name in enumerate(NAMES):

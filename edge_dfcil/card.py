@@ -89,7 +89,7 @@ def _use(model: Model, name: str, exported: ExportReport | None) -> Iterator[str
         'print(model.predict("photo.jpg", top_k=3))',
         "```",
         "",
-        f"`Learner.from_pretrained({argument})` gives a learner, which goes on with `learn_task(loader)`.",
+        f"`Learner.from_pretrained({argument})` gives a learner, which learns more classes with `learn_task(loader)`.",
     )
     if exported is not None:
         sizes = "images of every size" if exported.input == "any" else f"squares of {exported.image_size} pixels"

@@ -1,6 +1,6 @@
 """A check that any `Method` can run, those of other packages included: `check_method(MyMethod)`.
 
-It needs no data: images are noise with a bright bar, whose place and colour tell the class.
+It needs no data: images are noise with a bright bar, whose place and colour depend on the class.
 """
 
 from __future__ import annotations

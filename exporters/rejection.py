@@ -13,8 +13,8 @@ FLOOR = 1e-37  # of a probability: float32 has none that is smaller by much
 def scores(probabilities: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     """How far the largest logit of each image is above the mean of its logits over classes, (N,), from probabilities (N, C).
 
-    A constant that is added to all logits changes neither their softmax nor this difference. It tells unseen classes better than
-    the probability itself, which is near 1 for most images (docs/research-log.md).
+    A constant that is added to all logits changes neither their softmax nor this difference. It separates unseen classes better
+    than the probability itself, which is near 1 for most images (docs/research-log.md).
     """
     logits = np.log(np.maximum(probabilities.astype(np.float64), FLOOR))
     found: npt.NDArray[np.float64] = logits.max(1, initial=-np.inf) - logits.mean(1) if len(logits) else np.zeros(0)

@@ -14,7 +14,7 @@ SLOWEST = 0.1  # seconds between two messages, at least: a step of training may 
 
 
 class Feed:
-    """Tells its listeners that something has changed; `notify` may be called from any thread."""
+    """Notifies its listeners that something has changed; `notify` may be called from any thread."""
 
     def __init__(self, state: Callable[[], Any]) -> None:
         self._state = state

@@ -242,7 +242,7 @@ class Planner:
     def rehearse(self, settings: RehearsalSettings, at_once: Mapping[str, int], in_whole: bool = False) -> Stages:
         """A few steps of each stage, with the micro-batches given, or else the smallest.
 
-        Batches are cut to two parts, which tells what more would take, unless they are wanted in whole: their many small
+        Batches are cut to two parts, which shows what more would take, unless they are wanted in whole: their many small
         parts fragment the heap. The first step of a stage makes what libraries make once for a size (kernels,
         packed weights, scratch) and may keep; it is not measured with the others. What they keep is held from then on, so
         it belongs to the base and not to what the stage takes.

@@ -108,7 +108,7 @@ class Canvas:
         return terms
 
     def _seen(self, images: Tensor) -> Tensor:
-        """Shifted with wrap-around, and mirrored in half of the steps where the recipe says that mirrored images are alike."""
+        """Shifted with wrap-around, and mirrored in half of the steps where the recipe treats mirrored images as equal."""
         jitter = self.recipe.pixels.jitter
         rows, columns = torch.randint(-jitter, jitter + 1, (2,)).tolist()
         images = images.roll((rows, columns), (2, 3))

@@ -37,7 +37,7 @@ class DriftMap:
         return means @ self.matrix + self.offset
 
     def covariance(self, covariance: Tensor) -> Tensor:
-        """A covariance (F, F), moved: M' S M + R. A new backbone tells images apart that the old one did not; without R the
+        """A covariance (F, F), moved: M' S M + R. A new backbone separates images that the old one did not; without R the
         moved classes would look narrower than they are."""
         return (self.matrix.T @ covariance @ self.matrix).add_(self.residual)
 

@@ -22,7 +22,7 @@ class Shrinkage:
         s, from 0 to 1.
     own
         T is the mean variance of all features times the identity where this is 0. Else the first `own` features have their mean
-        variance in T, and the features behind them have theirs: groups of features of different size count alike.
+        variance in T, and the features behind them have theirs: groups of features of different size have the same weight.
     """
 
     amount: float

@@ -139,7 +139,7 @@ class _Sums:
         best_of = [min((one for one in errors if one.own == own), key=errors.__getitem__) for own in groups]
         sureness = {shrinkage: held.sureness(*heads[shrinkage]) for shrinkage in best_of}
         del held  # before the second trial: these matrices are the most that learning holds
-        if len(best_of) > 1:  # of two kinds: few images tell them apart only if each half is held out in turn
+        if len(best_of) > 1:  # of two kinds: few images decide between them only if each half is held out in turn
             others, held = self._trial(old, 1, here, best_of)
             errors = {shrinkage: errors[shrinkage] + held.errors(*others[shrinkage]) for shrinkage in best_of}
             del held

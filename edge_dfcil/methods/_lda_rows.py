@@ -89,7 +89,7 @@ class _Rows:
             self._real.add(self._task.student.of_all_scales(images), batch.targets, weight)
 
     def _views(self, images: Tensor) -> list[tuple[Tensor, float]]:
-        """Images, and their mirror images where the recipe takes these for alike."""
+        """Images, and their mirror images where the recipe treats these as equal."""
         return [(images, 0.5), (images.flip(3), 0.5)] if self._task.recipe.augmentation.flip else [(images, 1.0)]
 
     def solve(self) -> None:
@@ -123,7 +123,7 @@ class _Rows:
         return found
 
     def _scale(self, weight: Tensor, common: Tensor) -> float:
-        """What rows are multiplied by, so that those of all tasks vary alike over generated images."""
+        """What rows are multiplied by, so that those of all tasks have the same variance over generated images."""
         task = self._task
         old = torch.arange(task.student.n_classes, device=task.device)
         old = old[~torch.isin(old, task.current)]

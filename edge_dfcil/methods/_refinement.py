@@ -3,7 +3,7 @@
 Our addition to ABD, after R-DFCIL (Gao et al., ECCV 2022, section 3.4): the backbone is frozen in eval mode and the
 head is trained with cross-entropy over all seen classes, on real images and dreams, each class weighing the same.
 
-Dreams are easier to tell than real images, so what is learnt from them and from real images still favours the classes
+Dreams are easier to classify than real images, so what is learnt from them and from real images still favours the classes
 that had real ones: their rows of the head grow longer. They are scaled back (weight aligning, Zhao et al., CVPR 2020).
 """
 
@@ -42,7 +42,7 @@ def align(head: nn.Linear, old: Tensor, current: Tensor, share: float) -> None:
 def _refinement(task: Task) -> StageSpec:
     recipe, student = task.recipe, task.student
     teacher, dreams = task.memory
-    # Expected share of each class in a step of B real images and B dreams; its inverse weighs all classes alike.
+    # Expected share of each class in a step of B real images and B dreams; its inverse gives all classes the same weight.
     share = task.counts / task.counts.sum()
     share[: teacher.n_classes] += dreams.class_shares(teacher.n_classes)
     weights = 1 / share.clamp_min(1e-3)

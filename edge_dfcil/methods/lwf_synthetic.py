@@ -1,4 +1,4 @@
-"""LwF on real images and dreams alike, over the old classes (a baseline of Smith et al., ICCV 2021)."""
+"""LwF on both real images and dreams, over the old classes (a baseline of Smith et al., ICCV 2021)."""
 
 from __future__ import annotations
 

@@ -97,6 +97,6 @@ class Task:
 
     @property
     def rho(self) -> float:
-        """n_old / n_seen (ABD, section 5), by which every class weighs alike. A refreshed class is of both kinds, and counts
-        once among the classes that are remembered, once among those with real images."""
+        """n_old / n_seen (ABD, section 5), by which all classes have the same weight. A refreshed class is of both kinds, and
+        counts once among the classes that are remembered, once among those with real images."""
         return len(self.old) / (len(self.old) + len(self.current))

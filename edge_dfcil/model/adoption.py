@@ -125,7 +125,7 @@ def _check_names(classes: Any) -> tuple[str, ...]:
 def check_name(backbone: nn.Module, name: str, image_size: int) -> None:
     """Raises `BackboneError` unless the registered architecture of that name gives, with its tensors, what the backbone gives.
 
-    Tensors alone do not tell: the epsilon of a BatchNorm layer, or torchvision's `transform_input`, is in no state dict.
+    Tensors alone do not show it: the epsilon of a BatchNorm layer, or torchvision's `transform_input`, is in no state dict.
     """
     advice = "leave backbone=None, and pass the module to load()"
     registered = backbones.build(name).eval()

@@ -152,7 +152,7 @@ def read(path: str | Path, kind: Kind = "model") -> tuple[dict[str, Tensor], dic
 
 
 _ADVICE = {
-    "model": "pass the model file; a checkpoint belongs to a task that has not ended, and `learn` goes on with it",
+    "model": "pass the model file; a checkpoint belongs to a task that has not ended, and `learn` continues from it",
     "checkpoint": "pass the checkpoint of the task that was stopped",
 }
 

@@ -47,7 +47,7 @@ class Model(FromHub):
     statistics
         What the method keeps beside the weights.
     learning
-        How it was learnt, as JSON: the method's name, the recipe, the seed. A `Learner` goes on with these.
+        How it was learnt, as JSON: the method's name, the recipe, the seed. A `Learner` continues with these.
     pretrained
         Whether the backbone had been trained before the first task: its BatchNorm statistics were learnt.
     calibration
@@ -148,7 +148,7 @@ class Model(FromHub):
     def untrained(
         self, backbone: str | nn.Module, *, image_size: int | None = None, seed: int = 0, multiscale: bool | None = None
     ) -> Model:
-        """A model with another backbone, untrained, and all else alike, the classes included; `multiscale` None: as here."""
+        """A model with another backbone, untrained, and all else the same, the classes included; `multiscale` None: as here."""
         size = image_size or self.image_size
         scales = bool(self.network.scales.layers) if multiscale is None else multiscale
         empty = Model.new(backbone, image_size=size, device=self.device, seed=seed, multiscale=scales)

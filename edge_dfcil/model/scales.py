@@ -1,6 +1,6 @@
 """Features of several scales: beside a backbone's own, the feature maps of its blocks, pooled.
 
-The last features of a network are made for the classes it was trained on. What tells new classes apart is often still there
+The last features of a network are made for the classes it was trained on. What separates new classes is often still there
 in the middle of it: where in the image it is (hypercolumns, Hariharan et al., CVPR 2015), as means over the cells of a grid, and
 how it varies over the image, as deviations (as in style transfer, Gatys et al., CVPR 2016). A linear head over all of it is
 served as before; the backbone does no more work.
