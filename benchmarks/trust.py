@@ -90,7 +90,7 @@ def describe(found: dict[str, Any]) -> str:
         if name in found:
             pieces = list(found[name]["pieces"].values())
             counts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in _sum(pieces).items())
-            rows.append([name, sum(piece["trials"] for piece in pieces), counts, check.says])
+            rows.append([name, f"{sum(piece['trials'] for piece in pieces):,}", counts, check.says])
     return tables.table(["check", "trials", "counted", "what held in all of them"], rows)
 
 
