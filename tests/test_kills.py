@@ -12,4 +12,4 @@ from tests import kills
 @pytest.mark.slow
 def test_nothing_is_lost_by_kills(tmp_path: Path) -> None:
     account = kills.run(3, tmp_path)
-    assert account.kills == 3 and account.same
+    assert (account.kills, account.rounds, account.same) == (3, 2, 1)
