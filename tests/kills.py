@@ -133,7 +133,7 @@ def write_digits(folder: Path) -> list[Path]:
 
 
 def run(kills: int, folder: Path, seed: int = 0) -> Account:
-    """Kills until there have been `kills` and two rounds, then lets the round end. Raises `AssertionError` when anything was lost."""
+    """Kills `kills` times, for two rounds at least, and lets the last end. Raises `AssertionError` when anything was lost."""
     tasks = write_digits(folder)
     taught, seconds = [], 0.0  # the models of a run without kills, after each task
     whole = folder / "whole" / "m.safetensors"
