@@ -11,10 +11,11 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from edge_dfcil.errors import BackboneError, ClassError, EdgeDfcilError, ModelFileError
@@ -35,6 +36,7 @@ from edge_dfcil.model.contract import (
 )
 from edge_dfcil.model.network import check_statistics
 from edge_dfcil.model.split import SAME, check_split, remove, split
+from exporters.texts import shown
 
 
 @dataclass(frozen=True)
@@ -176,12 +178,27 @@ def rebuild(backbone: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
     Raises `ModelFileError` when the module has other tensors than the file, by name or shape.
     """
     if isinstance(backbone, str):
+        # Without memory first: a name may stand for gigabytes. What cannot be built so is checked below.
+        with suppress(BackboneError), torch.device("meta"):
+            _check_tensor_names(backbones.build(backbone), tensors)
         module = backbones.build(backbone)
     else:
         module = copied(check_module(backbone, "backbone"))
         head = _head_left_on(module, tensors)
         if head is not None:
             remove(module, head)
+    _check_tensor_names(module, tensors)
+    narrow(module, tensors)
+    try:
+        module.load_state_dict(with_versions(tensors, module))
+    except (RuntimeError, ValueError) as error:
+        raise ModelFileError(
+            f"the file does not fit the backbone {type(module).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return module
+
+
+def _check_tensor_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own = set(module.state_dict())
     if own != set(tensors):
         missing, surplus = sorted(own - set(tensors)), sorted(set(tensors) - own)
@@ -191,14 +208,6 @@ def rebuild(backbone: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
             f"the file does not fit the backbone {whole}: it {' and '.join(filter(None, parts))}. Pass the module "
             "that the model was made with"
         )
-    narrow(module, tensors)
-    try:
-        module.load_state_dict(with_versions(tensors, module))
-    except (RuntimeError, ValueError) as error:
-        raise ModelFileError(
-            f"the file does not fit the backbone {type(module).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from error
-    return module
 
 
 def _head_left_on(module: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
@@ -211,7 +220,7 @@ def _head_left_on(module: nn.Module, tensors: Mapping[str, Tensor]) -> str | Non
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return shown(", ".join(names[:3]))[:200] + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def narrow(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
