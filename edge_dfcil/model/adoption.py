@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from edge_dfcil.errors import BackboneError, ClassError, EdgeDfcilError, ModelFileError
 from edge_dfcil.model import backbones, labels
@@ -179,7 +180,7 @@ def rebuild(backbone: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
     """
     if isinstance(backbone, str):
         # Without memory first: a name may stand for gigabytes. What cannot be built so is checked below.
-        with suppress(BackboneError), torch.device("meta"):
+        with suppress(BackboneError), _Weightless():
             _check_tensor_names(backbones.build(backbone), tensors)
         module = backbones.build(backbone)
     else:
@@ -196,6 +197,16 @@ def rebuild(backbone: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
             f"the file does not fit the backbone {type(module).__name__}: {' '.join(str(error).split())[:300]}"
         ) from error
     return module
+
+
+class _Weightless(TorchFunctionMode):
+    """Layers that are made inside have no values. `torch.device("meta")` would take those from numbers that decide on layers too."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.empty, torch.zeros, torch.ones) and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return function(*args, **kwargs)
 
 
 def _check_tensor_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

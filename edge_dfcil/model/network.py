@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -184,11 +183,12 @@ def check_statistics(mean: Any, std: Any) -> tuple[tuple[float, float, float], t
         return None
     try:
         (m0, m1, m2), (s0, s1, s2) = ([float(value) for value in values] for values in (mean, std))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers: list[float] = []
     else:
         numbers = [m0, m1, m2, s0, s1, s2]
-    if not numbers or not all(map(math.isfinite, numbers)) or min(numbers[3:]) <= 0:
+    limits = torch.finfo(torch.float32)
+    if not numbers or not all(abs(number) <= limits.max for number in numbers) or min(numbers[3:]) < limits.tiny:
         raise SettingError(f"mean={mean}, std={std}; give both, three numbers each, one a channel, and std above 0")
     return (m0, m1, m2), (s0, s1, s2)
 
