@@ -253,7 +253,7 @@ class Learner(Serving, RunsSessions, Publishing):
     def save(self, path: str | Path) -> Path:
         """Writes the current model to one file, all or nothing. Raises `ModelFileError` when that fails, and when another
         process has changed the file since this learner last read or wrote it."""
-        key, model = Path(path).resolve(), self._model  # read once: a task that commits during the call must not mix two models
+        key, model = file.resolved(path), self._model  # read once: a task that commits during the call must not mix two models
         written = model.save(path, **({"expected": self._digests[key]} if key in self._digests else {}))
         self._digests[key] = model.digest()
         return written
@@ -281,7 +281,7 @@ class Learner(Serving, RunsSessions, Publishing):
             reason = shown(error)[:300]
             raise ModelFileError(f"{path} does not say how it was learnt ({reason}); Model.load(path) serves it") from error
         learner = cls.of(model, method=found, recipe=recipe, seed=seed, memory_budget=memory_budget, precision=precision)
-        learner._digests[Path(path).resolve()] = seen
+        learner._digests[file.resolved(path)] = seen
         return learner
 
     def export(

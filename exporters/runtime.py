@@ -66,6 +66,8 @@ class OnnxClassifier:
     """
 
     def __init__(self, path: str | Path, *, threads: int = 0, verify: bool = True, public_key: str | Path | None = None) -> None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise ExportError(f"path={path!a:.80} is a {type(path).__name__}; pass the path of a file")
         if not os.path.isfile(path):
             raise ExportError(f"{path} is not a file; `edge-dfcil export MODEL {path}` writes one")
         try:

@@ -1,8 +1,8 @@
 """Damages files, again and again: `python -m tests.damage --files 10000`.
 
-Model, checkpoint, ONNX and recipe files are cut, flipped, swapped and overwritten, and model files are sealed again after a lie was
-written into them. Each must be refused with an error of the package, or be read as what it was before: no other error, no other
-answer.
+Model, checkpoint, ONNX and recipe files are cut, flipped, swapped and overwritten, and model files are sealed again after a lie
+was written into them. Each must be refused with an error of the package, or be read as what it was before: no other error, no
+other answer.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class Checks:
         try:
             found = Model.load(path, "cpu")
         except ModelFileError as error:
-            _check_message(error, path)
+            check_message(error, path)
             return False
         assert found.digest() == self.digests["model"], "a damaged model answers something else"
         return True
@@ -229,7 +229,7 @@ class Checks:
         try:
             tensors, position = file.read(path, "checkpoint")
         except ModelFileError as error:
-            _check_message(error, path)
+            check_message(error, path)
             return False
         assert file.digest(tensors, position) == self.digests["checkpoint"], "a damaged checkpoint continues otherwise"
         return True
@@ -239,7 +239,7 @@ class Checks:
         try:
             found = OnnxClassifier(path, threads=1)
         except ExportError as error:
-            _check_message(error, path)
+            check_message(error, path)
             return False
         np.testing.assert_array_equal(found.probabilities(IMAGES), self.answers)
         return True
@@ -256,7 +256,8 @@ class Checks:
         whole = dotted(_without_preset(found.to_dict()))
         assert whole.keys() == SETTINGS.keys()
         for name, value in dotted(_without_preset(said)).items():
-            assert whole[name] == value or _read(name, value) == whole[name], f"{name} is {whole[name]!r}, not {value!r}"
+            read = _read(name, value) if isinstance(value, str) else type(whole[name])(value)  # 10**300 is the float 1e300
+            assert whole[name] == value or read == whole[name], f"{name} is {whole[name]!r}, not {value!r}"
         assert Recipe.from_dict(found.to_dict()) == found
         return True
 
@@ -282,10 +283,10 @@ def _without_preset(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ("preset", "version")}
 
 
-def _read(name: str, text: Any) -> Any:
+def _read(name: str, text: str) -> Any:
     """A setting's text as the package reads it on the command line."""
     found = dotted(_without_preset(RECIPES["edge"].changed({name: text}).to_dict()))
-    return found[name] if isinstance(text, str) else None
+    return found[name]
 
 
 def check_valid(learner: Learner) -> None:
@@ -299,15 +300,16 @@ def check_valid(learner: Learner) -> None:
     assert bool(model.network.mean.isfinite().all()) and bool((model.network.std > 0).all())
 
 
-def _check_message(error: EdgeDfcilError, path: Path) -> None:
+def check_message(error: EdgeDfcilError, path: Path) -> None:
+    """Asserts that an error's message can be shown, and names the file or what does not fit."""
     text = str(error)
     assert text.isprintable(), f"a message that a terminal would obey: {text!r}"
     assert path.name in text or "fit" in text or "backbone" in text, f"a message without the file: {text}"
 
 
 def run(files: int, folder: Path, seed: int = 0, kinds: Sequence[str] = KINDS) -> Account:
-    """Damages `files` files of each kind, and lies in as many model files / 10. Raises `AssertionError` for one that is accepted with
-    another answer, and whatever else than an error of the package a reader raises."""
+    """Damages `files` files of each kind, and lies in a tenth as many. Raises `AssertionError` for one that is accepted with another
+    answer, and for whatever a reader raises but an error of the package."""
     checks, draw, account = Checks(folder), random.Random(seed), Account()
     for kind in kinds:
         for number in range(files if kind != "lying" else max(files // 10, 1)):

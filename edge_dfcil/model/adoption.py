@@ -200,7 +200,7 @@ def rebuild(backbone: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 class _Weightless(TorchFunctionMode):
-    """Layers that are made inside have no values. `torch.device("meta")` would take those from numbers that decide on layers too."""
+    """Layers that are made inside have no values. `torch.device("meta")` would take values from numbers that decide on layers."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -57,7 +57,7 @@ def digest_of(path: str | Path) -> str | None:
 
     Raises `ModelFileError` for a file that is foreign, damaged or from a later version.
     """
-    if not os.path.exists(path):
+    if isinstance(path, (str, os.PathLike)) and not os.path.exists(path):
         return None
     _check_is_file(path)
     with _Reading(path) as file:
@@ -102,6 +102,7 @@ def write(
         When it cannot be written, when another process is writing it, or when it has changed. What was there before is
         untouched then.
     """
+    resolved(path)
     path = Path(path)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
@@ -160,6 +161,14 @@ _ADVICE = {
     "model": "pass the model file; a checkpoint belongs to a task that has not ended, and `learn` goes on with it",
     "checkpoint": "pass the checkpoint of the task that was stopped",
 }
+
+
+def resolved(path: Any) -> Path:
+    """The place that a path leads to. Raises `ModelFileError` for what is no path."""
+    try:
+        return Path(path).resolve()
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        raise ModelFileError(f"path={path!a:.80} cannot be a file ({shown(error)[:200]}); pass the path of a file") from error
 
 
 class _Reading:
@@ -230,10 +239,10 @@ class _Reading:
 
 def _check_is_file(path: str | Path) -> None:
     try:
-        found = os.path.isfile(path)
-    except ValueError:  # a null character
+        found = not isinstance(path, int) and os.path.isfile(path)
+    except (TypeError, ValueError):  # no path, or one with a null character
         found = False
-    if not found:
+    if not found or isinstance(path, bytes):
         raise ModelFileError(f"{_shown(path)} is not a file; `learner.save` or `edge-dfcil learn` writes one")
 
 
@@ -255,7 +264,8 @@ def _utf8_name(path: str | Path) -> Iterator[str]:
 
 def _shown(path: str | Path) -> str:
     """A path as text that any terminal and log can encode."""
-    return os.fspath(path).encode("utf-8", "backslashreplace").decode()
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else f"path={path!a:.80}"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _canonical(settings: Mapping[str, Any]) -> bytes:

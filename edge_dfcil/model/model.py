@@ -378,6 +378,8 @@ class Model(FromHub):
 
         Raises `ClassError` for an old name that is not known, and for a new one that is in use or unusable.
         """
+        if not isinstance(names, Mapping):
+            raise ClassError(f"names={names!a:.80} is a {type(names).__name__}; pass {{old name: new name}}")
         found = {self._known([old]).pop(): labels.clean_name(new) for old, new in names.items()}
         labels.check_names([found.get(name, name) for name in self.classes])  # none twice
         return self._named(found)
@@ -397,6 +399,8 @@ class Model(FromHub):
         return replace(self, tasks=tuple(tuple(names.get(name, name) for name in task) for task in self.tasks))
 
     def _known(self, names: str | Iterable[str]) -> set[str]:
+        if not isinstance(names, Iterable):
+            raise ClassError(f"names={names!a:.80} is a {type(names).__name__}; pass a list of class names")
         found = {names} if isinstance(names, str) else set(names)
         return {self.classes[index] for index in labels.outputs_of({name: name for name in found}, self.classes).values()}
 

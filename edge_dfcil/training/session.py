@@ -154,6 +154,10 @@ class Session(Generic[Result]):
         deadline: float | None = None,
         guard: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
     ) -> None:
+        if checkpoint is not None and not isinstance(checkpoint, (str, Path)):
+            raise SettingError(
+                f"checkpoint={checkpoint!a:.80} is a {type(checkpoint).__name__}; pass the path of a file, or None"
+            )
         self.work, self.device, self.callbacks, self.deadline = work, device, callbacks, deadline
         self.checkpoint = Path(checkpoint) if checkpoint is not None else None
         self.result: Result | None = None

@@ -1,7 +1,7 @@
 """Fuzzes what reads files, guided by coverage: `python -m tests.attacks.fuzz -max_total_time=300 -max_len=4096`.
 
-It needs atheris (the extra `fuzz`). The first byte chooses a kind of file. Of model files and checkpoints the fuzzer writes the JSON,
-which is sealed with a right digest in a quarter of the inputs; of recipes and of the metadata of ONNX files everything.
+It needs atheris (the extra `fuzz`). The first byte chooses: the rest is a recipe, a model file, or settings that are written into a
+model file with a right digest.
 """
 
 from __future__ import annotations
