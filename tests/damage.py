@@ -308,8 +308,8 @@ def check_message(error: EdgeDfcilError, path: Path) -> None:
 
 
 def run(files: int, folder: Path, seed: int = 0, kinds: Sequence[str] = KINDS) -> Account:
-    """Damages `files` files of each kind, and lies in a tenth as many. Raises `AssertionError` for one that is accepted with another
-    answer, and for whatever a reader raises but an error of the package."""
+    """Damages `files` files of each kind, and lies in a tenth as many. Raises `AssertionError` for one that is accepted with
+    another answer, and for whatever a reader raises but an error of the package."""
     checks, draw, account = Checks(folder), random.Random(seed), Account()
     for kind in kinds:
         for number in range(files if kind != "lying" else max(files // 10, 1)):
