@@ -335,7 +335,8 @@ class Verbs:
     def do_predict(self, draw: Draw) -> None:
         images = self.kinds.images(draw)
         top_k = draw.choice([1, 1, 1, *NUMBERS, *ODD])
-        for one in self.learner.predict(images, top_k, draw.choice([False, True, None, "x"])):
+        reject: Any = draw.choice([False, True, None, "x"])
+        for one in self.learner.predict(images, top_k, reject):
             assert one.top[0][0] in self.learner.classes and np.isfinite(one.score)
 
     def do_probabilities(self, draw: Draw) -> None:
@@ -373,7 +374,8 @@ class Verbs:
 
     def do_dream(self, draw: Draw) -> None:
         n = draw.choice([*(value for value in NUMBERS if not (isinstance(value, int) and value > 3)), *ODD])
-        self.learner.dream(n, names(draw), quality=draw.choice(["fast", "x", None]), progress=False)
+        quality: Any = draw.choice(["fast", "x", None])
+        self.learner.dream(n, names(draw), quality=quality, progress=False)
 
     def do_save(self, draw: Draw) -> None:
         self.learner.save(self._target(draw))

@@ -487,9 +487,11 @@ def _fits(path: str | Path, *passing: type[Exception]) -> Iterator[None]:
     """What a file's content raises as a `ModelFileError`, except for the errors that pass."""
     try:
         yield
-    except (ModelFileError, *passing):
+    except ModelFileError:
         raise
     except (KeyError, TypeError, RuntimeError, IndexError, ValueError, ArithmeticError, AttributeError) as error:
+        if isinstance(error, passing):
+            raise
         first_lines = shown(" ".join(str(error).split()))[:200]
         raise ModelFileError(f"{path} does not fit this version or backbone: {first_lines}") from error
 
