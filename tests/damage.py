@@ -256,7 +256,8 @@ class Checks:
         whole = dotted(_without_preset(found.to_dict()))
         assert whole.keys() == SETTINGS.keys()
         for name, value in dotted(_without_preset(said)).items():
-            read = _read(name, value) if isinstance(value, str) else type(whole[name])(value)  # 10**300 is the float 1e300
+            floats = isinstance(whole[name], float) and isinstance(value, int)  # 10**300 is the float 1e300
+            read = _read(name, value) if isinstance(value, str) else float(value) if floats else value
             assert whole[name] == value or read == whole[name], f"{name} is {whole[name]!r}, not {value!r}"
         assert Recipe.from_dict(found.to_dict()) == found
         return True

@@ -14,6 +14,7 @@ from tests import rubbish
 from tests.conftest import quick_learner
 
 
+@pytest.mark.slow
 def test_a_short_run_of_rubbish(tmp_path: Path) -> None:
     account = rubbish.run(36, tmp_path, seed=1)
     assert sum(account.succeeded.values()) + sum(account.refused.values()) == 36
