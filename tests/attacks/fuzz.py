@@ -1,6 +1,6 @@
 """Fuzzes what reads files, guided by coverage: `python -m tests.attacks.fuzz -max_total_time=300 -max_len=4096`.
 
-It needs atheris (the extra `fuzz`). The first byte chooses: the rest is a recipe, a model file, or settings that are written into
+It needs atheris. The first byte chooses: the rest is a recipe, a model file, or settings that are written into
 a model file with a right digest.
 """
 
