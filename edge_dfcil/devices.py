@@ -28,8 +28,11 @@ def find_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(1, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
+        found = torch.empty(1, device=device).device
+        if found.type == "meta":
+            raise TypeError("its tensors hold no numbers")
+        return found
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise SettingError(f"device {device!r} cannot be used here ({first_line}); use 'auto' or 'cpu'") from error
 

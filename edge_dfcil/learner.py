@@ -27,6 +27,7 @@ from edge_dfcil.running import LIMITS, RunsSessions
 from edge_dfcil.training.callbacks import Callback
 from edge_dfcil.training.session import Session
 from exporters import ExportReport
+from exporters.texts import shown
 
 
 class Learner(Serving, RunsSessions, Publishing):
@@ -252,7 +253,7 @@ class Learner(Serving, RunsSessions, Publishing):
     def save(self, path: str | Path) -> Path:
         """Writes the current model to one file, all or nothing. Raises `ModelFileError` when that fails, and when another
         process has changed the file since this learner last read or wrote it."""
-        key, model = Path(path).resolve(), self._model  # read once: a task that commits during the call must not mix two models
+        key, model = file.resolved(path), self._model  # read once: a task that commits during the call must not mix two models
         written = model.save(path, **({"expected": self._digests[key]} if key in self._digests else {}))
         self._digests[key] = model.digest()
         return written
@@ -272,13 +273,15 @@ class Learner(Serving, RunsSessions, Publishing):
         `memory_budget` and `precision` belong to the device and are not in it. Raises `ModelFileError`."""
         seen = file.digest_of(path)  # before it is read: a change in between must stop the next save
         model = Model.load(path, device, backbone=backbone)
+        given = None if method is None else find_method(method)
         try:
-            method, seed = method or model.learning["method"], model.learning["seed"]
-            recipe = Recipe.from_dict(model.learning["recipe"])
-            learner = cls.of(model, method=method, recipe=recipe, seed=seed, memory_budget=memory_budget, precision=precision)
-        except (KeyError, TypeError) as error:
-            raise ModelFileError(f"{path} does not say how it was learnt ({error}); Model.load(path) serves it") from error
-        learner._digests[Path(path).resolve()] = seen
+            found = given or find_method(model.learning["method"])
+            recipe, seed = Recipe.from_dict(model.learning["recipe"]), devices.check_seed(model.learning["seed"])
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            reason = shown(error)[:300]
+            raise ModelFileError(f"{path} does not say how it was learnt ({reason}); Model.load(path) serves it") from error
+        learner = cls.of(model, method=found, recipe=recipe, seed=seed, memory_budget=memory_budget, precision=precision)
+        learner._digests[file.resolved(path)] = seen
         return learner
 
     def export(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, asdict, dataclass, replace
 from numbers import Integral, Real
@@ -21,8 +20,11 @@ from pydantic.dataclasses import dataclass as validated
 
 from edge_dfcil import _flat_recipe as flat
 from edge_dfcil.errors import SettingError
+from exporters.texts import parse_json, shown
 
 Group = TypeVar("Group")
+
+MAX_FILE = 1_000_000  # bytes of a recipe in a file; a whole one has 3,000
 
 
 def _python_number(value: Any) -> Any:
@@ -432,9 +434,12 @@ def dotted(values: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in values.items():
         if name in GROUPS and isinstance(value, Mapping):
-            found |= {f"{name}.{inner}": one for inner, one in value.items()}
+            named = {f"{name}.{inner}": one for inner, one in value.items()}
         else:
-            found[flat.NAMES.get(name, name)] = value
+            named = {flat.NAMES.get(name, name): value}
+        if twice := found.keys() & named.keys():
+            raise SettingError(f"the setting {sorted(twice)[0]!r} is given twice, by different names; give it once")
+        found |= named
     for name in found:
         if name not in SETTINGS:
             raise SettingError(_unknown(name, list(SETTINGS)))
@@ -574,9 +579,12 @@ def read_recipe(path: Path) -> Recipe:
     Raises `SettingError` if it cannot be read or does not hold a recipe.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            values = parse_json(file.read(MAX_FILE + 1).decode("utf-8"), MAX_FILE)
     except (OSError, ValueError) as error:
-        raise SettingError(f"{path} holds no recipe ({error}); it must be JSON as `Recipe.to_dict` writes it") from error
+        raise SettingError(
+            f"{path} holds no recipe ({shown(error)[:200]}); it must be JSON as `Recipe.to_dict` writes it"
+        ) from error
     if not isinstance(values, dict):
         raise SettingError(f'{path} holds no recipe; it must be a JSON object such as {{"schedule": {{"epochs": 3}}}}')
     return Recipe.from_dict({"preset": "edge", **values})

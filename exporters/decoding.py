@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from exporters.errors import DataError
+from exporters.texts import shown
 
 logger = logging.getLogger("edge_dfcil")
 
@@ -104,11 +105,6 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     plain = _to_srgb(_without_alpha(_to_eight_bits(_shrink(picture))), picture.mode, picture.info.get("icc_profile"))
     turn = _TURNS.get(orientation)
     return plain if turn is None else plain.transpose(turn)
-
-
-def shown(path: str | Path) -> str:
-    """A path for a message: what cannot be printed, or encoded, is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
 # Opening

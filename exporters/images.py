@@ -15,6 +15,7 @@ from exporters.resize import fit
 
 Batch = npt.NDArray[np.uint8]
 KEYS = ("image", "images", "pixel_values", "img")  # of the images in a dict
+DEEPEST = 8  # lists inside each other that may be numbers
 EXPECTED = "(N, 3, H, W), (3, H, W), channels last, or one channel"
 
 
@@ -69,8 +70,9 @@ def _is_single(item: Any) -> bool:
 
 def _is_number(item: Any) -> bool:
     """Whether it is a number, or nested lists of them."""
-    while isinstance(item, (list, tuple)) and item:
-        item = item[0]
+    for _ in range(DEEPEST):  # a list may hold itself
+        if isinstance(item, (list, tuple)) and item:
+            item = item[0]
     return isinstance(item, (int, float))
 
 

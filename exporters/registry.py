@@ -182,6 +182,8 @@ def find_exporter(path: str | Path, format: str | None = None) -> Exporter:
     Raises `ExportError` for a name or an ending that is not known, and for a path with the ending of something else.
     """
     known = ", ".join(f"{name} ({ending})" for name, ending in list_exporters().items())
+    if not isinstance(path, (str, Path)):
+        raise ExportError(f"path={path!a:.80} is a {type(path).__name__}; pass the path of a file. Nothing was written")
     ending = Path(path).suffix.lower()
     if format is None:
         found = [exporter for exporter in _EXPORTERS.values() if exporter.ending == (ending or ".onnx")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
 from pathlib import Path
@@ -18,13 +18,19 @@ from exporters.predictions import Prediction
 from exporters.rejection import margins
 from exporters.signatures import check_signature
 from exporters.telemetry import runtime_library
+from exporters.texts import parse_json, problem, shown
 from exporters.timing import session
 
 _UNSEALED = "edge-dfcil/1"  # the format of files that have no SHA-256
 AT_ONCE = 64  # images that are answered together
+LARGEST_IMAGE = 4096  # pixels a side; as of models
 
 # "Unsupported model IR version: 99, max supported IR version: 13"; "... Opset 99 is under development ... is till opset 25."
 _TOO_NEW = re.compile(r"(IR version)\D*(\d+)\D+IR version\D*(\d+)|([Oo]pset) (\d+) is under development.*till opset (\d+)", re.S)
+
+
+# The key, in any spelling of its length, by which ONNX names another file that holds a tensor. Exported files are whole.
+_ELSEWHERE = re.compile(rb"(?:\n|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)location")
 
 
 class OnnxClassifier:
@@ -60,6 +66,8 @@ class OnnxClassifier:
     """
 
     def __init__(self, path: str | Path, *, threads: int = 0, verify: bool = True, public_key: str | Path | None = None) -> None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise ExportError(f"path={path!a:.80} is a {type(path).__name__}; pass the path of a file")
         if not os.path.isfile(path):
             raise ExportError(f"{path} is not a file; `edge-dfcil export MODEL {path}` writes one")
         try:
@@ -71,6 +79,8 @@ class OnnxClassifier:
         self.sealed = verify and seals.is_sealed(content)
         if self.sealed and not seals.is_intact(content):
             raise _changed(path, seals.ir_version(content))
+        if _ELSEWHERE.search(content):
+            raise ExportError(f"{path} takes tensors from other files, which an exported file never does; export it again")
         try:
             self._session = session(content, threads)
         except ExportError:
@@ -78,18 +88,34 @@ class OnnxClassifier:
         except Exception as error:  # onnxruntime's errors share no public base
             raise _refusal(path, str(error)) from error
         del content
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        if verify and not self.sealed and ("sha256" in metadata or metadata.get("format", _UNSEALED) != _UNSEALED):
+            raise _changed(path)
         try:
-            metadata = self._session.get_modelmeta().custom_metadata_map
-            if verify and not self.sealed and ("sha256" in metadata or metadata.get("format", _UNSEALED) != _UNSEALED):
-                raise _changed(path)
-            self.classes: tuple[str, ...] = tuple(json.loads(metadata["classes"]))
+            self.classes = _classes(metadata["classes"])
             self.image_size = int(metadata["image_size"])
             self.temperature = float(metadata.get("temperature", 1.0))  # files of before have neither
             self.thresholds = _thresholds(metadata.get("thresholds", "[]"), len(self.classes))
+            self._check_graph()
         except KeyError as error:
             raise ExportError(f"{path} is an ONNX file, but edge-dfcil did not write it: its metadata has no {error}") from error
-        except (TypeError, ValueError) as error:
-            raise ExportError(f"{path} is damaged: its metadata cannot be read ({error}); export it again") from error
+        except (TypeError, ValueError, ArithmeticError) as error:
+            reason = shown(error)[:300]
+            raise ExportError(f"{path} is damaged: its metadata cannot be read ({reason}); export it again") from error
+
+    def _check_graph(self) -> None:
+        """Raises `ValueError` unless the graph takes and gives what the metadata says."""
+        if not 1 <= self.image_size <= LARGEST_IMAGE or not 0 < self.temperature < math.inf:
+            raise ValueError(f"image_size={self.image_size}, temperature={self.temperature}")
+        taken, given = self._session.get_inputs(), self._session.get_outputs()
+        if [one.name for one in taken] != ["images"] or "probabilities" not in [one.name for one in given]:
+            raise ValueError("its graph is not from `images` to `probabilities`")
+        shape, (probabilities,) = taken[0].shape, [one.shape for one in given if one.name == "probabilities"]
+        sizes = {size for size in shape[2:] if isinstance(size, int)}
+        if taken[0].type != "tensor(uint8)" or len(shape) != 4 or shape[1] != 3 or not sizes <= {self.image_size}:
+            raise ValueError(f"its graph takes {taken[0].type} of the shape {shape}, for image_size={self.image_size}")
+        if len(probabilities) != 2 or probabilities[1] != len(self.classes):
+            raise ValueError(f"its graph gives the shape {probabilities}, for {len(self.classes)} classes")
 
     def probabilities(self, images: Any) -> npt.NDArray[np.float32]:
         """Probabilities (N, C) of N images; `images` as for `predict`."""
@@ -130,9 +156,26 @@ class OnnxClassifier:
         return predictions
 
 
+def _classes(text: str) -> tuple[str, ...]:
+    """Those of a file's metadata. Raises `ValueError` unless they are texts that can be shown, each once."""
+    names = parse_json(text)
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError("its classes are no list of names")
+    for name in names:
+        found = next(filter(None, (problem(name, place) for place in range(len(name)))), None)
+        if found:
+            raise ValueError(f"the class name {name!a} has {found}")
+    if len(set(names)) < len(names):
+        raise ValueError("it has two classes of one name")
+    return tuple(names)
+
+
 def _thresholds(text: str, classes: int) -> tuple[float, ...]:
     """Those of a file's metadata. Raises `ValueError` or `TypeError` unless there are none or one a class, all finite."""
-    found = tuple(float(value) for value in json.loads(text))
+    values = parse_json(text)
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        raise ValueError("its thresholds are no list of numbers")
+    found = tuple(map(float, values))
     if found and (len(found) != classes or not np.isfinite(found).all()):
         raise ValueError(f"the thresholds are {text}, for {classes} classes")
     return found
@@ -156,5 +199,5 @@ def _refusal(path: str | Path, message: str) -> ExportError:
             f"{path} has ONNX {what} {has}, and onnxruntime {version}, which is installed here, reads up to {highest}. "
             "Upgrade onnxruntime, or export the model again with this version of edge-dfcil"
         )
-    reason = (message.splitlines() or [""])[0]
+    reason = shown((message.splitlines() or [""])[0])[:300]
     return ExportError(f"{path} cannot be read as ONNX ({reason}); export it again")

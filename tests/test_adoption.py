@@ -110,7 +110,7 @@ def test_what_is_no_classifier_is_refused(given: Any, message: str) -> None:
         ({"image_size": "16"}, SettingError, "is a str"),
         ({"image_size": True}, SettingError, "True"),
         ({"image_size": np.int64(4)}, SettingError, "image_size=4;"),
-        ({"image_size": 10**12}, BackboneError, "cannot be made"),
+        ({"image_size": 10**12}, SettingError, "to 4096"),
         ({"seed": 10**20}, SettingError, "seed=1"),
         ({"seed": -1}, SettingError, "seed=-1"),
         ({"seed": 0.5}, SettingError, "0.5 is a float"),

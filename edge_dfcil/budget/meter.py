@@ -30,7 +30,10 @@ def parse(budget: int | str | None) -> int | None:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(budget).strip()) if not isinstance(budget, bool) else None
     if found is None or found[2].upper() not in UNITS or float(found[1]) <= 0:
         raise SettingError(f"memory_budget={budget!r} is no size; pass bytes, or text such as '512MB', or None for no budget")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    size = float(found[1]) * UNITS[found[2].upper()]
+    if size > 2**60:
+        raise SettingError(f"memory_budget={str(budget)[:40]} is more than any machine has; pass None for no budget")
+    return int(size)
 
 
 def show(size: float) -> str:

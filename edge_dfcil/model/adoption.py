@@ -11,11 +11,13 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from edge_dfcil.errors import BackboneError, ClassError, EdgeDfcilError, ModelFileError
 from edge_dfcil.model import backbones, labels
@@ -35,6 +37,7 @@ from edge_dfcil.model.contract import (
 )
 from edge_dfcil.model.network import check_statistics
 from edge_dfcil.model.split import SAME, check_split, remove, split
+from exporters.texts import shown
 
 
 @dataclass(frozen=True)
@@ -176,12 +179,37 @@ def rebuild(backbone: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
     Raises `ModelFileError` when the module has other tensors than the file, by name or shape.
     """
     if isinstance(backbone, str):
+        # Without memory first: a name may stand for gigabytes. What cannot be built so is checked below.
+        with suppress(BackboneError), _Weightless():
+            _check_tensor_names(backbones.build(backbone), tensors)
         module = backbones.build(backbone)
     else:
         module = copied(check_module(backbone, "backbone"))
         head = _head_left_on(module, tensors)
         if head is not None:
             remove(module, head)
+    _check_tensor_names(module, tensors)
+    narrow(module, tensors)
+    try:
+        module.load_state_dict(with_versions(tensors, module))
+    except (RuntimeError, ValueError) as error:
+        raise ModelFileError(
+            f"the file does not fit the backbone {type(module).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return module
+
+
+class _Weightless(TorchFunctionMode):
+    """Layers that are made inside have no values. `torch.device("meta")` would take values from numbers that decide on layers."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.empty, torch.zeros, torch.ones) and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return function(*args, **kwargs)
+
+
+def _check_tensor_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own = set(module.state_dict())
     if own != set(tensors):
         missing, surplus = sorted(own - set(tensors)), sorted(set(tensors) - own)
@@ -191,14 +219,6 @@ def rebuild(backbone: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
             f"the file does not fit the backbone {whole}: it {' and '.join(filter(None, parts))}. Pass the module "
             "that the model was made with"
         )
-    narrow(module, tensors)
-    try:
-        module.load_state_dict(with_versions(tensors, module))
-    except (RuntimeError, ValueError) as error:
-        raise ModelFileError(
-            f"the file does not fit the backbone {type(module).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from error
-    return module
 
 
 def _head_left_on(module: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
@@ -211,7 +231,7 @@ def _head_left_on(module: nn.Module, tensors: Mapping[str, Tensor]) -> str | Non
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return shown(", ".join(names[:3]))[:200] + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def narrow(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -16,6 +16,8 @@ from edge_dfcil.model.network import Network
 from edge_dfcil.model.statistics import Statistic
 from exporters.rejection import FLOOR, scores
 
+COLDEST = 1e-6  # the lowest temperature: logits that are divided by less may leave the range of float32
+LARGEST = 1e30  # no number here is near it
 MIN_IMAGES = 10  # that a calibration is found on
 # Weight of (log T)^2. A head's own scale is an estimate already; where all images are answered right, the score alone would make
 # probabilities of 1.
@@ -49,9 +51,13 @@ class Calibration:
     def __post_init__(self) -> None:
         numbers = (self.temperature, *self.thresholds, self.images, self.false_rejections)
         plain = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
-        if not plain or not all(map(math.isfinite, numbers)) or self.temperature <= 0 or self.images < 0:
+        if not plain or not all(abs(number) <= LARGEST for number in numbers) or self.temperature <= 0 or self.images < 0:
             raise SettingError(
                 f"{self}: a calibration has finite numbers, a temperature above 0, and no negative count of images"
+            )
+        if not COLDEST <= self.temperature <= 1 / COLDEST:
+            raise SettingError(
+                f"temperature={self.temperature}; logits are divided by it, and it is {COLDEST} to {1 / COLDEST:g}"
             )
         if not 0 <= self.false_rejections < 1:
             raise SettingError(f"false_rejections={self.false_rejections}; it is a share of images, from 0 to below 1")

@@ -22,6 +22,7 @@ from edge_dfcil.errors import BackboneError, SettingError
 MIN_BATCHNORM_LAYERS = 3
 BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 SMALLEST_IMAGE = 8  # pixels a side
+LARGEST_IMAGE = 4096  # a larger picture is made smaller as it is read; one alone would take 200 MB as floats
 
 # How far an image's features may move with the other images of its batch, as a share of the largest feature. Kernels sum in
 # another order for another batch size, and TF32 rounds products to ten bits; a dependence on the batch is far larger.
@@ -34,15 +35,15 @@ def batchnorm_layers(module: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d 
 
 
 def check_image_size(image_size: Any) -> int:
-    """The side in pixels as an int. Raises `SettingError` for anything but a whole number of 8 or more."""
-    expected = f"it is the side of a square in pixels, one whole number of {SMALLEST_IMAGE} or more, such as 32"
+    """The side in pixels as an int. Raises `SettingError` for anything but a whole number from 8 to 4096."""
+    expected = f"it is the side of a square in pixels, a whole number of {SMALLEST_IMAGE} or more (to {LARGEST_IMAGE})"
     if isinstance(image_size, bool):
         raise SettingError(f"image_size={image_size}; {expected}")
     try:
         size = operator.index(image_size)  # int and the integers of NumPy
     except TypeError:
         raise SettingError(f"image_size={image_size} is a {type(image_size).__name__}; {expected}") from None
-    if size < SMALLEST_IMAGE:
+    if not SMALLEST_IMAGE <= size <= LARGEST_IMAGE:
         raise SettingError(f"image_size={size}; {expected}")
     return size
 
@@ -176,7 +177,12 @@ def untouched(backbone: nn.Module) -> list[nn.Module]:
 
 def check_tensors(backbone: nn.Module) -> None:
     """Raises `BackboneError` unless all that a module keeps are plain tensors: float32 and finite, or whole numbers."""
-    for name, tensor in backbone.state_dict().items():
+    check_values(backbone.state_dict())
+
+
+def check_values(tensors: Mapping[str, Any]) -> None:
+    """The same for tensors by name."""
+    for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise BackboneError(f"{name} is a {type(tensor).__name__} in the state dict; a model file keeps tensors only")
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):

@@ -24,10 +24,12 @@ from edge_dfcil._version import __version__
 from edge_dfcil.errors import ModelFileError
 from edge_dfcil.model.locks import claim, lock
 from exporters import files
+from exporters.texts import MAX_TEXT, parse_json, shown
 
 __all__ = ["ANY", "SCHEMA", "check_writable", "claim", "digest", "digest_of", "lock", "read", "write"]
 
 SCHEMA = 2
+MAX_HEADER = 3 * MAX_TEXT  # bytes: the settings, escaped, and the name and shape of each tensor
 Kind = Literal["model", "checkpoint"]
 # What a damaged or a hostile header makes of its readers: safetensors, JSON, and the look-ups in what they give.
 _DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError)
@@ -55,7 +57,7 @@ def digest_of(path: str | Path) -> str | None:
 
     Raises `ModelFileError` for a file that is foreign, damaged or from a later version.
     """
-    if not os.path.exists(path):
+    if isinstance(path, (str, os.PathLike)) and not os.path.exists(path):
         return None
     _check_is_file(path)
     with _Reading(path) as file:
@@ -100,11 +102,15 @@ def write(
         When it cannot be written, when another process is writing it, or when it has changed. What was there before is
         untouched then.
     """
+    resolved(path)
     path = Path(path)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
         about = {"schema": SCHEMA, "sha256": digest(plain, settings), "kind": kind}
-        content = save(plain, {"edge_dfcil": json.dumps(about), "settings": _canonical(settings).decode()})
+        text = _canonical(settings).decode()
+        if len(text) > MAX_TEXT:
+            raise ValueError(f"they take {len(text)} characters, and a file holds {MAX_TEXT} at most")
+        content = save(plain, {"edge_dfcil": json.dumps(about), "settings": text})
     except UnicodeEncodeError as error:
         found = error.object[max(error.start - 20, 0) : error.end + 20]
         raise ModelFileError(f"a name cannot be stored as UTF-8: ...{found!r}...; rename that class") from error
@@ -141,7 +147,7 @@ def read(path: str | Path, kind: Kind = "model") -> tuple[dict[str, Tensor], dic
     """
     _check_is_file(path)
     with _Reading(path) as file:
-        found = file.about.get("kind", "model")
+        found: Kind = file.about.get("kind", "model")
         if found != kind:
             raise ModelFileError(f"{_shown(path)} is a {found}, not a {kind}; {_ADVICE[kind]}")
         tensors, settings = file.tensors(), file.settings
@@ -157,6 +163,14 @@ _ADVICE = {
 }
 
 
+def resolved(path: Any) -> Path:
+    """The place that a path leads to. Raises `ModelFileError` for what is no path."""
+    try:
+        return Path(path).resolve()
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        raise ModelFileError(f"path={path!a:.80} cannot be a file ({shown(error)[:200]}); pass the path of a file") from error
+
+
 class _Reading:
     """An open file whose header has been checked. Whatever its content raises leaves as `ModelFileError`."""
 
@@ -168,6 +182,7 @@ class _Reading:
 
     def __enter__(self) -> _Reading:
         try:
+            self._check_length()
             with _utf8_name(self._path) as name:
                 self._file = safe_open(name, "pt").__enter__()
             self._read_header()
@@ -185,24 +200,31 @@ class _Reading:
     def tensors(self) -> dict[str, Tensor]:
         return {name: self._file.get_tensor(name) for name in self._file.keys()}  # noqa: SIM118  not a mapping
 
+    def _check_length(self) -> None:
+        """A header takes several times its length when it is read; a true one is short."""
+        with open(self._path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER:
+            raise ValueError(f"its header would have {length} bytes")
+
     def _read_header(self) -> None:
         metadata = self._file.metadata() or {}
         if "edge_dfcil" not in metadata:
             raise ModelFileError(f"{_shown(self._path)} is a safetensors file, but edge-dfcil did not write it")
-        self.about = json.loads(metadata["edge_dfcil"])
+        self.about = parse_json(metadata["edge_dfcil"])
         schema = self.about["schema"]
-        if schema > SCHEMA:
+        if type(schema) is int and schema > SCHEMA:
             raise self._too_new(schema, metadata)
         keys = {"schema", "sha256"} if schema == 1 else {"schema", "sha256", "kind"}
-        if schema < 1 or set(self.about) != keys:
-            raise ModelFileError(f"{_shown(self._path)} is damaged: its header states {self.about}")
-        self.settings = json.loads(metadata["settings"])
+        if type(schema) is not int or schema < 1 or set(self.about) != keys or self.about.get("kind", "model") not in _ADVICE:
+            raise ModelFileError(f"{_shown(self._path)} is damaged: its header states {shown(self.about)[:200]}")
+        self.settings = parse_json(metadata["settings"])
         if not isinstance(self.settings, dict):
             raise TypeError("its settings are not a JSON object")
 
     def _too_new(self, schema: int, metadata: dict[str, str]) -> ModelFileError:
         try:
-            version = json.loads(metadata["settings"])["version"]
+            version = shown(parse_json(metadata["settings"])["version"])[:40]
         except _DAMAGE:
             version = "a later version"
         return ModelFileError(
@@ -211,16 +233,16 @@ class _Reading:
         )
 
     def _damaged(self, error: BaseException) -> ModelFileError:
-        reason = " ".join(str(error).split())[:200]
+        reason = shown(" ".join(str(error).split()))[:200]
         return ModelFileError(f"{_shown(self._path)} is not an edge-dfcil model file, or it is damaged ({reason})")
 
 
 def _check_is_file(path: str | Path) -> None:
     try:
-        found = os.path.isfile(path)
-    except ValueError:  # a null character
+        found = not isinstance(path, int) and os.path.isfile(path)
+    except (TypeError, ValueError):  # no path, or one with a null character
         found = False
-    if not found:
+    if not found or isinstance(path, bytes):
         raise ModelFileError(f"{_shown(path)} is not a file; `learner.save` or `edge-dfcil learn` writes one")
 
 
@@ -242,7 +264,8 @@ def _utf8_name(path: str | Path) -> Iterator[str]:
 
 def _shown(path: str | Path) -> str:
     """A path as text that any terminal and log can encode."""
-    return os.fspath(path).encode("utf-8", "backslashreplace").decode()
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else f"path={path!a:.80}"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _canonical(settings: Mapping[str, Any]) -> bytes:

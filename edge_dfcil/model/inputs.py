@@ -60,6 +60,8 @@ def _tensor(images: Any, where: str) -> Tensor:
 
 
 def _stacked(images: Sequence[Tensor], where: str) -> Tensor:
+    if any(image.is_nested for image in images):
+        raise DataError(f"{where}: a list of nested tensors came; a batch needs one size, so resize the images in the data set")
     shapes = sorted({tuple(image.shape) for image in images})
     if len(shapes) > 1:
         raise DataError(

@@ -10,12 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from edge_dfcil.errors import ClassError, DataError
+from exporters.texts import BLANKS, problem
 
 Classes = Sequence[str] | Mapping[Any, str]
 
-_JOINERS = {"\u200c", "\u200d"}  # they belong to Persian and Indian words, and to composed emoji
 _VARIATIONS = {"\ufe0e", "\ufe0f"}  # a character as text or as emoji
-_BLANKS = {"\u034f", "\u115f", "\u1160", "\u17b4", "\u17b5", "\u2800", "\u3164", "\uffa0"}  # letters and marks without ink
 _SHOWN = 20  # names in a message, at most
 
 
@@ -33,30 +32,16 @@ def clean_name(name: Any, owner: str = "a class") -> str:
     name = str(name)  # numpy's kind of text, too
     if name != name.strip():
         raise ClassError(f"the name of {owner} is {name!r}, with a space at its beginning or end; make it {name.strip()!r}")
-    for place, character in enumerate(name):
-        problem = _problem(name, place, character)
-        if problem:
-            raise ClassError(f"the name of {owner} is {_visible(name)}, with {problem} at position {place}; rename it")
+    for place in range(len(name)):
+        found = problem(name, place)
+        if found:
+            raise ClassError(f"the name of {owner} is {_visible(name)}, with {found} at position {place}; rename it")
     return unicodedata.normalize("NFC", name)
-
-
-def _problem(name: str, place: int, character: str) -> str | None:
-    category = unicodedata.category(character)
-    if category == "Cs":
-        return "half a surrogate pair (the text was not valid UTF-8)"
-    if category in ("Cc", "Zl", "Zp"):
-        return "a control character"
-    if character in _JOINERS:
-        inside = 0 < place < len(name) - 1 and not name[place - 1].isascii() and not name[place + 1].isascii()
-        return None if inside else "a character that has no width"
-    if category == "Cf" or character in _BLANKS:
-        return "a character that cannot be seen"
-    return None
 
 
 def _visible(name: str) -> str:
     """A name for a message; what cannot be seen is escaped."""
-    return "".join(ascii(c)[1:-1] if c in _VARIATIONS or c in _BLANKS else c for c in repr(name))
+    return "".join(ascii(c)[1:-1] if c in _VARIATIONS or c in BLANKS else c for c in repr(name))
 
 
 def same_name(a: str, b: str) -> bool:
@@ -69,7 +54,7 @@ def folded(name: str) -> str:
 
     Single letters keep their case, because "a" and "A" are two classes of handwriting.
     """
-    seen = "".join(c for c in name if c not in _VARIATIONS and c not in _BLANKS and unicodedata.category(c) not in ("Cc", "Cf"))
+    seen = "".join(c for c in name if c not in _VARIATIONS and c not in BLANKS and unicodedata.category(c) not in ("Cc", "Cf"))
     words = " ".join((seen if seen.strip() else name).split())
     return unicodedata.normalize("NFC", words if len(words) == 1 else words.lower())
 

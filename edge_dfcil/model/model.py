@@ -16,7 +16,7 @@ from edge_dfcil import devices, metrics
 from edge_dfcil._version import __version__
 from edge_dfcil.errors import BackboneError, ClassError, DataError, ModelFileError, NotLearnedError, SettingError
 from edge_dfcil.hub import FromHub
-from edge_dfcil.model import adoption, backbones, file, labels, statistics
+from edge_dfcil.model import adoption, backbones, file, labels, statistics, stored
 from edge_dfcil.model.calibration import Calibration, expected_scores, found_on
 from edge_dfcil.model.contract import batchnorm_layers, check_image_size, untouched
 from edge_dfcil.model.inputs import as_images, read
@@ -26,6 +26,7 @@ from edge_dfcil.model.scales import find_layers
 from edge_dfcil.model.statistics import Statistic
 from edge_dfcil.results import Evaluation, Prediction
 from exporters import rejection
+from exporters.texts import shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -377,6 +378,8 @@ class Model(FromHub):
 
         Raises `ClassError` for an old name that is not known, and for a new one that is in use or unusable.
         """
+        if not isinstance(names, Mapping):
+            raise ClassError(f"names={names!a:.80} is a {type(names).__name__}; pass {{old name: new name}}")
         found = {self._known([old]).pop(): labels.clean_name(new) for old, new in names.items()}
         labels.check_names([found.get(name, name) for name in self.classes])  # none twice
         return self._named(found)
@@ -396,6 +399,8 @@ class Model(FromHub):
         return replace(self, tasks=tuple(tuple(names.get(name, name) for name in task) for task in self.tasks))
 
     def _known(self, names: str | Iterable[str]) -> set[str]:
+        if not isinstance(names, Iterable):
+            raise ClassError(f"names={names!a:.80} is a {type(names).__name__}; pass a list of class names")
         found = {names} if isinstance(names, str) else set(names)
         return {self.classes[index] for index in labels.outputs_of({name: name for name in found}, self.classes).values()}
 
@@ -446,15 +451,20 @@ class Model(FromHub):
             copied, with the file's weights. A classifier may still have its head, for any number of classes.
         """
         tensors, settings = file.read(path)
-        try:
-            devices.guard_forks()
-            weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("statistics.")}
-            inside = {name.removeprefix("backbone."): t for name, t in weights.items() if name.startswith("backbone.")}
+        devices.guard_forks()
+        with _fits(path):
+            stored.check(tensors, settings)
+        weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("statistics.")}
+        inside = {name.removeprefix("backbone."): t for name, t in weights.items() if name.startswith("backbone.")}
+        with _fits(path, BackboneError):
             module = _module(path, settings, backbone, inside)
+        with _fits(path):
             tasks = tuple(tuple(task) for task in settings["tasks"])
             scales, spread = settings.get("scales", ()), settings.get("spread", False)  # files of before have none
             network = Network(module, weights["head.weight"].shape[1], settings["image_size"], scales, spread)
             network = network.grown(sum(map(len, tasks)))
+            kept = statistics.unpacked(tensors, settings.get("statistics", {}))
+            stored.check_network(weights, network, kept)
             network.load_state_dict(weights)
             if settings["mean"] is not None:
                 network.set_statistics(settings["mean"], settings["std"])
@@ -463,19 +473,27 @@ class Model(FromHub):
             }
             # Files of schema 1 have it in the recipe.
             network.mirrored = bool(settings.get("mirrored", learning.get("recipe", {}).get("mirrored_answers", False)))
-            kept = statistics.unpacked(tensors, settings.get("statistics", {}))
             calibration = Calibration.from_dict(settings.get("calibration"), sum(map(len, tasks)))
-        except (KeyError, TypeError, RuntimeError, IndexError, ValueError, SettingError) as error:
-            if isinstance(error, (ModelFileError, BackboneError)):
-                raise
-            first_lines = " ".join(str(error).split())[:200]
-            raise ModelFileError(f"{path} does not fit this version or backbone: {first_lines}") from error
         normalizes, pretrained = settings["mean"] is not None, bool(settings.get("pretrained", False))
         network.requires_grad_(False).eval()
         model = cls(network, tasks, settings["backbone"], normalizes, kept, learning, pretrained, calibration)
         found = devices.find_device(device)
         network.to(found, memory_format=devices.memory_format(found))  # type: ignore[call-overload]
         return model
+
+
+@contextlib.contextmanager
+def _fits(path: str | Path, *passing: type[Exception]) -> Iterator[None]:
+    """What a file's content raises as a `ModelFileError`, except for the errors that pass."""
+    try:
+        yield
+    except ModelFileError:
+        raise
+    except (KeyError, TypeError, RuntimeError, IndexError, ValueError, ArithmeticError, AttributeError) as error:
+        if isinstance(error, passing):
+            raise
+        first_lines = shown(" ".join(str(error).split()))[:200]
+        raise ModelFileError(f"{path} does not fit this version or backbone: {first_lines}") from error
 
 
 def _network(backbone: nn.Module, image_size: int, multiscale: bool) -> Network:
@@ -489,8 +507,9 @@ def _module(
 ) -> nn.Module:
     """The backbone of a file with its tensors: the caller's module, copied, or one built by its name."""
     if backbone is None and settings["backbone"] is None:
+        architecture = shown(settings["architecture"])[:80]
         raise ModelFileError(
-            f"{path} was made with a backbone of its own ({settings['architecture']}); build that module and pass it with "
+            f"{path} was made with a backbone of its own ({architecture}); build that module and pass it with "
             "load(path, backbone=module)"
         )
     return adoption.rebuild(settings["backbone"] if backbone is None else backbone, tensors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -63,15 +62,14 @@ class Network(nn.Module):
         self.register_buffer("mean", torch.zeros(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.ones(3, 1, 1), persistent=False)
 
-    @torch.no_grad()
     def _measured(self) -> tuple[int, int]:
         """How many features the backbone has, and how many there are of all scales."""
-        training = self.backbone.training
-        self.backbone.eval()
-        images = probe(self.backbone, self.image_size)
-        own, every = self.backbone(images), self.scales.features(self.backbone, images)
-        self.backbone.train(training)
-        return own.shape[1], every.shape[1]
+        try:
+            trial = copy.deepcopy(self.backbone).to("meta")  # takes no memory, whatever the size of the images
+            images = torch.empty(2, 3, self.image_size, self.image_size, device="meta")
+            return _features_of(trial, Scales(trial, self.scales.layers, self.scales.spread), images)
+        except Exception:  # a module of the caller's own may need values
+            return _features_of(self.backbone, self.scales, probe(self.backbone, self.image_size))
 
     def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Sets what images are normalised with, three numbers each."""
@@ -170,17 +168,27 @@ class Network(nn.Module):
         return copy.deepcopy(self, shared).eval()
 
 
+@torch.no_grad()
+def _features_of(backbone: nn.Module, scales: Scales, images: Tensor) -> tuple[int, int]:
+    training = backbone.training
+    backbone.eval()
+    own, every = backbone(images), scales.features(backbone, images)
+    backbone.train(training)
+    return own.shape[1], every.shape[1]
+
+
 def check_statistics(mean: Any, std: Any) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
     """Mean and deviation as three floats each; None when neither was given. Raises `SettingError` for anything else."""
     if mean is None and std is None:
         return None
     try:
         (m0, m1, m2), (s0, s1, s2) = ([float(value) for value in values] for values in (mean, std))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers: list[float] = []
     else:
         numbers = [m0, m1, m2, s0, s1, s2]
-    if not numbers or not all(map(math.isfinite, numbers)) or min(numbers[3:]) <= 0:
+    limits = torch.finfo(torch.float32)
+    if not numbers or not all(abs(number) <= limits.max for number in numbers) or min(numbers[3:]) < limits.tiny:
         raise SettingError(f"mean={mean}, std={std}; give both, three numbers each, one a channel, and std above 0")
     return (m0, m1, m2), (s0, s1, s2)
 

@@ -18,7 +18,8 @@ from torchvision.transforms.v2 import functional as T
 from edge_dfcil.errors import DataError
 from edge_dfcil.model.labels import check_names
 from edge_dfcil.model.preprocessing import fit
-from exporters.decoding import is_picture_content, is_picture_name, read_picture, shown
+from exporters.decoding import is_picture_content, is_picture_name, read_picture
+from exporters.texts import shown
 
 __all__ = ["PictureBatch", "PictureFolder", "open_folder", "read_each", "read_picture", "read_pictures", "to_image"]
 

@@ -24,9 +24,22 @@ ROLES: dict[str, int | None] = {
     "class_count": 0,  # (C,)
     "class_covariance": 0,  # (C, F, F)
     "shared_covariance": None,  # (F, F)
-    "head_frame": None,  # (F + 2,), what a closed-form head's rows have in common
+    "head_frame": None,  # (F + 3,), of before (F + 2,): what a closed-form head's rows have in common
     "gram": None,  # (D, D), sum of h h'
     "class_correlation": 1,  # (D, C), sum of h y'
+}
+
+
+# Their shapes: C outputs, F features, D of a method's own.
+_SHAPES = {
+    "class_mean": "CF",
+    "class_variance": "CF",
+    "class_count": "C",
+    "class_covariance": "CFF",
+    "shared_covariance": "FF",
+    "head_frame": "P",
+    "gram": "DD",
+    "class_correlation": "DC",
 }
 
 
@@ -136,6 +149,50 @@ def unpacked(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> dic
             values = _covariance(variances, values)
         statistics[name] = Statistic(found["role"], values, tuple(found["images"]))
     return statistics
+
+
+def check_stored(tensors: Mapping[str, Tensor], described: Mapping[str, Any], outputs: int) -> None:
+    """Raises `SettingError` unless the statistics of a file are those that it describes, in the shapes of their roles.
+
+    To be called before `unpacked`, which needs the memory that the shapes say.
+    """
+    expected = set()
+    for name, found in described.items():
+        if not isinstance(found, dict) or found.keys() != {"role", "images"} or found["role"] not in list(ROLES):
+            raise SettingError(
+                f"the statistic {name!r} is described by {ascii(found)[:200]}; its role is one of {', '.join(ROLES)}"
+            )
+        role, images, key = found["role"], found["images"], f"statistics.{name}"
+        counts = outputs if ROLES[role] is not None else 1
+        if not isinstance(images, list) or len(images) != counts or not all(type(n) is int and 0 <= n < 2**53 for n in images):
+            raise SettingError(f"the statistic {name!r} is of {ascii(images)[:200]} images; {counts} whole numbers are needed")
+        values, variances = tensors.get(key), tensors.get(key + VARIANCES)
+        if values is None:
+            raise SettingError(f"the statistic {name!r} is described, and has no tensor")
+        expected |= {key} if variances is None else {key, key + VARIANCES}
+        if variances is not None:
+            pairs = len(variances) * (len(variances) - 1) // 2 if variances.dim() == 1 else -1
+            right = role == "shared_covariance" and values.shape == (pairs,) and values.dtype == torch.int16
+        else:
+            shape = _SHAPES[role]
+            sizes = dict(zip(shape, values.shape, strict=False))
+            right = tuple(values.shape) == tuple(outputs if axis == "C" else sizes[axis] for axis in shape if axis in sizes)
+            right = right and values.dim() == len(shape) and values.dtype.is_floating_point
+        if not right:
+            raise SettingError(f"the statistic {name!r} of role {role!r} has the shape {tuple(values.shape)}, {values.dtype}")
+        spread = variances if variances is not None else values if role in ("class_variance", "class_count") else None
+        if spread is not None and (not spread.is_floating_point() or bool((spread < 0).any())):
+            raise SettingError(f"the statistic {name!r} has negative variances or counts")
+    if surplus := {name for name in tensors if name.startswith("statistics.")} - expected:
+        raise SettingError(f"{sorted(surplus)[0]!r} is a statistic that is not described")
+
+
+def is_of(statistic: Statistic, features: int) -> bool:
+    """Whether its shape is that of a network with so many features."""
+    shape, values = _SHAPES[statistic.role], statistic.values
+    if shape == "P":
+        return len(values) - features in (2, 3)
+    return "F" not in shape or values.shape[shape.index("F")] == features
 
 
 VARIANCES = ":variances"  # what the second tensor of a covariance is called in a file, behind its name

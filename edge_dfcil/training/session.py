@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from edge_dfcil import devices
-from edge_dfcil.errors import Cancelled, ModelFileError, SettingError
+from edge_dfcil.errors import Cancelled, EdgeDfcilError, ModelFileError, SettingError
 from edge_dfcil.model import file
 from edge_dfcil.results import MemoryPlan, StageReport
 from edge_dfcil.training import loop
 from edge_dfcil.training.callbacks import Callback
 from edge_dfcil.training.rehearsal import Rehearsal
 from edge_dfcil.training.stage import Stage, StageSpec, StageState
+from exporters.texts import shown
 
 logger = logging.getLogger("edge_dfcil")
 
@@ -154,6 +155,10 @@ class Session(Generic[Result]):
         deadline: float | None = None,
         guard: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
     ) -> None:
+        if checkpoint is not None and not isinstance(checkpoint, (str, Path)):
+            raise SettingError(
+                f"checkpoint={checkpoint!a:.80} is a {type(checkpoint).__name__}; pass the path of a file, or None"
+            )
         self.work, self.device, self.callbacks, self.deadline = work, device, callbacks, deadline
         self.checkpoint = Path(checkpoint) if checkpoint is not None else None
         self.result: Result | None = None
@@ -284,7 +289,8 @@ class Session(Generic[Result]):
                 self._load_checkpoint()
             if self._loaded is not None:
                 self._check_loaded()
-                self.work.restore(self._loaded["decided"])
+                with self._trusting():
+                    self.work.restore(self._loaded["decided"])
             self._stages = self.work.stages(self)
         while (stage := self._stage or next(self._stages, None)) is not None:
             self._stage = stage
@@ -304,14 +310,14 @@ class Session(Generic[Result]):
             return loop.run(stage, self.device, self.callbacks, self.check)
         number = len(self._reports)
         if self._loaded is not None and stage.resumable:
-            done = self._loaded["reports"]
-            if number < len(done):  # its weights are those that were loaded, or later ones
+            with self._trusting():
                 self._load_network()
-                devices.set_random_state(self._random_of("after", number), self.device)
-                return _report(done[number])
-            self._load_network()
-            self._state = self._load_state(stage)
-            self._loaded = None
+                done = self._loaded["reports"]
+                if number < len(done):  # its weights are those that were loaded, or later ones
+                    devices.set_random_state(self._random_of("after", number), self.device)
+                    return _report(done[number])
+                self._state = self._load_state(stage)
+                self._loaded = None
         if self._state is None:
             self._state = StageState.at_start(stage)
         logger.info("stage %s: %d steps, at step %d", stage.name, stage.steps, self._state.step)
@@ -385,10 +391,11 @@ class Session(Generic[Result]):
             return
         try:
             tensors, position = file.read(self.checkpoint, kind="checkpoint")
+            _check_position(position, tensors)
             self.load_state_dict({"position": position, "tensors": tensors})
             self._check_loaded()
             logger.info("resuming from %s", self.checkpoint)
-        except (ModelFileError, SettingError, KeyError, TypeError) as error:
+        except (ModelFileError, SettingError, KeyError, TypeError, ValueError, AttributeError) as error:
             self._loaded, self._tensors, self._spent, self.resumed = None, {}, 0.0, False
             logger.warning("%s is not resumed: %s", self.checkpoint, error)
 
@@ -398,6 +405,18 @@ class Session(Generic[Result]):
             self.checkpoint.unlink(missing_ok=True)
 
     # Resuming
+
+    @contextlib.contextmanager
+    def _trusting(self) -> Iterator[None]:
+        """What a state of the right operation raises that cannot be continued from: it was changed by other hands."""
+        try:
+            yield
+        except EdgeDfcilError:
+            raise
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, ArithmeticError) as error:
+            where = "the state" if self.checkpoint is None else self.checkpoint
+            reason = shown(" ".join(str(error).split()))[:200]
+            raise ModelFileError(f"{where} cannot be continued from ({reason}); remove it to begin from the start") from error
 
     def _random_of(self, which: str, number: int | None = None) -> dict[str, Tensor]:
         prefix = f"random.{which}{'' if number is None else number}."
@@ -417,6 +436,25 @@ class Session(Generic[Result]):
             devices.set_random_state(self._random_of("now"), self.device)
             _unpack(state, position, self._tensors)
         return state
+
+
+def _check_position(position: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raises `SettingError` unless a checkpoint's JSON is of the kinds that `state_dict` gives, and its weights are finite."""
+    kinds: dict[str, Any] = {"fingerprint": dict, "decided": dict, "reports": list, "seconds": (int, float)}
+    for name, kind in kinds.items():
+        if not isinstance(position[name], kind):
+            raise SettingError(f"its {name!r} cannot be {ascii(position[name])[:80]}")
+    if not 0 <= position["seconds"] < 1e12:
+        raise SettingError(f"its seconds are {position['seconds']}")
+    for values in position["reports"]:
+        _report(values)
+    stage = position["stage"]
+    counts = ("step", "consumed", "halvings", "images")
+    if stage is not None and not all(type(stage[name]) is int and 0 <= stage[name] < 2**53 for name in counts):
+        raise SettingError(f"its stage counts {[ascii(stage[name])[:20] for name in counts]}, which must be whole numbers")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise SettingError(f"{name!a} holds NaN or infinite numbers")
 
 
 def _packed(name: str, state: StageState) -> tuple[dict[str, Any], dict[str, Tensor]]:
