@@ -175,7 +175,10 @@ def server(kind: str, path: Path) -> Iterator[int]:
 
 
 class Calls:
-    """The calls of one kind: `number` of them, and more while `more` says so. For each different answer the newest version known before its call."""
+    """The calls of one kind: `number` of them, and more while `more` says so.
+
+    For each different answer it has the newest version that was known before a call with that answer.
+    """
 
     def __init__(self, number: int, more: Callable[[], bool] = lambda: False) -> None:
         self.made, self._number, self._more, self._lock = 0, number, more, threading.Lock()
