@@ -192,6 +192,9 @@ class Learning:
         self.assignment = Assignment(self.model, self.method, self.recipe, self.loader, scanned, self._classes, self._relearn)
         self.assignment.instant = self._instant
 
+    def close(self) -> None:
+        self.task = self.first = self.network = self.loader = self.assignment.loader = None
+
     def fingerprint(self) -> dict[str, Any]:
         settings = {"budget": self._budget, "time budget": self._seconds, "precision": self._precision}
         settings["instant"] = self._instant

@@ -50,6 +50,10 @@ class Within(PlainWork):
         self.work.prepare(session)
         self._meter.exclude()
 
+    def close(self) -> None:
+        self.work.close()
+        super().close()
+
     def stages(self, session: Session[Any]) -> Iterator[Stage]:
         session.announce_plan()
         with devices.seeded(None, session.device):

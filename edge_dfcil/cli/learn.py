@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     help="A stopped task continues from this file when the command is repeated; a hidden file beside MODEL by default.",
 )
 @click.option("--dry-run", is_flag=True, help="Only measure and show what memory learning would take; nothing is learnt.")
+@click.option("--no-core-dumps", is_flag=True, help="A crash leaves no core dump, which would hold pictures (Linux).")
 @click.option("--relearn", is_flag=True, help="Refresh classes that are known already instead of refusing them.")
 @STRICT
 @DEVICE
@@ -75,6 +76,7 @@ def command(
     time_budget: str | None,
     checkpoint: str | None,
     dry_run: bool,
+    no_core_dumps: bool,
     relearn: bool,
     strict: bool,
     device: str,
@@ -86,11 +88,15 @@ def command(
     A recipe that is given for an existing model replaces the model's own, for this task and those after it.
     """
     from edge_dfcil.model.file import check_writable, claim
+    from edge_dfcil.privacy import traces
 
     if not dry_run:
         check_writable(model)
-    # A second process that teaches the same file is refused now, not when all is learnt.
-    with contextlib.nullcontext() if dry_run else claim(model):
+    with contextlib.ExitStack() as stack:
+        if no_core_dumps:
+            stack.enter_context(traces.no_core_dumps())
+        if not dry_run:  # a second process that teaches the same file is refused now, not when all is learnt
+            stack.enter_context(claim(model))
         limits = {"memory_budget": memory_budget, "precision": precision}
         learner = _learner_for(model, device, limits, module, recipe, changes, new)
         folder = open_pictures(images, learner, strict, batch_size)

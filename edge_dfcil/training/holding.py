@@ -17,7 +17,7 @@ def held_out(images: Tensor, share: float) -> Tensor:
     if not share:
         return torch.zeros(len(images), dtype=torch.bool)
     found = images.detach().cpu().contiguous()
-    codes = [zlib.crc32(image.view(torch.uint8).numpy().tobytes()) for image in found]
+    codes = [zlib.crc32(image.view(torch.uint8).numpy()) for image in found]
     return torch.tensor([code < share * 2**32 for code in codes], dtype=torch.bool)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from edge_dfcil import devices
 from edge_dfcil.errors import Cancelled, EdgeDfcilError, ModelFileError, SettingError
 from edge_dfcil.model import file
+from edge_dfcil.privacy.traces import overwritten
 from edge_dfcil.results import MemoryPlan, StageReport
 from edge_dfcil.training import loop
 from edge_dfcil.training.callbacks import Callback
@@ -70,6 +71,9 @@ class Work(Protocol[Result_co]):
     def finish(self, session: Session[Any], reports: Sequence[StageReport]) -> Result_co:
         """The result, committed, after the last stage."""
 
+    def close(self) -> None:
+        """Lets go of what it has read and made, after `finish`: a caller may hold the session, and through it this."""
+
     def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be resumed: the model, the settings, the images by number."""
 
@@ -90,6 +94,10 @@ class PlainWork:
 
     def prepare(self, session: Session[Any]) -> None:
         """There is no input to check."""
+
+    def close(self) -> None:
+        """Sets every attribute that may hold an image, a feature or a network to None."""
+        vars(self).clear()
 
     def fingerprint(self) -> dict[str, Any]:
         return {}
@@ -265,12 +273,14 @@ class Session(Generic[Result]):
                 stack.callback(lambda callback: callback.on_exit(), callback)
             self._running, self._began = True, time.perf_counter()
             stack.callback(self._stop_clock)
-            with devices.own_context(self.device), self.work.context(self):
+            with devices.own_context(self.device), self.work.context(self), overwritten():
                 devices.set_random_state(self._random, self.device)
                 try:
                     with contextlib.suppress(Enough):
                         self._run_stages()
                     self.result = self.work.finish(self, self._reports)
+                    self._stages = None  # a generator holds what its stages have left
+                    self.work.close()
                 except _Paused:
                     logger.info("paused in stage %s", self._stage.name if self._stage else "")
                 finally:
