@@ -31,8 +31,11 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def check(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-    """Raises `SettingError`, `ClassError` or `BackboneError` unless each setting can be, the head and the class statistics have a row for each
-    output, and all numbers are finite. What a backbone must have is left to `adoption.rebuild` and `check_network`."""
+    """Checks that each setting can be, that the head and the class statistics have a row for each output, and that all numbers
+    are finite. What a backbone must have is left to `adoption.rebuild` and `check_network`.
+
+    Raises `SettingError`, `ClassError` or `BackboneError`.
+    """
     for name, kinds in _KINDS.items():
         if name in settings and not isinstance(settings[name], kinds):
             raise SettingError(f"its setting {name!r} is {_of(settings[name])}, and must be {_kind(kinds[0])}")

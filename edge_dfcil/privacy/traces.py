@@ -34,16 +34,10 @@ def overwritten() -> Iterator[None]:
     """At its end, what was allocated inside and is no longer referred to is unreadable, as far as this process can see to it.
 
     In the heap of the calling thread, on Linux with glibc; elsewhere unreferenced objects are collected and no more is done.
+    After an error nothing is done either: its traceback refers to what was in use.
     """
-    froze = not gc.get_freeze_count()
-    if froze:
-        gc.freeze()  # what exists now is not searched: torch alone is half a second's worth
-    try:
-        yield
-        overwrite_freed()
-    finally:
-        if froze:
-            gc.unfreeze()
+    yield
+    overwrite_freed()
 
 
 def overwrite_freed() -> None:
@@ -110,14 +104,29 @@ class _MallocInfo(ctypes.Structure):
 def _glibc() -> Any:
     """The C library with the signatures that are used here; None where it is not glibc 2.33 or later."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is None or not hasattr(libc, "mallinfo2") or not hasattr(libc, "malloc_trim"):
+    others = ("mallctl", "tc_malloc", "mi_malloc")  # of allocators that take glibc's place
+    if libc is None or not hasattr(libc, "mallinfo2") or any(hasattr(libc, name) for name in others):
         return None
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
     libc.memset.restype, libc.memset.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
     libc.malloc_trim.argtypes = [ctypes.c_size_t]
     libc.mallinfo2.restype = _MallocInfo
-    return libc
+    libc.malloc_usable_size.restype, libc.malloc_usable_size.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
+    return libc if _has_headers(libc) else None
+
+
+def _has_headers(libc: Any) -> bool:
+    """Whether `malloc` is glibc's own, on 64 bits, and no other allocator in its place: by the size before a piece."""
+    if ctypes.sizeof(ctypes.c_size_t) != HEADER:
+        return False
+    sizes = (24, 1000, 5000)
+    pieces = [libc.malloc(size) for size in sizes]
+    usable = [libc.malloc_usable_size(piece) + HEADER for piece in pieces]
+    headers = [ctypes.c_size_t.from_address(piece - HEADER).value & ~7 for piece in pieces]
+    for piece in pieces:
+        libc.free(piece)
+    return headers == usable
 
 
 @cache
