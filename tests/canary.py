@@ -336,8 +336,8 @@ def _run(recipe: str, folder: Path, precision: str, seed: int, keep: Sequence[st
         os.close(samples)
     assert process.returncode == 0
     if check:
-        found = {kind: number for kind, number in account.found.items() if number > CLEARED_BUT.get(kind, 0)}
-        assert not found, f"found in the memory of a process that has learnt: {found}, in {account.places}"
+        left = {kind: number for kind, number in account.found.items() if number > CLEARED_BUT.get(kind, 0)}
+        assert not left, f"found in the memory of a process that has learnt: {left}, in {account.places}"
         assert not account.files, f"found in files: {account.files}"
     return account
 

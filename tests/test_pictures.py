@@ -34,6 +34,9 @@ RAMP = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))
 
 def saved(path: Path, picture: Image.Image | np.ndarray, **options: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".pgm" and isinstance(picture, np.ndarray):  # older versions of Pillow read it and cannot write it
+        path.write_bytes(b"P5 %d %d 65535\n" % picture.shape[::-1] + picture.astype(">u2").tobytes())
+        return path
     (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(path, **options)
     return path
 

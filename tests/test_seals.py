@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -52,19 +51,21 @@ def refuses(path: Path, damaged: bytes) -> None:
 
 class TestDamage:
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    @given(data=st.data())
-    def test_any_flipped_byte_is_noticed(self, content: bytes, tmp_path: Path, data: Any) -> None:
-        # A third of the draws each: anywhere, among the names and settings at the end, and in the digest itself.
-        ends = [(0, len(content) - 1), (len(content) - 2000, len(content) - 1), (len(content) - 80, len(content) - 1)]
-        at = data.draw(st.one_of(*(st.integers(*end) for end in ends)))
-        refuses(tmp_path / "m.onnx", content[:at] + bytes([content[at] ^ data.draw(st.integers(1, 255))]) + content[at + 1 :])
+    @given(part=st.integers(0, 2), share=st.floats(0, 1), flipped=st.integers(1, 255))
+    def test_any_flipped_byte_is_noticed(self, content: bytes, tmp_path: Path, part: int, share: float, flipped: int) -> None:
+        # A third each: anywhere, among the names and settings at the end, and in the digest itself.
+        length = (len(content), 2000, 80)[part]
+        at = len(content) - 1 - int(share * (length - 1))
+        refuses(tmp_path / "m.onnx", content[:at] + bytes([content[at] ^ flipped]) + content[at + 1 :])
 
     @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    @given(data=st.data())
-    def test_any_cut_and_any_addition_is_noticed(self, content: bytes, tmp_path: Path, data: Any) -> None:
-        at = data.draw(st.one_of(st.integers(0, len(content) - 1), st.integers(len(content) - 200, len(content) - 1)))
-        refuses(tmp_path / "m.onnx", content[:at])
-        refuses(tmp_path / "m.onnx", content + data.draw(st.binary(min_size=1, max_size=100)))
+    @given(near_the_end=st.booleans(), share=st.floats(0, 1), more=st.binary(min_size=1, max_size=100))
+    def test_any_cut_and_any_addition_is_noticed(
+        self, content: bytes, tmp_path: Path, near_the_end: bool, share: float, more: bytes
+    ) -> None:
+        length = 200 if near_the_end else len(content)
+        refuses(tmp_path / "m.onnx", content[: len(content) - 1 - int(share * (length - 1))])
+        refuses(tmp_path / "m.onnx", content + more)
 
     def test_parts_that_change_places_are_noticed(self, content: bytes, tmp_path: Path) -> None:
         half = len(content) // 2

@@ -360,9 +360,10 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_before_training(learnt:
 def test_a_disk_that_fills_up_costs_the_checkpoint_and_not_the_task(
     train: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    learner, path, write, tried = quick_learner(), tmp_path / "c", file.write, []
+    learner, path, write = quick_learner(), tmp_path / "c", file.write
+    tried: list[bool] = []
 
-    def full(target: Any, *arguments: Any, kind: str = "model", **settings: Any) -> Any:
+    def full(target: Any, *arguments: Any, kind: Any = "model", **settings: Any) -> Any:
         if kind == "checkpoint" and tried:
             tried.append(path.exists())
             raise ModelFileError("c cannot be written: No space left on device")
