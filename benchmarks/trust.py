@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine, tables
-from tests import kills
+from tests import canary, damage, kills, load, rubbish
 
 FILE = "trust.json"
 
@@ -45,10 +45,31 @@ class Check:
     says: str
 
 
+SEARCHED = ("quick", "frozen", "edge", "strict")  # recipes; "quick" is that of the tests
+
+
+def _search(number: int, folder: Path, seed: int) -> Any:
+    return canary.run(SEARCHED[seed % len(SEARCHED)], folder, seed=seed + 1)
+
+
 CHECKS = {
     "kills": Check(
         kills.run, 1000, 50, "The model file answers as it was last committed, and no task that was reported as learnt is lost."
     ),
+    "damage": Check(
+        damage.run,
+        10_000,
+        1000,
+        "Model, checkpoint, ONNX and recipe files are refused, or answer the same. Trials are of each kind.",
+    ),
+    "rubbish": Check(rubbish.run, 10_000, 1000, "A call succeeds, or its error explains itself and the model is unchanged."),
+    "canary": Check(
+        _search, len(SEARCHED), 1, f"Of images, features and the generator, {canary.CLEARED_BUT} pieces of memory at most remain."
+    ),
+    "load": Check(
+        lambda calls, folder, seed: load.run(calls, folder), 100_000, 20_000, "Every answer is that of one committed version."
+    ),
+    "soak": Check(lambda tasks, folder, seed: load.soak(tasks, folder), 50, 50, "Memory grows no more than the model does."),
 }
 
 
@@ -99,6 +120,8 @@ def _sum(pieces: list[dict[str, Any]]) -> dict[str, Any]:
     total: dict[str, Any] = {}
     for piece in pieces:
         for name, value in _flat(piece["account"]).items():
+            if isinstance(value, list) or name == "seconds":
+                continue
             adds = isinstance(value, Number) and not isinstance(value, bool)
             total[name] = total.get(name, 0) + value if adds else value
     return total

@@ -441,6 +441,8 @@ def dotted(values: Mapping[str, Any]) -> dict[str, Any]:
             raise SettingError(f"the setting {sorted(twice)[0]!r} is given twice, by different names; give it once")
         found |= named
     for name in found:
+        if not isinstance(name, str):
+            raise SettingError(f"a recipe has no setting {name!r}; settings are texts such as 'schedule.epochs'")
         if name not in SETTINGS:
             raise SettingError(_unknown(name, list(SETTINGS)))
     return found

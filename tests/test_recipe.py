@@ -182,6 +182,12 @@ class TestFiles:
             with pytest.raises(SettingError, match="upgrade edge-dfcil"):
                 Recipe.from_dict({"preset": preset, "version": version, "schedule": {"epochs": 3}})
 
+    @pytest.mark.parametrize("name", [3, None, ("schedule", "epochs")])
+    def test_a_name_that_is_no_text_is_refused(self, name: Any) -> None:
+        for read in (EDGE.changed, Recipe.from_dict):
+            with pytest.raises(SettingError, match=r"no setting .*schedule\.epochs"):
+                read({name: 3})
+
     @pytest.mark.parametrize(
         "values", [{"warp": 9}, {"schedule": {"warp": 9}}, {"schedule.warp": 9}, {"preset": "edge", "warp": 9}]
     )
