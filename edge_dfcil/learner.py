@@ -171,8 +171,8 @@ class Learner(Serving, RunsSessions, Publishing):
     ) -> Session[TaskReport]:
         """A session that learns a task, and can be paused, saved (`state_dict`) and resumed; `run()` learns and commits.
 
-        `run()` raises `DataError` and `ClassError` for images, targets or names that cannot be learnt, `BudgetError` when the
-        memory budget cannot be kept, `DivergedError` when a loss is not finite, and `Cancelled`.
+        `run()` raises what the loader raises, `DataError` and `ClassError` for images, targets or names that cannot be learnt,
+        `BudgetError` when the memory budget cannot be kept, `DivergedError` when a loss is not finite, and `Cancelled`.
 
         Parameters
         ----------

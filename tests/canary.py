@@ -38,7 +38,7 @@ SIDE, EACH = 16, 40  # of an image in pixels; images of each class
 TASKS = ((0, 1), (2, 3))
 SPAN = 32  # bytes of a needle
 DISTINCT = 12  # bytes of a needle that differ, at least: others may be anywhere by chance
-# Spans that may be found, of more than 50,000: one was, in some runs, of a feature map or an image. What lies there is not known.
+# Spans that may be found, of more than 50,000. One or two were, in some runs, of an image or a feature map; why is not known.
 CLEARED_BUT = 4
 KEPT = ("batch", "feature", "generated", "weights", "file")  # what a test of the test may keep on purpose
 PLAIN = {"augmentation.flip": True, "augmentation.crop_padding": 2, "augmentation.brightness": 0.0, "augmentation.contrast": 0.0}

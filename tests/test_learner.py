@@ -325,7 +325,7 @@ class TestAllOrNothing:
                 raise OSError("image file is truncated")
 
         before = weights(learnt)
-        with pytest.raises(DataError, match=r"batch 1: the loader raised OSError: image file is truncated"):
+        with pytest.raises(OSError, match="image file is truncated"):
             learnt.learn_task(DataLoader(Broken(), batch_size=2), progress=False)
         assert same_weights(before, learnt)
 

@@ -214,7 +214,7 @@ def read(loader: Any) -> Iterator[tuple[Tensor, list[Any]]]:
 
 
 def _batches(loader: Any) -> Iterator[Any]:
-    """What a loader yields; its own exceptions, a corrupt file for instance, as `DataError`."""
+    """What a loader yields. Its own exceptions, a corrupt file for instance, pass unchanged, with a note from Python 3.11 on."""
     try:
         batches = iter(loader)
     except TypeError as error:
@@ -229,7 +229,9 @@ def _batches(loader: Any) -> Iterator[Any]:
         except EdgeDfcilError:
             raise
         except Exception as error:
-            raise DataError(f"batch {number}: the loader raised {type(error).__name__}: {error}") from error
+            if hasattr(error, "add_note"):
+                error.add_note(f"the loader raised this at batch {number}; the model is unchanged")
+            raise
         yield batch
 
 
