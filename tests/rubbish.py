@@ -444,6 +444,8 @@ def explained(error: BaseException) -> bool:
     """Whether an error is one of the package, or of Python's and raised by the package itself, or the loader's own."""
     if isinstance(error, (EdgeDfcilError, click.ClickException, Mine)):
         return bool(str(error))
+    if any("the loader raised this" in note for note in getattr(error, "__notes__", ())):
+        return True
     last = traceback.extract_tb(error.__traceback__)[-1].filename
     return type(error) in (TypeError, ValueError) and any(part in last for part in OURS) and bool(str(error))
 
