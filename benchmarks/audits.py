@@ -30,12 +30,12 @@ def run(
 ) -> dict[str, Any]:
     """Learns all tasks, and returns what the audit finds with all training images and all test images of the classes. A result
     that `out` holds already is returned as it is."""
+    settings = find_recipe(recipe).changed(dotted(protocol.changes) | dotted(changes or {}))
     changed = accuracy.tag_of(changes)
-    path = out / f"audit-{protocol.name}-{recipe}{changed}-{seed}.json"
+    path = out / f"audit-{protocol.name}-{recipe}.{settings.version}{changed}-{seed}.json"
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
-    settings = find_recipe(recipe).changed(dotted(protocol.changes) | dotted(changes or {}))
     learner = accuracy.new_learner(protocol, "abd", seed, settings, device)
     tasks = accuracy.tasks_of(protocol, data, seed)
     seconds = accuracy.learn(learner, protocol, data, tasks, seed)
@@ -83,7 +83,8 @@ def describe(folder: Path) -> str:
     grouped: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(folder.glob("audit-*.json")):
         result = json.loads(path.read_text())
-        grouped[result["protocol"]["name"], result["name"]].append(result)
+        recipe = f"{result['name']}, version {result['recipe']['version']}"
+        grouped[result["protocol"]["name"], recipe].append(result)
     rows, nearest = [], []
     for (name, recipe), results in grouped.items():
         seeds = ", ".join(str(result["seed"]) for result in results)

@@ -421,14 +421,14 @@ def of_colours(folder: Path) -> accuracy.Protocol:
 
 @pytest.mark.slow
 def test_an_audit_is_made_with_and_without_class_statistics(tmp_path: Path) -> None:
-    protocol, short = of_colours(tmp_path), QUICK | {"remember.pool": 64}
+    protocol, short = of_colours(tmp_path), QUICK | {"pool": 64}
     for recipe in audits.RECIPES.split(","):
         found = audits.run(protocol, recipe, 0, load(tmp_path), tmp_path, "cpu", short)
         names = [one["name"] for one in found["audit"]["attacks"]]
         assert ("class statistics" in names) == (recipe == "frozen")
         assert (found["audit"]["members"], found["audit"]["others"]) == (128, 64) and found["commit"]
         assert audits.run(protocol, recipe, 0, load(tmp_path), tmp_path, "cpu", short) == found, "from its file"
-    assert "| tiny | strict-" in audits.describe(tmp_path)
+    assert "| tiny | strict-" in audits.describe(tmp_path) and ", version 2 |" in audits.describe(tmp_path)
     assert "What models reveal" in report.write(tmp_path)
 
 
