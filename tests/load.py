@@ -223,7 +223,7 @@ class Connection:
     """Asks a server over HTTP, with a new connection now and then."""
 
     def __init__(self, port: int) -> None:
-        self._made, self._http = 0, http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        self._made, self._http = 0, http.client.HTTPConnection("127.0.0.1", port, timeout=600)
 
     def __enter__(self) -> Connection:
         return self
