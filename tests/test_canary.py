@@ -43,7 +43,7 @@ def test_what_is_kept_on_purpose_is_found() -> None:
     assert {"image", "feature", "generated image", "weight of the generator"} <= account.found.keys()
     assert set(account.files) == {"image"}
     with pytest.raises(AssertionError, match="found in the memory of a process that has learnt"):
-        canary.run("quick", keep=["feature"])
+        canary.run("quick", keep=["batch"])
 
 
 def test_needles_are_found_wherever_they_begin() -> None:
