@@ -27,7 +27,8 @@ from benchmarks import (
     workshop,
     workshop_tables,
 )
-from benchmarks.accuracy import PRESETS, omega
+from benchmarks.accuracy import PRESETS, VARIANTS, omega
+from edge_dfcil.recipe import RECIPES
 
 Results = list[dict[str, Any]]  # one a seed
 FEW = "-per_class="  # in the name of a protocol: a preset with another number of images
@@ -60,9 +61,31 @@ def final(results: Results) -> str:
     return tables.over_seeds([r["final_accuracy"] for r in results], times=100)
 
 
+def marked(results: Results) -> str:
+    """The same, with a star where the recipe is not that of today."""
+    return final(results) + (r" \*" if any(map(is_older, results)) else "")
+
+
+def is_older(result: dict[str, Any]) -> bool:
+    """Whether a run of ours was made before the preset, or what a variant changes of it, became what it is now."""
+    if result["method"].partition(":")[0] != "abd":
+        return False
+    recipe, variant = result["recipe"], VARIANTS.get(result["method"], {})
+    named = RECIPES.get(recipe.get("preset", ""))
+    settings = {
+        f"{group}.{name}": value for group, held in recipe.items() if isinstance(held, dict) for name, value in held.items()
+    }
+    changed = any(settings.get(name) != value for name, value in variant.items()) if settings else False
+    return changed or (named is not None and recipe["version"] < named.version)
+
+
 def write(folder: Path) -> str:
     """README.md and the pictures of a folder of results; returns the text."""
-    parts = ["# Results", "Made by `python -m benchmarks report` from the JSON files here. No figure is typed in."]
+    parts = [
+        "# Results",
+        "Made by `python -m benchmarks report` from the JSON files here. No figure is typed in. A star marks what was run with "
+        "an older version of its recipe.",
+    ]
     found = read(folder)
     for protocol, methods in found.items():
         if not has_section(protocol):
@@ -129,7 +152,7 @@ def few_images(found: dict[str, dict[str, Results]]) -> str:
     for preset, runs in presets.items():
         for method in dict.fromkeys(method for number in sorted(runs) for method in runs[number] if number < max(runs)):
             cells = [runs.get(number, {}).get(method) for number in numbers]
-            rows.append([preset, method, *(final(results) if results else "" for results in cells)])
+            rows.append([preset, method, *(marked(results) if results else "" for results in cells)])
     head = ["final accuracy, %, by images of a class", "method", *map(str, numbers)]
     seeds = sorted({r["seed"] for runs in presets.values() for methods in runs.values() for rs in methods.values() for r in rs})
     note = (
@@ -147,7 +170,7 @@ def imbalanced(found: dict[str, dict[str, Results]]) -> str:
         for method, results in methods.items() if UNEVEN in name else ():
             seeds = ", ".join(str(r["seed"]) for r in results)
             each = " / ".join(f"{value:.1f}" for value in by_task(results))
-            rows.append([preset, _images(results[0]), method, seeds, each, final(results)])
+            rows.append([preset, _images(results[0]), method, seeds, each, marked(results)])
     head = ["preset", "images of a class", "method", "seeds", "after each task, %", "final, %"]
     note = "Test images are as many of every class. Sizes fall geometrically, in an order drawn by the seed."
     return f"{tables.table(head, rows)}\n\n{note}" if rows else ""
@@ -192,7 +215,7 @@ def table(folder: Path, methods: dict[str, Results]) -> str:
             method,
             ", ".join(str(r["seed"]) for r in results),
             each,
-            final(results),
+            marked(results),
             tables.percent(mean(r["average_incremental_accuracy"] for r in results)),
             tables.percent(mean(r["forgetting"] for r in results)),
             _mean([omega(r, folder) for r in results]),
