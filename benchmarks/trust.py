@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from benchmarks import machine, tables
 from tests import canary, damage, kills, load, rubbish
 
 FILE = "trust.json"
+UNCOUNTED = ("places", "versions", "searched")  # in the table
 
 
 @dataclass(frozen=True)
@@ -110,26 +110,18 @@ def describe(found: dict[str, Any]) -> str:
     for name, check in CHECKS.items():
         if name in found:
             pieces = list(found[name]["pieces"].values())
-            counts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in _sum(pieces).items())
+            counts = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in _sum(pieces).items())
             rows.append([name, f"{sum(piece['trials'] for piece in pieces):,}", counts, check.says])
     return tables.table(["check", "trials", "counted", "what held in all of them"], rows)
 
 
 def _sum(pieces: list[dict[str, Any]]) -> dict[str, Any]:
-    """The counts of all pieces together; those of a mapping by its keys, other values of the last piece."""
+    """The counts of all pieces together, of a mapping those of all its keys. The file has each."""
     total: dict[str, Any] = {}
     for piece in pieces:
-        for name, value in _flat(piece["account"]).items():
-            if isinstance(value, list) or name == "seconds":
-                continue
-            adds = isinstance(value, Number) and not isinstance(value, bool)
-            total[name] = total.get(name, 0) + value if adds else value
+        for name, value in piece["account"].items():
+            if isinstance(value, dict):
+                value = sum(value.values())
+            if isinstance(value, int) and name not in UNCOUNTED:
+                total[name] = total.get(name, 0) + value
     return total
-
-
-def _flat(account: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in account.items():
-        inner = _flat(value) if isinstance(value, dict) else {"": value}
-        found |= {f"{name} {key}".strip(): one for key, one in inner.items()}
-    return found

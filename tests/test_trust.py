@@ -36,7 +36,7 @@ def test_it_continues_with_the_piece_that_was_stopped(tmp_path: Path, monkeypatc
     assert list(json.loads((tmp_path / trust.FILE).read_text())["mine"]["pieces"]) == ["0"]
     found = trust.run(["mine"], tmp_path, lambda line: None)
     assert seeds == [0, 1, 1, 2]
-    assert trust.describe(found).splitlines()[-1] == "| mine | 12 | tried 12, by kind cut 3, same True | It holds. |"
+    assert trust.describe(found).splitlines()[-1] == "| mine | 12 | tried 12, by kind 3, same 3 | It holds. |"
     assert trust.run(["mine"], tmp_path, lambda line: None) == found and len(seeds) == 4
 
 
