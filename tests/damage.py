@@ -141,7 +141,8 @@ def lie(settings: dict[str, Any], draw: random.Random) -> dict[str, Any]:
         if draw.random() < 0.1 and isinstance(place, dict):
             del place[key]
         else:
-            place[key] = draw.choice(VALUES)
+            value = draw.choice(VALUES)  # copied, where a second change could go into it
+            place[key] = json.loads(json.dumps(value)) if isinstance(value, (dict, list)) else value
         if not found:
             break
     return found
