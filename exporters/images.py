@@ -15,6 +15,7 @@ from exporters.resize import fit
 
 Batch = npt.NDArray[np.uint8]
 KEYS = ("image", "images", "pixel_values", "img")  # of the images in a dict
+LARGEST_IMAGE = 4096  # pixels a side of what a network sees; one image would take 200 MB as floats
 DEEPEST = 8  # lists inside each other that may be numbers
 EXPECTED = "(N, 3, H, W), (3, H, W), channels last, or one channel"
 

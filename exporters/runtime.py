@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from exporters import seals
 from exporters.errors import ExportError, SettingError
-from exporters.images import batches
+from exporters.images import LARGEST_IMAGE, batches
 from exporters.predictions import Prediction
 from exporters.rejection import margins
 from exporters.signatures import check_signature
@@ -23,7 +23,6 @@ from exporters.timing import session
 
 _UNSEALED = "edge-dfcil/1"  # the format of files that have no SHA-256
 AT_ONCE = 64  # images that are answered together
-LARGEST_IMAGE = 4096  # pixels a side; as of models
 
 # "Unsupported model IR version: 99, max supported IR version: 13"; "... Opset 99 is under development ... is till opset 25."
 _TOO_NEW = re.compile(r"(IR version)\D*(\d+)\D+IR version\D*(\d+)|([Oo]pset) (\d+) is under development.*till opset (\d+)", re.S)

@@ -17,12 +17,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from edge_dfcil import devices
 from edge_dfcil.errors import BackboneError, SettingError
+from exporters.images import LARGEST_IMAGE
 
 # Inversion matches the statistics of BatchNorm inputs (ABD, eq. 4). With fewer layers than this, dreams are noise.
 MIN_BATCHNORM_LAYERS = 3
 BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 SMALLEST_IMAGE = 8  # pixels a side
-LARGEST_IMAGE = 4096  # a larger picture is made smaller as it is read; one alone would take 200 MB as floats
 
 # How far an image's features may move with the other images of its batch, as a share of the largest feature. Kernels sum in
 # another order for another batch size, and TF32 rounds products to ten bits; a dependence on the batch is far larger.

@@ -96,7 +96,7 @@ class PlainWork:
         """There is no input to check."""
 
     def close(self) -> None:
-        """Sets every attribute that may hold an image, a feature or a network to None."""
+        """Drops every attribute: each may hold an image, a feature or a network."""
         vars(self).clear()
 
     def fingerprint(self) -> dict[str, Any]:

@@ -97,6 +97,12 @@ def header_of_a_hundred_megabytes(path: Path) -> None:
         target.truncate(99_000_008)  # sparse: it takes no room on the disk
 
 
+def with_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """The golden model with one tensor replaced or added, under a right digest."""
+    tensors, settings = file.read(GOLDEN / "closed_form.safetensors")
+    file.write(path, {**tensors, name: tensor}, settings)
+
+
 @attack(".safetensors")
 def tensor_of_a_trillion(path: Path) -> None:
     header(path, {"__metadata__": about(), "x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}}, bytes(4))
@@ -104,20 +110,17 @@ def tensor_of_a_trillion(path: Path) -> None:
 
 @attack(".safetensors")
 def empty_tensor_of_a_trillion_rows(path: Path) -> None:
-    tensors, settings = file.read(GOLDEN / "closed_form.safetensors")
-    file.write(path, {**tensors, "head.weight": torch.zeros(5, 0).expand(5, 0)}, settings)
+    with_tensor(path, "head.weight", torch.zeros(5, 0))
 
 
 @attack(".safetensors")
 def covariance_of_a_million_features(path: Path) -> None:
-    tensors, settings = file.read(GOLDEN / "closed_form.safetensors")
-    file.write(path, {**tensors, "statistics.covariance:variances": torch.ones(1_000_000)}, settings)
+    with_tensor(path, "statistics.covariance:variances", torch.ones(1_000_000))
 
 
 @attack(".safetensors")
 def weights_that_are_no_numbers(path: Path) -> None:
-    tensors, settings = file.read(GOLDEN / "closed_form.safetensors")
-    file.write(path, {**tensors, "head.bias": torch.full((5,), torch.nan)}, settings)
+    with_tensor(path, "head.bias", torch.full((5,), torch.nan))
 
 
 @attack(".safetensors")
@@ -129,8 +132,7 @@ def variances_below_zero(path: Path) -> None:
 
 @attack(".safetensors")
 def tensor_that_leaves_the_folder(path: Path) -> None:
-    tensors, settings = file.read(GOLDEN / "closed_form.safetensors")
-    file.write(path, {**tensors, "../../x\x1b[2J": torch.zeros(1)}, settings)
+    with_tensor(path, "../../x\x1b[2J", torch.zeros(1))
 
 
 @attack(".safetensors")
