@@ -87,10 +87,10 @@ class OnnxClassifier:
         except Exception as error:  # onnxruntime's errors share no public base
             raise _refusal(path, str(error)) from error
         del content
-        metadata = self._session.get_modelmeta().custom_metadata_map
-        if verify and not self.sealed and ("sha256" in metadata or metadata.get("format", _UNSEALED) != _UNSEALED):
-            raise _changed(path)
         try:
+            metadata = self._session.get_modelmeta().custom_metadata_map  # fails for a text that is not UTF-8
+            if verify and not self.sealed and ("sha256" in metadata or metadata.get("format", _UNSEALED) != _UNSEALED):
+                raise _changed(path)
             self.classes = _classes(metadata["classes"])
             self.image_size = int(metadata["image_size"])
             self.temperature = float(metadata.get("temperature", 1.0))  # files of before have neither

@@ -19,6 +19,7 @@ from exporters import OnnxClassifier
 from exporters.signatures import check_signature, sign
 
 GOLDEN = Path(__file__).parent / "golden"
+DIGEST = b"rJ\n\x06sha256\x12@" + bytes(64)  # the last field of a file, with another digest
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,12 @@ class TestDamage:
         length = (len(content), 2000, 80)[part]
         at = len(content) - 1 - int(share * (length - 1))
         refuses(tmp_path / "m.onnx", content[:at] + bytes([content[at] ^ flipped]) + content[at + 1 :])
+
+    def test_every_bit_of_the_digest_counts(self, content: bytes, tmp_path: Path) -> None:
+        # Among them names that are no UTF-8 any more, which ONNX Runtime opens, and names that are other ones.
+        for at in range(len(content) - len(DIGEST), len(content)):
+            for bit in range(8):
+                refuses(tmp_path / "m.onnx", content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
 
     @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(near_the_end=st.booleans(), share=st.floats(0, 1), more=st.binary(min_size=1, max_size=100))
