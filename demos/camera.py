@@ -35,7 +35,7 @@ RECIPE = RECIPES["frozen"].changed(
 
 
 def frames(test: Batches) -> Iterator[tuple[Tensor, str]]:
-    """What the camera sees, for ever: images (1, 3, H, W), uint8, each with the product that it shows."""
+    """What the camera sees, without end: images (1, 3, H, W), uint8, each with the product that it shows."""
     seen = test.of((*KNOWN, PRODUCT))
     for index in itertools.cycle(torch.randperm(len(seen.images)).tolist()):
         yield seen.images[index : index + 1], NAMES[int(seen.targets[index])]

@@ -93,7 +93,7 @@ class OnnxClassifier:
                 raise _changed(path)
             self.classes = _classes(metadata["classes"])
             self.image_size = int(metadata["image_size"])
-            self.temperature = float(metadata.get("temperature", 1.0))  # files of before have neither
+            self.temperature = float(metadata.get("temperature", 1.0))  # older files have neither
             self.thresholds = _thresholds(metadata.get("thresholds", "[]"), len(self.classes))
             self._check_graph()
         except KeyError as error:

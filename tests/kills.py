@@ -176,7 +176,7 @@ def _one(
         else:
             raise AssertionError(command.log.read_text())
         found = Model.load(model, "cpu").digest()
-        assert found in (before, after), "neither the model of before nor of after the task"
+        assert found in (before, after), "neither the model before the task nor the one after it"
         if found == after and not _has_checkpoint(model):  # killed when there was nothing left to do
             break
     assert Model.load(model, "cpu").digest() == after, "not the model of a run without kills"

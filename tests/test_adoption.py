@@ -167,9 +167,9 @@ def test_an_answer_that_depends_on_the_batch_is_refused() -> None:
 
 def test_statistics_that_were_never_learnt_are_a_warning(network: Any) -> None:
     fresh = nn.Sequential(block(3, 8), block(8, 8), block(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
-    with pytest.warns(UserWarning, match="3 of 3 BatchNorm layers.*nothing to invert") as told:
+    with pytest.warns(UserWarning, match="3 of 3 BatchNorm layers.*nothing to invert") as warned:
         adopted(fresh)
-    assert told[0].filename.endswith("test_adoption.py")
+    assert warned[0].filename.endswith("test_adoption.py")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adopted(network)

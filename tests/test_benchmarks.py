@@ -321,10 +321,10 @@ def test_the_workshop_tells_seeds_together() -> None:
     made = {"teacher": {"accuracy": 0.8}, "distill resnet20 noise": row(0.1, 1.0)}
     long = {"machine": {"device": "some card"}, "at_once": 2}
     long |= {f"distill resnet20 adaptive, seed {seed}": row(after, 0.9) for seed, after in enumerate((0.60, 0.64))}
-    told = workshop_tables.describe(made, long)
-    assert "| resnet20 noise | 1 | 1 | 64 | 80.0 | 10.0 | 12.5 | 100.0 | 1.0 |" in told
-    assert "| resnet20 adaptive | 2 | 1 | 64 | 80.0 | 62.0 ± 2.8 | 77.5 ± 3.5 | 90.0 | 1.0 |" in told
-    assert "on some card, 2 rows at a time" in told
+    text = workshop_tables.describe(made, long)
+    assert "| resnet20 noise | 1 | 1 | 64 | 80.0 | 10.0 | 12.5 | 100.0 | 1.0 |" in text
+    assert "| resnet20 adaptive | 2 | 1 | 64 | 80.0 | 62.0 ± 2.8 | 77.5 ± 3.5 | 90.0 | 1.0 |" in text
+    assert "on some card, 2 rows at a time" in text
 
 
 @pytest.mark.slow

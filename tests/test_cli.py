@@ -326,7 +326,7 @@ class TestSmaller:
 
 
 class TestCheckpoint:
-    """A task that was stopped goes on with the same command, and nothing is left when the model is saved."""
+    """A task that was stopped continues with the same command, and nothing is left when the model is saved."""
 
     @pytest.fixture
     def stopped(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Smaller models without data: what they keep, how small they are, and that they go on like any other."""
+"""Smaller models without data: what they keep, how small they are, and that they learn further tasks."""
 
 from __future__ import annotations
 
@@ -123,12 +123,12 @@ def test_it_is_the_same_under_one_seed_and_leaves_the_callers_random_state_alone
 @pytest.mark.slow
 def test_noise_teaches_less(able: Learner, known: list[Any]) -> None:
     scratch = replace(SHORT, inherit=False)
-    _, dreamt = distill(able, "resnet8", settings=scratch, evaluation=known, classes=NAMES, progress=False)
+    _, inverted = distill(able, "resnet8", settings=scratch, evaluation=known, classes=NAMES, progress=False)
     noise = replace(scratch, source="noise")
     _, random = distill(able, "resnet8", settings=noise, evaluation=known, classes=NAMES, progress=False)
     assert random.dreams == 0
-    assert random.accuracy is not None and dreamt.accuracy is not None
-    assert random.accuracy[1] < dreamt.accuracy[1]
+    assert random.accuracy is not None and inverted.accuracy is not None
+    assert random.accuracy[1] < inverted.accuracy[1]
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def test_an_lda_head_from_moved_statistics_remembers_better(train: Batches, test
 
 @pytest.mark.slow
 def test_its_statistics_are_kept_and_moved_with_the_backbone(train: Batches) -> None:
-    """Those of the old classes lie nearer to where the new backbone puts their images than the ones of before."""
+    """Those of the old classes lie nearer to where the new backbone puts their images than the earlier ones did."""
     learner = quick_learner(recipe=QUICK.changed({"schedule.min_steps": 60, "generator.steps": 40, **LDA_HEAD}))
     learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
     stale = learner.model.statistics["mean"].values

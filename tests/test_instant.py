@@ -28,7 +28,7 @@ def one_task(_one_task: Learner) -> Learner:
 
 
 class Watch(Callback):
-    """What the learner knows and how its backbone is at each commit; cancels or finishes after the first, if so told."""
+    """What the learner knows and how its backbone is at each commit; cancels or finishes after the first, if asked to."""
 
     def __init__(self, then: str | None = None) -> None:
         self.then, self.commits = then, list[Commit]()

@@ -294,7 +294,7 @@ class TestAllOrNothing:
         assert same_weights(before, learnt)
         assert ",".join(learnt.classes) == "0,1"
         learnt.learn_task(a_task(), NAMES, progress=False)
-        assert ",".join(learnt.classes) == "0,1,2", "it can go on afterwards"
+        assert ",".join(learnt.classes) == "0,1,2", "it can learn further tasks"
 
     def test_divergence_is_told(self, learnt: Learner) -> None:
         learnt.recipe = QUICK.changed({"schedule.learning_rate": 1e20, "schedule.clip_gradient": None})
@@ -345,15 +345,15 @@ class TestAllOrNothing:
         assert len(learnt.predict(x, top_k=5)[0].top) == 3
 
     def test_a_second_learn_task_at_once_is_refused(self, learnt: Learner) -> None:
-        told = []
+        noticed = []
 
         def again() -> None:
             with pytest.raises(SettingError, match="learning a task already"):
                 learnt.learn_task(a_task(), NAMES, progress=False)
-            told.append(True)
+            noticed.append(True)
 
         learnt.learn_task(a_task(), NAMES, callbacks=[Stops("learn", again)], progress=False)
-        assert told
+        assert noticed
 
 
 class TestAnswers:

@@ -161,10 +161,10 @@ class TestRefusal:
     def test_says_what_is_needed_and_what_would_help(self, learnt: Learner, train: Batches) -> None:
         before = weights(learnt)
         learnt.memory_budget = 10_000
-        with pytest.raises(BudgetError, match=r"needs [\d.]+ MB even with .*weights.*What would help.*") as told:
+        with pytest.raises(BudgetError, match=r"needs [\d.]+ MB even with .*weights.*What would help.*") as refused:
             learnt.learn_task(train.of(("2", "3")), NAMES, progress=False)
         assert same_weights(before, learnt) and learnt.classes == ("0", "1")
-        assert "budget of" in str(told.value)
+        assert "budget of" in str(refused.value)
 
     def test_names_a_smaller_image_and_backbone(self, train: Batches) -> None:
         learner = Learner("resnet14", image_size=32, recipe=QUICK, device="cpu", memory_budget=10_000)

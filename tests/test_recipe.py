@@ -1,4 +1,4 @@
-"""A recipe: groups of checked settings, presets with versions, and the flat names of before."""
+"""A recipe: groups of checked settings, presets with versions, and the older flat names."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_features_are_the_backbones_and_the_pooled_maps() -> None:
             expected += [F.adaptive_avg_pool2d(maps[name], 2).flatten(1), maps[name].std((2, 3), correction=0)]
         assert torch.allclose(network.features(images), torch.cat(expected, 1), atol=1e-3)
         of_before = Network(backbone, 64, 16, layers, spread=False).features(images)
-        assert torch.equal(of_before, torch.cat([expected[0], *expected[1::2]], 1)), "as files of before have it"
+        assert torch.equal(of_before, torch.cat([expected[0], *expected[1::2]], 1)), "as older files have it"
         assert torch.equal(Network(backbone, 64, 16).features(images), backbone(images))
 
 

@@ -141,10 +141,10 @@ def test_a_full_disk_leaves_the_old_file(learnt: Learner, tmp_path: Path) -> Non
         try:
             learner.save({str(path)!r})
         except ModelFileError as error:
-            print("told:", error)
+            print("refused:", error)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    assert "told:" in done.stdout
+    assert "refused:" in done.stdout
     assert "untouched" in done.stdout
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path], "nothing is left aside"

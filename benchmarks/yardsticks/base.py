@@ -13,7 +13,7 @@ class Yardstick(Method):
     Attributes
     ----------
     kept
-        All of them, by name: what a stopped run needs to go on, and what is counted as bytes kept.
+        All of them, by name: what a stopped run needs to continue, and what is counted as bytes kept.
     """
 
     def __init__(self) -> None:

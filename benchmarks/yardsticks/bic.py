@@ -15,7 +15,7 @@ from edge_dfcil.training.data import Batch
 from edge_dfcil.training.stage import Stage, StageSpec, Terms
 
 HELD_OUT = 0.1  # of the coreset, for the correction
-STEPS, LEARNING_RATE = 200, 0.05  # of Adam on two numbers, over all held-out images at once
+STEPS, LEARNING_RATE = 200, 0.05  # of Adam on two numbers, over all held-out images together
 
 
 class BiC(CoresetMethod):

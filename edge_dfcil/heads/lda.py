@@ -155,7 +155,7 @@ class Frame:
 
     @classmethod
     def unpacked(cls, values: Tensor, features: int) -> Frame:
-        """The inverse, with F; files of before have no number of own features."""
+        """The inverse, with F; older files have no number of own features."""
         scale, amount, *own = values[features:].tolist()
         return cls(values[:features], scale, Shrinkage(amount, int(own[0]) if own else 0))
 

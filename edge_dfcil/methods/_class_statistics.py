@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from edge_dfcil.methods.task import Task
 
 SUMS: Mapping[str, str] = {"mean": "class_mean", "count": "class_count", "covariance": "shared_covariance"}
-STATE: Mapping[str, str] = {**SUMS, "frame": "head_frame"}  # files of before have no frame
+STATE: Mapping[str, str] = {**SUMS, "frame": "head_frame"}  # older files have no frame
 
 
 def closes(task: Task) -> bool:

@@ -68,7 +68,7 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None, outputs: int) -> Calibration | None:
-        """The inverse of `to_dict`, for a model with so many outputs; None for None, as in files of before.
+        """The inverse of `to_dict`, for a model with so many outputs; None for None, as in older files.
 
         Raises `SettingError` for numbers that cannot be, and `TypeError` for other names.
         """

@@ -460,7 +460,7 @@ class Model(FromHub):
             module = _module(path, settings, backbone, inside)
         with _fits(path):
             tasks = tuple(tuple(task) for task in settings["tasks"])
-            scales, spread = settings.get("scales", ()), settings.get("spread", False)  # files of before have none
+            scales, spread = settings.get("scales", ()), settings.get("spread", False)  # older files have none
             network = Network(module, weights["head.weight"].shape[1], settings["image_size"], scales, spread)
             network = network.grown(sum(map(len, tasks)))
             kept = statistics.unpacked(tensors, settings.get("statistics", {}))

@@ -39,7 +39,7 @@ class Scales:
     layers
         Dotted names of layers in it that give feature maps (N, C, H, W).
     spread
-        Whether a map's deviations are read, and not its means alone, as files of before have it.
+        Whether a map's deviations are read, and not its means alone, as older files have it.
 
     Raises `BackboneError` for a name that is not in the backbone.
     """

@@ -24,7 +24,7 @@ ROLES: dict[str, int | None] = {
     "class_count": 0,  # (C,)
     "class_covariance": 0,  # (C, F, F)
     "shared_covariance": None,  # (F, F)
-    "head_frame": None,  # (F + 3,), of before (F + 2,): what a closed-form head's rows have in common
+    "head_frame": None,  # (F + 3,), in older files (F + 2,): what a closed-form head's rows have in common
     "gram": None,  # (D, D), sum of h h'
     "class_correlation": 1,  # (D, C), sum of h y'
 }

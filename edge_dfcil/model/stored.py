@@ -14,7 +14,7 @@ from edge_dfcil.model.contract import check_image_size, check_values
 from edge_dfcil.model.labels import clean_name
 from edge_dfcil.model.network import Network, check_statistics
 
-# Of settings that files of before may lack, or have as None.
+# Of settings that older files may lack, or have as None.
 _KINDS: dict[str, tuple[type, ...]] = {
     "backbone": (str, type(None)),
     "architecture": (str,),
@@ -81,7 +81,7 @@ def _check_tasks(tasks: Any) -> int:
         raise SettingError(f"its tasks are {_of(tasks)}; they are lists of class names")
     names = [name for task in tasks for name in task]
     for name in names:
-        clean_name(name)  # files of before may hold one in Unicode's decomposed form
+        clean_name(name)  # older files may hold one in Unicode's decomposed form
     return len(names)
 
 
