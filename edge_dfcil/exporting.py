@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 import exporters
 from edge_dfcil import devices
@@ -36,6 +37,18 @@ MIN_CALIBRATION = 1024  # generated images for an INT8 export, at least: half to
 # Activations of real images reach further than those of generated ones. Chosen on training images of a resnet32 (the answers of
 # 1.0, 1.1, 1.25 and 1.5 times the range agreed with the float ones for 96.3, 98.5, 98.9 and 98.8 %).
 WIDENING = 1.25
+
+
+class ExportOptions(TypedDict, total=False):
+    """The keywords that `Learner.export` takes for `Exporting`."""
+
+    input: str
+    format: str | None
+    source: str | Path | None
+    calibration: Any | None
+    evaluation: Any | None
+    classes: Classes | None
+    force: bool
 
 
 class Exporting(PlainWork):

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from edge_dfcil import devices
 from edge_dfcil.budget import schedule
 from edge_dfcil.dreaming.work import Dreaming
 from edge_dfcil.errors import ModelFileError, SettingError
-from edge_dfcil.exporting import Exporting
+from edge_dfcil.exporting import Exporting, ExportOptions
 from edge_dfcil.learning import Learning
 from edge_dfcil.methods import Method, find_method
 from edge_dfcil.model import file
@@ -31,9 +32,8 @@ from exporters.texts import shown
 
 
 class Learner(Serving, RunsSessions, Publishing):
-    """Learns new classes task by task without keeping an image (ABD, Smith et al., ICCV 2021).
-
-    Raises `SettingError` and `BackboneError`.
+    """Learns new classes task by task without keeping an image (ABD, Smith et al., ICCV 2021). Raises `SettingError` and
+    `BackboneError`.
 
     Parameters
     ----------
@@ -113,8 +113,7 @@ class Learner(Serving, RunsSessions, Publishing):
         """Adopts a trained classifier; the module is copied, not changed.
 
         `options` are those of `Model.from_classifier` (image_size, mean, std, head, backbone, device), and of `Learner`
-        (method, recipe, memory_budget, precision, seed). Raises `BackboneError`, `ClassError` and `SettingError`.
-        """
+        (method, recipe, memory_budget, precision, seed). Raises `BackboneError`, `ClassError` and `SettingError`."""
         settings = {name: options.pop(name) for name in options.keys() & {"method", "recipe", "seed", *LIMITS}}
         return cls.of(Model.from_classifier(module, classes, **options), **settings)
 
@@ -205,8 +204,8 @@ class Learner(Serving, RunsSessions, Publishing):
             self._model = before = model
 
         work = self._learning(loader, classes, relearn=relearn, instant=instant, seconds=seconds, learner=self, commit=commit)
-        settings: Any = {"seed": self._seed_of_task(), "checkpoint": checkpoint, "deadline": seconds}
-        return self._new_session(work, callbacks, progress, writes=True, **settings)
+        limits: Any = {"checkpoint": checkpoint, "deadline": seconds}
+        return self._new_session(work, callbacks, progress, writes=True, seed=self._seed_of_task(), **limits)
 
     def _learning(self, loader: Any, classes: Classes | None, **options: Any) -> Learning:
         options |= {**self.limits, "smaller": lambda: self._model.smaller(self.seed)}
@@ -242,8 +241,7 @@ class Learner(Serving, RunsSessions, Publishing):
 
         `classes` are names, an even share each; None takes all. `quality` "fast" trains a fresh generator (ABD), "best"
         optimises the pixels of every image (DeepInversion). Raises `ClassError` for a name that is not known,
-        `NotLearnedError` before the first task, `DivergedError` when no generated image is of the classes asked for.
-        """
+        `NotLearnedError` before the first task, `DivergedError` when no generated image is of the classes asked for."""
         return self.run(Dreaming(self._model, self._recipe, n, classes, quality), callbacks, progress, seed=self._seed_of_task())
 
     def _replace(self, model: Model) -> None:
@@ -291,12 +289,11 @@ class Learner(Serving, RunsSessions, Publishing):
         *,
         callbacks: Sequence[Callback] = (),
         progress: bool = True,
-        **options: Any,
+        **options: Unpack[ExportOptions],
     ) -> ExportReport:
         """Writes the current classifier with its preprocessing, checked against the model before it is written.
 
-        See `edge_dfcil.exporting.Exporting` for `quantize` and the options, `input`, `calibration`, `evaluation` and others.
-        Raises `ExportError` when the file cannot be made or disagrees with the model; nothing is written then.
-        """
+        `quantize` and the options are those of `edge_dfcil.exporting.Exporting`. Raises `ExportError` when the file cannot be
+        made or disagrees with the model; nothing is written then."""
         work = Exporting(self._model, self._recipe, path, quantize, seed=self._seed_of_task(), **options)
         return self.run(work, callbacks, progress, seed=self._seed_of_task())

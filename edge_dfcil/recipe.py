@@ -8,100 +8,43 @@ settings with `RECIPES["edge"].changed({"augmentation.flip": False, "schedule.ep
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import InitVar, asdict, dataclass, replace
-from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic.dataclasses import dataclass as validated
+from pydantic import BeforeValidator
 
 from edge_dfcil import _flat_recipe as flat
 from edge_dfcil.errors import SettingError
+from edge_dfcil.settings import (
+    CONFIG,
+    Count,
+    CountOrZero,
+    Positive,
+    Share,
+    ShareBelowOne,
+    Weight,
+    checked,
+    did_you_mean,
+    validated,
+)
 from exporters.texts import parse_json, shown
 
-Group = TypeVar("Group")
-
 MAX_FILE = 1_000_000  # bytes of a recipe in a file; a whole one has 3,000
-
-
-def _python_number(value: Any) -> Any:
-    """A number of NumPy or the like as Python's own, so that a recipe is always JSON. Anything else as it is."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return value
-    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-_Whole = Annotated[int, BeforeValidator(_python_number)]
-_Number = Annotated[float, BeforeValidator(_python_number)]
-Count = Annotated[_Whole, Field(ge=1)]  # 1, 2, ...
-CountOrZero = Annotated[_Whole, Field(ge=0)]
-Weight = Annotated[_Number, Field(ge=0)]  # of a term; 0 switches it off
-Positive = Annotated[_Number, Field(gt=0)]
-Share = Annotated[_Number, Field(ge=0, le=1)]
-ShareBelowOne = Annotated[_Number, Field(ge=0, lt=1)]
-
-# A bool is not a number, a text is not a number, and a number is finite.
-_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+def _unknown(name: str) -> str:
+    groups = f"it has the groups {', '.join(GROUPS)}"
+    return f"a recipe has no setting {name!r}{did_you_mean(name, list(SETTINGS), groups)}"
 
 
-def _group(cls: type[Group]) -> type[Group]:
-    """Lets a validated dataclass raise `SettingError`, which names the setting, the value and what is allowed."""
-    init: Callable[..., None] = cls.__init__
-    group = cls.__name__.lower()
-
-    def __init__(self: Group, *args: Any, **settings: Any) -> None:  # noqa: N807
-        try:
-            init(self, *args, **settings)
-        except ValidationError as error:
-            raise SettingError("; ".join(_describe(group, cls, problem) for problem in error.errors())) from None
-
-    cls.__init__ = __init__  # type: ignore[assignment]
-    return cls
-
-
-def _describe(group: str, cls: type, problem: Any) -> str:
-    if problem["type"] == "value_error":  # raised by a group's own check
-        return str(problem["ctx"]["error"])
-    name, *place = problem["loc"] or ("",)
-    setting = f"{group}.{name}"
-    if problem["type"] == "unexpected_keyword_argument":
-        return _unknown(setting, [f"{group}.{field.name}" for field in dataclasses.fields(cls)])
-    allowed = problem["msg"].replace("Input should", "it must", 1)
-    for theirs, plain in _PLAIN.items():
-        allowed = allowed.replace(theirs, plain)
-    optional = " or None" if setting in SETTINGS and "None" in str(SETTINGS[setting].type) else ""
-    shown = repr(problem["input"])
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    return f"recipe.{setting}{''.join(f'[{index}]' for index in place)} is {shown}; {allowed}{optional}"
-
-
-_PLAIN = {
-    "a valid integer": "a whole number",
-    "a valid number": "a number",
-    "a valid boolean": "True or False",
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "greater than": "above",
-    "less than": "below",
-}
-
-
-def _unknown(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, 0.5)
-    return f"a recipe has no setting {name!r}" + (
-        f"; did you mean {near[0]!r}?" if near else f"; it has the groups {', '.join(GROUPS)}"
-    )
-
-
-@_group
-@validated(frozen=True, kw_only=True, config=_STRICT)
+@checked("recipe.schedule")
+@validated(frozen=True, kw_only=True, config=CONFIG)
 class Schedule:
     """The classifier's schedule (ABD, supplement)."""
 
@@ -143,8 +86,8 @@ class Schedule:
     faster, or asked for by the learner's `precision`. False: in float32, whatever is asked for."""
 
 
-@_group
-@validated(frozen=True, kw_only=True, config=_STRICT)
+@checked("recipe.augmentation")
+@validated(frozen=True, kw_only=True, config=CONFIG)
 class Augmentation:
     """Augmentation of real images (ABD, supplement), and what it says about images that are answered."""
 
@@ -172,8 +115,8 @@ class Augmentation:
             )
 
 
-@_group
-@validated(frozen=True, kw_only=True, config=_STRICT)
+@checked("recipe.generator")
+@validated(frozen=True, kw_only=True, config=CONFIG)
 class Generator:
     """The generator of dreams (ABD, supplement)."""
 
@@ -191,8 +134,8 @@ class Generator:
     """Of the learning rate; one cycle is ours."""
 
 
-@_group
-@validated(frozen=True, kw_only=True, config=_STRICT)
+@checked("recipe.inversion")
+@validated(frozen=True, kw_only=True, config=CONFIG)
 class Inversion:
     """Weights of the inversion objective (ABD, eqs. 1 to 5)."""
 
@@ -215,8 +158,8 @@ class Inversion:
     generator's dreams. The paper's weight is that of pixel dreams, `pixels.competition`."""
 
 
-@_group
-@validated(frozen=True, kw_only=True, config=_STRICT)
+@checked("recipe.pixels")
+@validated(frozen=True, kw_only=True, config=CONFIG)
 class Pixels:
     """Pixel dreams (DeepInversion, Yin et al., CVPR 2020, section 4.1, CIFAR-10): slower than a generator's, and finer."""
 
@@ -240,8 +183,8 @@ class Pixels:
     """Pixels that an image is shifted by at each step, at most, with wrap-around."""
 
 
-@_group
-@validated(frozen=True, kw_only=True, config=_STRICT)
+@checked("recipe.remember")
+@validated(frozen=True, kw_only=True, config=CONFIG)
 class Remember:
     """How a task remembers the classes before it."""
 
@@ -276,8 +219,8 @@ class Remember:
             )
 
 
-@_group
-@validated(frozen=True, kw_only=True, config=_STRICT)
+@checked("recipe.refine")
+@validated(frozen=True, kw_only=True, config=CONFIG)
 class Refine:
     """Head refinement, a closing stage (ours, after R-DFCIL, Gao et al., ECCV 2022): backbone frozen in eval mode."""
 
@@ -444,7 +387,7 @@ def dotted(values: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(name, str):
             raise SettingError(f"a recipe has no setting {name!r}; settings are texts such as 'schedule.epochs'")
         if name not in SETTINGS:
-            raise SettingError(_unknown(name, list(SETTINGS)))
+            raise SettingError(_unknown(name))
     return found
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from exporters import seals
 from exporters.errors import ExportError, SettingError
 from exporters.images import LARGEST_IMAGE, batches
-from exporters.predictions import Prediction
+from exporters.predictions import Prediction, check_top_k
 from exporters.rejection import margins
 from exporters.signatures import check_signature
 from exporters.telemetry import runtime_library
@@ -140,8 +140,7 @@ class OnnxClassifier:
         reject
             Whether the label of an image that belongs to no known class is None.
         """
-        if top_k < 1:
-            raise SettingError(f"top_k={top_k}; it must be 1 or more")
+        count = check_top_k(top_k)
         if reject and not self.thresholds:
             raise SettingError(
                 "this file has no thresholds for reject=True; export a model for which predict(images, reject=True) works"
@@ -149,7 +148,7 @@ class OnnxClassifier:
         predictions, probabilities = [], self.probabilities(images)
         known = margins(probabilities, self.thresholds) >= 0 if reject else [True] * len(probabilities)
         for row, is_known in zip(probabilities, known, strict=True):
-            best = np.argsort(-row, kind="stable")[:top_k]
+            best = np.argsort(-row, kind="stable")[:count]
             top = tuple((self.classes[output], float(row[output])) for output in best)
             predictions.append(Prediction(top[0][0] if is_known else None, top[0][1], top))
         return predictions

@@ -31,7 +31,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from edge_dfcil import RECIPES, EdgeDfcilError, Learner, Model, Recipe
 from edge_dfcil.cli import main
+from edge_dfcil.compression.distillation import Distillation, distill
+from edge_dfcil.compression.pruning import Pruning, prune
 from edge_dfcil.demo import digits
+from edge_dfcil.privacy.audit import audit
 from edge_dfcil.recipe import SETTINGS
 from exporters import OnnxClassifier
 
@@ -377,6 +380,34 @@ class Verbs:
         quality: Any = draw.choice(["fast", "x", None])
         self.learner.dream(n, names(draw), quality=quality, progress=False)
 
+    def do_distill(self, draw: Draw) -> None:
+        settings: Any = draw.choice(ODD)
+        if draw.random() < 0.7:
+            values = {"rounds": 1, "dreams": 8, "generator_steps": 1, "steps": 1, "batch": 4, "source": "noise"}
+            name = draw.choice([*values, "learning_rate", "temperature", "quality", "inherit"])
+            settings = Distillation(**{**values, name: draw.choice([value for value in (*NUMBERS, *ODD) if value != 2**31])})
+        to: Any = draw.choice(["resnet8", draw.choice([*NAMES, *ODD]), torch.nn.Linear(3, 3), torch.nn.ReLU])
+        evaluation = draw.choice([None, self.kinds.loader(draw)])
+        student, _ = distill(self.learner, to, settings=settings, evaluation=evaluation, classes=names(draw), progress=False)
+        assert student.model is not self.before
+
+    def do_prune(self, draw: Draw) -> None:
+        settings: Any = draw.choice(ODD)
+        if draw.random() < 0.7:
+            given = draw.choice([{"ratio": draw.choice([*NUMBERS, *ODD])}, {"ratio": 0.1, "flops": 0.5}, {}, {"group": -1}])
+            settings = Pruning(**given)
+        prune(self.learner, settings, evaluation=self.kinds.loader(draw), progress=False)
+
+    def do_adopt(self, draw: Draw) -> None:
+        linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 2))
+        module: Any = draw.choice([linear, torch.nn.ReLU(), *ODD])
+        Learner.from_classifier(module, names(draw), image_size=draw.choice([16, *NUMBERS, *ODD]), device="cpu")
+
+    def do_audit(self, draw: Draw) -> None:
+        members, others = self.kinds.loader(draw), self.kinds.loader(draw)
+        given = draw.choice([None, names(draw), list("0123456789")])
+        audit(self.learner.model, members, others, given, generated=draw.choice([None, None, tensors(draw)]))
+
     def do_save(self, draw: Draw) -> None:
         self.learner.save(self._target(draw))
 
@@ -444,10 +475,13 @@ def explained(error: BaseException) -> bool:
     """Whether an error is one of the package, or of Python's and raised by the package itself, or the loader's own."""
     if isinstance(error, (EdgeDfcilError, click.ClickException, Mine)):
         return bool(str(error))
+    if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):  # Python's own, which names it
+        return True
     if any("the loader raised this" in note for note in getattr(error, "__notes__", ())):
         return True
-    last = traceback.extract_tb(error.__traceback__)[-1].filename
-    return type(error) in (TypeError, ValueError) and any(part in last for part in OURS) and bool(str(error))
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    raised = any(part in last.filename for part in OURS) and (last.line or "").startswith("raise ")  # not by an operator in it
+    return type(error) in (TypeError, ValueError) and raised and bool(str(error))
 
 
 def _count(counts: dict[str, int], name: str) -> None:

@@ -409,8 +409,11 @@ def test_the_table_is_measured_once_and_kept(tmp_path: Path) -> None:
     [
         ({}, "give one of ratio"),
         ({"ratio": 0.2, "flops": 0.5}, "give one of ratio"),
-        ({"ratio": 1.0}, "above 0 and below 1"),
-        ({"latency": 0.5, "group": 0}, "too small"),
+        ({"ratio": 1.0}, "Pruning.ratio is 1.0; it must be below 1 or None"),
+        ({"flops": float("nan")}, "Pruning.flops is nan; it must be a finite number"),
+        ({"latency": 0.5, "group": 0}, "Pruning.group is 0; it must be at least 1"),
+        ({"latency": 0.5, "repair": True}, "Pruning.repair is True"),
+        ({"ratios": 0.5}, "has no setting 'ratios'; did you mean 'ratio'"),
     ],
 )
 def test_targets_that_are_none(settings: dict[str, Any], message: str) -> None:
@@ -418,8 +421,29 @@ def test_targets_that_are_none(settings: dict[str, Any], message: str) -> None:
         Pruning(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rounds": 0}, "Distillation.rounds is 0; it must be at least 1"),
+        ({"steps": True}, "Distillation.steps is True; it must be a whole number"),
+        ({"learning_rate": float("inf")}, "Distillation.learning_rate is inf; it must be a finite number"),
+        ({"source": "air"}, "Distillation.source is 'air'; it must be 'adaptive', 'dreams' or 'noise'"),
+    ],
+)
+def test_a_distillation_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        Distillation(**settings)
+
+
+def test_settings_of_another_kind() -> None:
+    with pytest.raises(SettingError, match="pass a Distillation"):
+        distill(quick_learner(), "resnet8", settings={"rounds": 1})  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="pass a Pruning"):
+        prune(quick_learner(), 0.5)  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
-def test_what_cannot_be_done_is_told(able: Learner, table: LatencyTable) -> None:
+def test_what_cannot_be_done_is_refused(able: Learner, table: LatencyTable) -> None:
     with pytest.raises(BackboneError, match=r"cannot be met.*Ask for less"):
         prune(able, Pruning(ratio=0.9, repair=None), table=table, timing=False, progress=False)
     with pytest.raises(BackboneError, match="of which some can be taken away"):
@@ -432,10 +456,6 @@ def test_what_cannot_be_done_is_told(able: Learner, table: LatencyTable) -> None
         distill(able, "resnet9")
     with pytest.raises(DataError, match="no image"):
         distill(able, "resnet8", evaluation=[])
-    with pytest.raises(SettingError, match="rounds is 0"):
-        Distillation(rounds=0)
-    with pytest.raises(SettingError, match="source='air'"):
-        Distillation(source="air")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

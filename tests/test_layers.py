@@ -34,6 +34,7 @@ INSIDE = [
     "model",
     "devices metrics hub",
     "recipe results",
+    "settings",
     "errors _version _flat_recipe",
 ]
 

@@ -68,7 +68,7 @@ class TestChecks:
     def test_a_group_made_directly_is_checked_as_well(self) -> None:
         with pytest.raises(SettingError, match=r"recipe\.schedule\.epochs is 0.*recipe\.schedule\.momentum is 'x'"):
             Schedule(epochs=0, momentum="x")  # type: ignore[arg-type]
-        with pytest.raises(SettingError, match=r"schedule\.epoch'; did you mean 'schedule\.epochs'"):
+        with pytest.raises(SettingError, match=r"recipe\.schedule has no setting 'epoch'; did you mean 'epochs'"):
             Schedule(epoch=3)  # type: ignore[call-arg]
         with pytest.raises(SettingError, match=r"recipe\.schedule\.epochs"):
             replace(EDGE.schedule, epochs="3")  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ section 4.4), round by round; from the second round on the dreams are adaptive, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe
 from edge_dfcil.results import DistillReport, StageReport
+from edge_dfcil.settings import CONFIG, Count, Positive, checked, validated
 from edge_dfcil.training import augment, rehearsal
 from edge_dfcil.training.callbacks import Callback
 from edge_dfcil.training.loop import check_finite
@@ -32,33 +33,32 @@ if TYPE_CHECKING:
     from edge_dfcil.learner import Learner
 
 
-@dataclass(frozen=True)
+@checked("Distillation")
+@validated(frozen=True, config=CONFIG)
 class Distillation:
     """How a student learns from its teacher's dreams. The temperature is the paper's, the rest is made for a CPU."""
 
-    rounds: int = 12  # in each, dreams are added to the pool, and then the student learns from all of it
-    dreams: int = 640  # added to the pool a round; it is thrown away at the end
-    generator_steps: int = 80  # a round, from the second one on; the first has the recipe's
-    steps: int = 200  # of the student, a round
-    batch: int = 64
-    learning_rate: float = 0.05  # SGD, the peak of one cycle over all rounds
-    temperature: float = 3.0
-    # "adaptive" dreams compete with the student from the second round on; "noise" is the baseline: no dreams at all.
+    rounds: Count = 12
+    """In each, dreams are added to the pool, and then the student learns from all of it."""
+    dreams: Count = 640
+    """Added to the pool a round; it is thrown away at the end."""
+    generator_steps: Count = 80
+    """A round, from the second one on; the first has the recipe's."""
+    steps: Count = 200
+    """Of the student, a round."""
+    batch: Count = 64
+    """Images a step."""
+    learning_rate: Positive = 0.05
+    """Of SGD, the peak of one cycle over all rounds."""
+    temperature: Positive = 3.0
+    """What logits are divided by."""
     source: Literal["adaptive", "dreams", "noise"] = "adaptive"
-    quality: Literal["fast", "best"] = "fast"  # of the dreams: by a generator, or pixel by pixel
-    # Ours, after DistilBERT (Sanh et al., 2019): the student begins with the teacher's tensors of the same name and shape, so
-    # that a shorter network of the same family only has to make up for the layers that it lacks.
+    """"adaptive" dreams compete with the student from the second round on; "noise" is the baseline: no dreams at all."""
+    quality: Literal["fast", "best"] = "fast"
+    """Of the dreams: by a generator, or pixel by pixel."""
     inherit: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("rounds", "dreams", "generator_steps", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if self.source not in ("adaptive", "dreams", "noise") or self.quality not in ("fast", "best"):
-            raise SettingError(
-                f"source={self.source!r}, quality={self.quality!r}; source is one of 'adaptive', 'dreams', 'noise', and "
-                "quality one of 'fast', 'best'"
-            )
+    """Ours, after DistilBERT (Sanh et al., 2019): the student begins with the teacher's tensors of the same name and shape, so
+    that a shorter network of the same family only has to make up for the layers that it lacks."""
 
 
 # The objective of a generator for a student that never sees a real image. ABD's temperature of 1000 leaves the teacher unsure
@@ -98,7 +98,7 @@ def distill(
     DivergedError
         When a loss is not finite.
     """
-    work = Distilling(learner, to, settings or Distillation(), evaluation, classes)
+    work = Distilling(learner, to, Distillation() if settings is None else settings, evaluation, classes)
     found: tuple[Learner, DistillReport] = learner.run(work, callbacks, progress, seed=learner.seed)
     return found
 
@@ -109,6 +109,8 @@ class Distilling(GeneratingWork):
     def __init__(
         self, learner: Learner, to: str | nn.Module, settings: Distillation, evaluation: Any | None, classes: Classes | None
     ) -> None:
+        if not isinstance(settings, Distillation):
+            raise SettingError(f"settings={settings!a:.80} is a {type(settings).__name__}; pass a Distillation")
         learner.check_answering()
         self._learner, self._recipe, self._settings = learner, learner.recipe, settings
         self._evaluation, self._classes = evaluation, classes

@@ -13,7 +13,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from edge_dfcil.model.backbones import BATCHNORM
 from edge_dfcil.model.labels import Classes
 from edge_dfcil.model.network import Network
 from edge_dfcil.results import PruneReport, StageReport
+from edge_dfcil.settings import CONFIG, Count, ShareInside, Weight, checked, validated
 from edge_dfcil.training.callbacks import Callback
 from edge_dfcil.training.loop import check_finite
 from edge_dfcil.training.rehearsal import Rehearsal, short
@@ -49,48 +50,32 @@ AT_ONCE = 64  # generated images that importance is read from
 ALIKE, ALIKE_AT_A_CUT = 1e-6, 2e-2
 
 
-@dataclass(frozen=True)
+@checked("Pruning")
+@validated(frozen=True, config=CONFIG)
 class Pruning:
-    """How far a network is pruned, and by what. One of the three targets is given.
+    """How far a network is pruned, and by what. One of the three targets, `ratio`, `flops` and `latency`, is given."""
 
-    Attributes
-    ----------
-    ratio
-        Share of filters, that is output channels of convolutions, to remove.
-    flops
-        Share of floating-point operations to keep.
-    latency
-        Share of the latency to keep, by the table measured on this machine.
-    group
-        Channels are removed so many at a time; a layer keeps as many at least.
-    eta
-        Weight of the latency saved, as a share of the whole, against the damage done, as a share of all importance.
-    dreams
-        From which importance is read: their number.
-    rounds
-        About how often importance is read again while channels are removed.
-    repair
-        How the pruned network learns from the original; None leaves it as it is.
-    """
-
-    ratio: float | None = None
-    flops: float | None = None
-    latency: float | None = None
-    group: int = 8
-    eta: float = 1.0
-    dreams: int = 256
-    rounds: int = 20
-    repair: Distillation | None = field(default=REPAIR)
+    ratio: ShareInside | None = None
+    """Share of filters, that is output channels of convolutions, to remove."""
+    flops: ShareInside | None = None
+    """Share of floating-point operations to keep."""
+    latency: ShareInside | None = None
+    """Share of the latency to keep, by the table measured on this machine."""
+    group: Count = 8
+    """Channels are removed so many at a time; a layer keeps as many at least."""
+    eta: Weight = 1.0
+    """Weight of the latency saved, as a share of the whole, against the damage done, as a share of all importance."""
+    dreams: Count = 256
+    """From which importance is read: their number."""
+    rounds: Count = 20
+    """About how often importance is read again while channels are removed."""
+    repair: Distillation | None = REPAIR
+    """How the pruned network learns from the original; None leaves it as it is."""
 
     def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in ("ratio", "flops", "latency") if getattr(self, name) is not None}
+        given = [name for name in ("ratio", "flops", "latency") if getattr(self, name) is not None]
         if len(given) != 1:
             raise SettingError(f"{', '.join(given) or 'no target'} is given; give one of ratio, flops and latency")
-        ((name, share),) = given.items()
-        if not 0 < share < 1:
-            raise SettingError(f"{name} is {share}; it is a share, above 0 and below 1")
-        if self.group < 1 or self.dreams < 1 or self.rounds < 1 or self.eta < 0:
-            raise SettingError(f"group={self.group}, dreams={self.dreams}, rounds={self.rounds}, eta={self.eta}: too small")
 
 
 def prune(
@@ -141,6 +126,8 @@ class PruningWork(GeneratingWork):
         evaluation: Any | None,
         classes: Classes | None,
     ) -> None:
+        if not isinstance(settings, Pruning):
+            raise SettingError(f"settings={settings!a:.80} is a {type(settings).__name__}; pass a Pruning")
         learner.check_answering()
         self._learner, self._settings, self._table, self._timing = learner, settings, table, timing
         self._recipe = learner.recipe

@@ -45,7 +45,7 @@ class Dreaming(GeneratingWork):
 
     def __init__(self, model: Model, recipe: Recipe, n: int, classes: Sequence[str] | None, quality: str) -> None:
         model.check_answering()
-        chosen = list(dict.fromkeys(classes)) if classes is not None else list(model.classes)
+        chosen = labels.asked(classes) if classes is not None else list(model.classes)
         if not isinstance(n, int) or n < 1 or not chosen:
             raise SettingError(f"n={n}, classes={classes}; ask for at least one image of one class")
         if quality not in ("fast", "best"):

@@ -137,6 +137,18 @@ def _check_distinct(names: Iterable[Any]) -> None:
         same.add(composed)
 
 
+def asked(names: Any) -> list[str]:
+    """The class names that a caller asks for, each once: one text, or several. Raises `ClassError` for anything else."""
+    some = [names] if isinstance(names, str) else names
+    if not isinstance(some, Iterable) or isinstance(some, bytes):
+        raise ClassError(f"{names!a:.80} is a {type(names).__name__}; pass a list of class names")
+    found = list(some)
+    for name in found:
+        if not isinstance(name, str):
+            raise ClassError(f"{name!a:.80} is a {type(name).__name__}; class names are texts")
+    return list(dict.fromkeys(found))
+
+
 # Names of targets
 
 

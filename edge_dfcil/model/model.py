@@ -26,6 +26,7 @@ from edge_dfcil.model.scales import find_layers
 from edge_dfcil.model.statistics import Statistic
 from edge_dfcil.results import Evaluation, Prediction
 from exporters import rejection
+from exporters.predictions import check_top_k
 from exporters.texts import shown
 
 
@@ -280,13 +281,12 @@ class Model(FromHub):
         With `reject`, the label of an image that belongs to no known class is None; its score and its `top` stay what they are.
         Raises `SettingError` for that when the model has no thresholds.
         """
-        if not isinstance(top_k, int) or top_k < 1:
-            raise SettingError(f"top_k={top_k}; it must be a whole number, 1 or more")
+        count = check_top_k(top_k)
         if reject:
             self.check_rejecting()
         classes, predictions = self.classes, []
         probabilities = self.probabilities(images)
-        scores, found = probabilities.topk(min(top_k, len(classes)))
+        scores, found = probabilities.topk(min(count, len(classes)))
         known = rejection.margins(probabilities.numpy(), self.thresholds) >= 0 if reject else [True] * len(scores)
         for row_scores, row, is_known in zip(scores.tolist(), found.tolist(), known, strict=True):
             top = tuple((classes[index], score) for score, index in zip(row_scores, row, strict=True))
@@ -389,19 +389,17 @@ class Model(FromHub):
 
         Raises `ClassError` for a name that is not known, and when `into` is a class that is not among them.
         """
-        gone = self._known(names)
-        if into in self.classes and into not in gone:
-            raise ClassError(f"{into!r} is a class already; name it among those that are merged")
-        model = self._named(dict.fromkeys(gone, labels.clean_name(into)))
+        gone, name = self._known(names), labels.clean_name(into)
+        if name in self.classes and name not in gone:
+            raise ClassError(f"{name!r} is a class already; name it among those that are merged")
+        model = self._named(dict.fromkeys(gone, name))
         return model._recalibrated(self._expected_scores(self.groups))
 
     def _named(self, names: Mapping[str, str]) -> Model:
         return replace(self, tasks=tuple(tuple(names.get(name, name) for name in task) for task in self.tasks))
 
     def _known(self, names: str | Iterable[str]) -> set[str]:
-        if not isinstance(names, Iterable):
-            raise ClassError(f"names={names!a:.80} is a {type(names).__name__}; pass a list of class names")
-        found = {names} if isinstance(names, str) else set(names)
+        found = labels.asked(names)
         return {self.classes[index] for index in labels.outputs_of({name: name for name in found}, self.classes).values()}
 
     # Files
