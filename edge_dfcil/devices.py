@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from edge_dfcil.errors import SettingError
 from edge_dfcil.results import Computing
+from exporters.values import is_one_of
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -47,7 +48,7 @@ _computing: ContextVar[Computing | None] = ContextVar("edge_dfcil.computing", de
 
 def check_precision(precision: Any) -> str:
     """The precision. Raises `SettingError` for anything but one of `PRECISIONS`."""
-    if not isinstance(precision, str) or precision not in PRECISIONS:
+    if not is_one_of(precision, PRECISIONS):
         raise SettingError(f"precision={precision!r}; it must be one of {', '.join(map(repr, PRECISIONS))}")
     return precision
 

@@ -31,6 +31,7 @@ from edge_dfcil.training.session import PlainWork, Session
 from edge_dfcil.training.stage import Stage
 from exporters import ExportReport, Int8, registry
 from exporters.onnx import check_input
+from exporters.values import is_one_of
 
 BATCH = 32  # images that are in memory together
 MIN_CALIBRATION = 1024  # generated images for an INT8 export, at least: half to calibrate on, half to check
@@ -95,8 +96,8 @@ class Exporting(PlainWork):
         classes: Classes | None = None,
         force: bool = False,
     ) -> None:
-        if quantize not in (None, "int8"):
-            raise ExportError(f"quantize={quantize!r} is no form of quantization; pass None or 'int8'")
+        if quantize is not None and not is_one_of(quantize, ("int8",)):
+            raise ExportError(f"quantize={quantize!a:.80} is no form of quantization; pass None or 'int8'")
         if quantize is None and (calibration is not None or evaluation is not None):
             raise ExportError("calibration and evaluation are for quantize='int8'; a float file is checked without them")
         if quantize is None and force:

@@ -30,6 +30,7 @@ from edge_dfcil.settings import (
     validated,
 )
 from exporters.texts import parse_json, shown
+from exporters.values import is_one_of
 
 MAX_FILE = 1_000_000  # bytes of a recipe in a file; a whole one has 3,000
 
@@ -513,8 +514,8 @@ def find_recipe(recipe: str | Recipe) -> Recipe:
     """A recipe by name, or the one given. Raises `SettingError` for an unknown name."""
     if isinstance(recipe, Recipe):
         return recipe
-    if not isinstance(recipe, str) or recipe not in RECIPES:
-        raise SettingError(f"no recipe is called {recipe!r}; choose one of {', '.join(RECIPES)}, or pass a Recipe")
+    if not is_one_of(recipe, RECIPES):
+        raise SettingError(f"no recipe is called {recipe!a:.80}; choose one of {', '.join(RECIPES)}, or pass a Recipe")
     return RECIPES[recipe]
 
 

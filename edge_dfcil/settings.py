@@ -42,8 +42,9 @@ def _python_number(value: Any) -> Any:
 
 _Whole = Annotated[int, BeforeValidator(_python_number)]
 _Number = Annotated[float, BeforeValidator(_python_number)]
-Count = Annotated[_Whole, Field(ge=1)]  # 1, 2, ...
-CountOrZero = Annotated[_Whole, Field(ge=0)]
+MOST = 2**31 - 1  # of anything that is counted
+Count = Annotated[_Whole, Field(ge=1, le=MOST)]  # 1, 2, ...
+CountOrZero = Annotated[_Whole, Field(ge=0, le=MOST)]
 Weight = Annotated[_Number, Field(ge=0)]  # of a term; 0 switches it off
 Positive = Annotated[_Number, Field(gt=0)]
 Share = Annotated[_Number, Field(ge=0, le=1)]

@@ -16,6 +16,7 @@ from exporters.scaling import for_any_size, scaling_graph
 from exporters.seals import IR_VERSION, seal
 from exporters.timing import latencies, session
 from exporters.tracing import metadata, serving, tracing
+from exporters.values import is_one_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,9 +82,9 @@ def to_onnx(
 
 def check_input(input: str) -> None:
     """Raises `ExportError` unless it is one of `INPUTS`."""
-    if input not in INPUTS:
+    if not is_one_of(input, INPUTS):
         raise ExportError(
-            f"input={input!r} is not known; pass 'any' for images of every size, or 'fixed' for squares of one size"
+            f"input={input!a:.80} is not known; pass 'any' for images of every size, or 'fixed' for squares of one size"
         )
 
 

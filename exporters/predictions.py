@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
-
-from exporters.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -34,14 +31,3 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         return {"label": self.label, "score": self.score, "top": [list(pair) for pair in self.top]}
-
-
-def check_top_k(top_k: Any) -> int:
-    """How many names an answer has. Raises `SettingError` for anything but a whole number from 1 on."""
-    try:
-        count = 0 if isinstance(top_k, bool) else operator.index(top_k)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise SettingError(f"top_k={top_k!a:.80}; it must be a whole number, 1 or more")
-    return count

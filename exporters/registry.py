@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporters.errors import ExportError
 from exporters.files import check_writable, replace_file, resolve
+from exporters.values import is_one_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -190,8 +191,8 @@ def find_exporter(path: str | Path, format: str | None = None) -> Exporter:
         if not found:
             raise ExportError(f"{path}: no format has the ending {ending!r}; there are {known}. Nothing was written")
         return found[0]
-    if format not in _EXPORTERS:
-        raise ExportError(f"format={format!r} is not known; there are {known}. Nothing was written")
+    if not is_one_of(format, _EXPORTERS):
+        raise ExportError(f"format={format!a:.80} is not known; there are {known}. Nothing was written")
     exporter = _EXPORTERS[format]
     if ending not in ("", exporter.ending):
         raise ExportError(f"{path} has the ending {ending!r}, a file of the format {format!r} has {exporter.ending!r}: rename it")

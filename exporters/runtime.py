@@ -14,12 +14,13 @@ import numpy.typing as npt
 from exporters import seals
 from exporters.errors import ExportError, SettingError
 from exporters.images import LARGEST_IMAGE, batches
-from exporters.predictions import Prediction, check_top_k
+from exporters.predictions import Prediction
 from exporters.rejection import margins
 from exporters.signatures import check_signature
 from exporters.telemetry import runtime_library
 from exporters.texts import parse_json, problem, shown
 from exporters.timing import session
+from exporters.values import whole_number
 
 _UNSEALED = "edge-dfcil/1"  # the format of files that have no SHA-256
 AT_ONCE = 64  # images that are answered together
@@ -140,7 +141,7 @@ class OnnxClassifier:
         reject
             Whether the label of an image that belongs to no known class is None.
         """
-        count = check_top_k(top_k)
+        most = whole_number("top_k", top_k)
         if reject and not self.thresholds:
             raise SettingError(
                 "this file has no thresholds for reject=True; export a model for which predict(images, reject=True) works"
@@ -148,7 +149,7 @@ class OnnxClassifier:
         predictions, probabilities = [], self.probabilities(images)
         known = margins(probabilities, self.thresholds) >= 0 if reject else [True] * len(probabilities)
         for row, is_known in zip(probabilities, known, strict=True):
-            best = np.argsort(-row, kind="stable")[:count]
+            best = np.argsort(-row, kind="stable")[:most]
             top = tuple((self.classes[output], float(row[output])) for output in best)
             predictions.append(Prediction(top[0][0] if is_known else None, top[0][1], top))
         return predictions

@@ -72,6 +72,13 @@ NAMES: tuple[Any, ...] = (
 )
 
 
+FOLDERS = (
+    *("0", "5", "new", "NEW", "cafe\u0301", "caf\xe9", " ", "0 ", ".hidden", "__MACOSX", "\u202e", "a\nb", "\x1b[2J", "x" * 200),
+    *("train", "val", "test", "images"),
+    *("5", "6", "7", "apple", "pear") * 4,  # right ones, so that some are learnt
+)
+
+
 def names(draw: Draw) -> Any:
     some = [draw.choice(NAMES) for _ in range(draw.randint(0, 4))]
     kinds: tuple[Callable[[], Any], ...] = (
@@ -461,14 +468,46 @@ class Verbs:
             given = [str(self._target(draw)), draw.choice(["--format", "--input"]), draw.choice(texts)]
         if command == "prune":
             given = ["--out", str(self._target(draw)), "--share", draw.choice(["0", "x", "2"])]
-        arguments = [text.replace("\0", "").replace("\ud800", "") for text in (model, *given)]  # no system passes these
-        result = CliRunner().invoke(main, [command, *arguments])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        result.output.encode()
-        if result.exit_code:
-            assert result.exit_code in (1, 2) and result.stderr.strip(), f"exit {result.exit_code}: {result.output}"
-            raise click.ClickException(result.stderr)
+        _invoke([command, *(text.replace("\0", "").replace("\ud800", "") for text in (model, *given))])  # no system passes these
+
+    def do_teach(self, draw: Draw) -> None:
+        """The command that learns, or one that measures, on a tree of folders drawn from whole kinds."""
+        tree = self.folder / "tree"
+        shutil.rmtree(tree, ignore_errors=True)
+        for _ in range(draw.randint(0, 4)):
+            inside = [draw.choice(FOLDERS) for _ in range(draw.choice([0, 1, 1, 1, 2]))]
+            self._fill(draw, tree.joinpath(*inside))
+        options = draw.choice([["learn", "--model", str(self.file)], ["evaluate", str(self.file)], ["audit", str(self.file)]])
+        given = {"learn": [str(tree)], "evaluate": [str(tree)], "audit": ["--members", str(tree), "--non-members", str(tree)]}
+        size = ["--batch-size", draw.choice(["2", "32", "0", "x"])]
+        extra = size if options[0] != "audit" and draw.random() < 0.2 else []
+        extra = extra + draw.choice([[], [], ["--relearn"], ["--strict"]]) if options[0] == "learn" else []
+        _invoke([*options, *given[options[0]], *extra])
+        Model.load(self.file, "cpu")
+
+    def _fill(self, draw: Draw, folder: Path) -> None:
+        with contextlib.suppress(OSError):  # a link or a file may have the name already
+            folder.mkdir(parents=True, exist_ok=True)
+            files = [one for one in self.kinds.files if isinstance(one, Path) and one.is_relative_to(self.folder)]
+            good = [one for one in files if one.name in ("plain.png", "palette.png", "alpha.png")]
+            for number in range(draw.choice([0, 1, 12, 12])):
+                source = draw.choice(files if draw.random() < 0.2 else good)
+                target = folder / f"{number}{draw.choice(['', '.txt', '.JPG']) if draw.random() < 0.1 else source.suffix}"
+                if draw.random() < 0.1:
+                    target.symlink_to(draw.choice([source, folder, folder.parent]))
+                elif source.is_file():
+                    shutil.copy(source, target)
+
+
+def _invoke(arguments: list[str]) -> None:
+    """Runs a command line. An exit of 1 or 2 with a message counts as refused, anything else raises."""
+    result = CliRunner().invoke(main, arguments)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    result.output.encode()
+    if result.exit_code:
+        assert result.exit_code in (1, 2) and result.stderr.strip(), f"exit {result.exit_code}: {result.output}"
+        raise click.ClickException(result.stderr)
 
 
 def explained(error: BaseException) -> bool:

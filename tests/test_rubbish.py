@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,6 +46,36 @@ def test_names_that_are_no_names_are_refused(learnt: Learner) -> None:
     with pytest.raises(ClassError, match="a list of class names"):
         learnt.forget(3)  # type: ignore[arg-type]
     assert learnt.model is before
+
+
+@pytest.mark.parametrize("top_k", [0, -1, True, 1.5, "1", None, torch.ones(2), [1]])
+def test_a_top_k_that_is_no_whole_number_is_refused_alike(learnt: Learner, top_k: Any) -> None:
+    images = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    with pytest.raises(SettingError, match="top_k="):
+        learnt.predict(images, top_k)
+    with pytest.raises(SettingError, match="top_k="):
+        OnnxClassifier(rubbish.GOLDEN / "closed_form-any.onnx").predict(images, top_k)
+
+
+def test_numbers_of_numpy_are_whole_numbers(learnt: Learner) -> None:
+    assert len(learnt.predict(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), np.int64(2))[0].top) == 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [[], {}, {"x"}, np.ones(3), torch.ones(3), object()])
+def test_what_cannot_be_compared_with_a_name_is_refused_as_one(learnt: Learner, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="no method is called"):
+        quick_learner(method=value)
+    with pytest.raises(SettingError, match="no recipe is called"):
+        quick_learner(recipe=value)
+    for keyword in ("format", "quantize", "input"):
+        with pytest.raises(ExportError, match=f"{keyword}="):
+            learnt.export(tmp_path / "m.onnx", progress=False, **{keyword: value})
+    with pytest.raises(SettingError, match="quality="):
+        learnt.dream(1, quality=value, progress=False)
+    with pytest.raises(ClassError, match="class names are texts"):
+        learnt.merge(["0", value], "a")
+    with pytest.raises(ClassError, match="must be a text"):
+        learnt.merge(["0"], value)
 
 
 def test_a_list_that_holds_itself_is_refused() -> None:

@@ -20,6 +20,7 @@ from edge_dfcil.training import rehearsal
 from edge_dfcil.training.rehearsal import Generated, Rehearsal
 from edge_dfcil.training.session import PlainWork, Session
 from edge_dfcil.training.stage import Stage
+from exporters.values import is_one_of, whole_number
 
 FEW = 64  # images that are held as floats together
 
@@ -46,12 +47,12 @@ class Dreaming(GeneratingWork):
     def __init__(self, model: Model, recipe: Recipe, n: int, classes: Sequence[str] | None, quality: str) -> None:
         model.check_answering()
         chosen = labels.asked(classes) if classes is not None else list(model.classes)
-        if not isinstance(n, int) or n < 1 or not chosen:
-            raise SettingError(f"n={n}, classes={classes}; ask for at least one image of one class")
-        if quality not in ("fast", "best"):
-            raise SettingError(f"quality={quality!r}; choose 'fast' or 'best'")
+        if not chosen:
+            raise SettingError(f"classes={classes!a:.80}; ask for images of at least one class")
+        if not is_one_of(quality, ("fast", "best")):
+            raise SettingError(f"quality={quality!a:.80}; choose 'fast' or 'best'")
         labels.outputs_of({name: name for name in chosen}, model.classes)
-        self._model, self._recipe, self._n, self._quality = model, recipe, n, quality
+        self._model, self._recipe, self._n, self._quality = model, recipe, whole_number("n", n), quality
         self._wanted = [output for output, name in enumerate(model.outputs) if name in chosen]
         self._pool: Pool | None = None
 

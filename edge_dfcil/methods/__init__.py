@@ -7,6 +7,7 @@ import pkgutil
 
 from edge_dfcil.errors import SettingError
 from edge_dfcil.methods.base import Method
+from exporters.values import is_one_of
 
 _NO_METHODS = {"base", "task"}  # files here that are no method, beside those that begin with an underscore
 
@@ -22,8 +23,8 @@ def find_method(method: str | Method) -> Method:
     """A method by name, or the one given. Raises `SettingError` for an unknown name."""
     if isinstance(method, Method):
         return method
-    if method not in names():
-        raise SettingError(f"no method is called {method!r}; choose one of {', '.join(names())}, or pass a Method")
+    if not is_one_of(method, names()):
+        raise SettingError(f"no method is called {method!a:.80}; choose one of {', '.join(names())}, or pass a Method")
     module = importlib.import_module(f"{__name__}.{method}")
     (found,) = (
         c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method) and c.__dict__.get("name") == method

@@ -26,8 +26,8 @@ from edge_dfcil.model.scales import find_layers
 from edge_dfcil.model.statistics import Statistic
 from edge_dfcil.results import Evaluation, Prediction
 from exporters import rejection
-from exporters.predictions import check_top_k
 from exporters.texts import shown
+from exporters.values import whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,12 +281,12 @@ class Model(FromHub):
         With `reject`, the label of an image that belongs to no known class is None; its score and its `top` stay what they are.
         Raises `SettingError` for that when the model has no thresholds.
         """
-        count = check_top_k(top_k)
+        most = whole_number("top_k", top_k)
         if reject:
             self.check_rejecting()
         classes, predictions = self.classes, []
         probabilities = self.probabilities(images)
-        scores, found = probabilities.topk(min(count, len(classes)))
+        scores, found = probabilities.topk(min(most, len(classes)))
         known = rejection.margins(probabilities.numpy(), self.thresholds) >= 0 if reject else [True] * len(scores)
         for row_scores, row, is_known in zip(scores.tolist(), found.tolist(), known, strict=True):
             top = tuple((classes[index], score) for score, index in zip(row_scores, row, strict=True))
