@@ -1,7 +1,8 @@
 """The README and the pages of `docs/`: their blocks run, their figures are those of the result files, and the site builds.
 
 A page's blocks run from top to bottom in an empty folder, as a new user would: Python here, `edge-dfcil` commands through the
-command line's own parser. The settings are made quick, not the commands: the recipes take a few steps instead of hundreds.
+command line's own parser, the block for a browser in Node. The settings are made quick, not the commands: the recipes take a few
+steps instead of hundreds.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from packaging.requirements import Requirement
@@ -25,7 +28,7 @@ from packaging.utils import canonicalize_name
 from benchmarks import pages
 from demos import figures
 from docs import site
-from edge_dfcil import recipe
+from edge_dfcil import Learner, recipe
 from edge_dfcil.cli import main
 from edge_dfcil.compression import Distillation, Pruning
 from edge_dfcil.compression.distillation import REPAIR
@@ -60,9 +63,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for settings, shorter in ((Distillation, SHORT), (Pruning, {"repair": replace(REPAIR, **SHORT)})):
         for name, value in shorter.items():
             monkeypatch.setattr(settings, name, value)
-        make: Any = settings.__init__
-        defaults = {field.name: value for field, value in zip(fields(settings), make.__defaults__, strict=True)}
-        monkeypatch.setattr(make, "__defaults__", tuple((defaults | shorter).values()))
+        monkeypatch.setattr(settings, "__init__", _with_defaults(settings.__init__, shorter))
+
+
+def _with_defaults(make: Any, defaults: dict[str, Any]) -> Any:
+    def __init__(self: Any, **given: Any) -> None:  # noqa: N807
+        make(self, **{**defaults, **given})
+
+    return __init__
 
 
 @pytest.fixture
@@ -94,9 +102,47 @@ def run_shell(code: str) -> None:
         command, *arguments = shlex.split(line, comments=True) or [""]
         if command in ("", *SET_UP):
             continue
+        if command == "openssl":
+            subprocess.run([command, *arguments], check=True, capture_output=True)
+            continue
         assert command == "edge-dfcil", f"no other command runs here: {line}"
         done = CliRunner().invoke(main, arguments)
         assert done.exit_code == 0, f"{line}\n{done.output}"
+
+
+NODE, WEB = shutil.which("node"), ROOT / "demos" / "teach" / "node_modules"
+CANVAS = """
+import {{ readFileSync }} from "node:fs";
+globalThis.fetch = async (path) => ({{ json: async () => JSON.parse(readFileSync(path)) }});
+const {{ classify }} = await import("./page.mjs");
+const data = readFileSync("pixels.rgba");
+const canvas = {{ width: {width}, height: {height}, getContext: () => ({{ getImageData: () => ({{ data }}) }}) }};
+console.log(JSON.stringify(await classify(canvas)));
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NODE is None or not (WEB / "onnxruntime-web").exists(), reason="needs Node and `make runtime`")
+def test_the_block_for_a_browser_answers_as_the_learner(learnt: Learner, tmp_path: Path) -> None:
+    code = re.search(r"^```js\n(.*?)^```", PAGES["docs/tutorial/ship.md"], re.M | re.S)
+    assert code is not None and NODE is not None
+    # A browser reads the model by its address, Node by its bytes; the rest of the block is as it stands.
+    page = code[1].replace('.create("any.onnx")', '.create(new Uint8Array((await import("node:fs")).readFileSync("any.onnx")))')
+    assert page != code[1]
+    (tmp_path / "page.mjs").write_text(page)
+    (tmp_path / "node_modules").symlink_to(WEB)
+    learnt.export(tmp_path / "any.onnx", input="any", progress=False)
+    (tmp_path / "classes.json").write_text(json.dumps(learnt.classes))
+    photograph = np.random.default_rng(0).integers(0, 256, (31, 44, 3), np.uint8)
+    opaque = np.concatenate([photograph, np.full((31, 44, 1), 255, np.uint8)], 2)
+    (tmp_path / "pixels.rgba").write_bytes(opaque.tobytes())
+    (tmp_path / "main.mjs").write_text(CANVAS.format(width=44, height=31))
+    done = subprocess.run([NODE, "main.mjs"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = dict(learnt.predict(photograph, top_k=99)[0].top)
+    answered = json.loads(done.stdout)
+    assert [name for name, _ in answered] == list(expected)
+    assert dict(answered) == pytest.approx(expected, abs=1e-3)
 
 
 def not_installed_by_pip_install() -> list[str]:
