@@ -83,7 +83,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int:
-    """Most bytes held at once since `reset_peak`: of the process, or reserved on the CUDA device."""
+    """Most bytes held since `reset_peak`: of the process, or reserved on the CUDA device."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     if CLEAR.exists():

@@ -112,7 +112,7 @@ def _section(title: str, note: str, content: str) -> str:
 
 def _budgets(done: dict[str, Any]) -> str:
     head = [
-        "network", "budget", "planned, MB", "reached, MB", "highest, MB", "within", "images at once (dream/learn/refine)",
+        "network", "budget", "planned, MB", "reached, MB", "highest, MB", "within", "micro-batch (dream/learn/refine)",
         "seconds a step over none", "accuracy after two tasks, %", "the same without a budget, %",
     ]  # fmt: skip
     note = (

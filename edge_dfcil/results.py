@@ -83,7 +83,7 @@ class StagePlan:
     Attributes
     ----------
     at_once
-        Images that go through the networks at once; a larger batch is split and its gradients accumulate.
+        The micro-batch: images that go through the networks together. A larger batch is split, and its gradients accumulate.
     recompute
         Whether activations inside the network's blocks are computed again for the backward pass instead of kept.
     peak_bytes
@@ -136,7 +136,7 @@ class MemoryPlan:
         rows = [["MB", *(stage.name for stage in self.stages)]]
         rows += [[item, *(f"{stage.items.get(item, 0) / 1e6:.1f}" for stage in self.stages)] for item in items]
         rows += [["peak", *(f"{stage.peak_bytes / 1e6:.1f}" for stage in self.stages)]]
-        rows += [["images at once", *(str(stage.at_once) for stage in self.stages)]]
+        rows += [["micro-batch", *(str(stage.at_once) for stage in self.stages)]]
         rows += [["recomputes", *("yes" if stage.recompute else "no" for stage in self.stages)]]
         width = max(len(row[0]) for row in rows)
         lines = [row[0].ljust(width) + "".join(cell.rjust(9) for cell in row[1:]) for row in rows]
@@ -157,7 +157,7 @@ class StageReport:
     losses
         Each term of the loss at the last step, by name.
     at_once
-        Images that went through the networks at once at the end; None: whole batches.
+        The micro-batch at the end, in images; None: whole batches.
     recompute
         Whether activations inside blocks were computed again instead of kept.
     halvings
@@ -188,7 +188,7 @@ class StageReport:
         if self.peak_bytes is not None:
             parts.append(f"at most {self.peak_bytes / 1e6:.1f} MB")
         if self.at_once is not None:
-            parts.append(f"{_count(self.at_once, 'image')} at once")
+            parts.append(f"micro-batches of {_count(self.at_once, 'image')}")
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
