@@ -194,7 +194,7 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 @contextmanager
 def own_context(device: torch.device) -> Iterator[None]:
     """Computes as the package expects, whatever the caller has set: gradients on, no inference mode, no autocast, float32
-    by default. The caller's settings and random state are restored afterwards."""
+    and the CPU by default. The caller's settings and random state are restored afterwards."""
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -203,8 +203,19 @@ def own_context(device: torch.device) -> Iterator[None]:
         stack.enter_context(plain_precision(device))
         torch.set_default_dtype(torch.float32)
         stack.callback(torch.set_default_dtype, dtype)
+        stack.enter_context(cpu_by_default())
         stack.enter_context(seeded(None, device))
         yield
+
+
+@contextmanager
+def cpu_by_default() -> Iterator[None]:
+    """New tensors are made on the CPU, whatever `torch.set_default_device` the caller has called. Decorates functions too."""
+    if torch.get_default_device().type == "cpu":
+        yield  # without torch's context, which costs time at every call
+    else:
+        with torch.device("cpu"):
+            yield
 
 
 @contextmanager

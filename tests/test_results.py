@@ -50,7 +50,8 @@ def test_prediction_text() -> None:
 
 def test_stage_text() -> None:
     assert str(STAGE) == (
-        "learn: 1,200 steps in 12.3 s, 3,840 images, loss 0.75 (hard 0.25, distill 0.5), at most 10.5 MB, micro-batches of 16 images"
+        "learn: 1,200 steps in 12.3 s, 3,840 images, loss 0.75 (hard 0.25, distill 0.5), at most 10.5 MB, "
+        "micro-batches of 16 images"
     )
     assert str(StageReport("dream", 1, 0.1, 1, {"kl": 2.0})) == "dream: 1 step in 0.1 s, 1 image, loss kl 2"
     assert str(StageReport("lda", 0, 0.0, 0, {})) == "lda: 0 steps in 0.0 s, 0 images"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from edge_dfcil import Callback, Cancelled, Learner, ModelFileError, SettingError
+from edge_dfcil import Callback, Cancelled, Learner, Model, ModelFileError, SettingError
 from edge_dfcil.budget import schedule
 from edge_dfcil.demo import Batches
 from edge_dfcil.model import file
@@ -258,15 +258,46 @@ class TestHost:
         plain.learn_task(train.of(("0", "1")), NAMES, progress=False)
         assert all(torch.equal(value, weights(plain)[name]) for run in found for name, value in run.items())
 
-    def test_a_default_dtype_of_the_app_is_left_alone(self, train: Batches) -> None:
+    def test_a_default_dtype_of_the_app_is_left_alone(self, train: Batches, tmp_path: Path) -> None:
         torch.set_default_dtype(torch.float64)
         try:
             learner = quick_learner()
             learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
             assert torch.get_default_dtype() == torch.float64
             assert {value.dtype for value in weights(learner).values()} == {torch.float32, torch.int64}
+            learner.save(tmp_path / "m")
+            assert Model.load(tmp_path / "m", "cpu").digest() == learner.model.digest()
         finally:
             torch.set_default_dtype(torch.float32)
+
+    @pytest.mark.slow
+    def test_a_default_device_of_the_app_changes_nothing(self, train: Batches, test: Batches, tmp_path: Path) -> None:
+        tasks = [[*train.of(("0", "1"))], [*train.of(("2", "3"))]]
+        known, zeros, images = [*test.of(("0", "1"))], [*test.of(("0",))], test.images[:3]
+
+        def whole() -> tuple[Any, ...]:
+            learner = quick_learner(precision="float32", recipe=QUICK.changed({"schedule.adapt": "first", "refine.head": "lda"}))
+            for task in tasks:
+                learner.learn_task(task, NAMES, progress=False)
+            learner.calibrate(known, NAMES)
+            learner.merge(["0", "1"], "a")
+            learner.forget("3")
+            learner.save(tmp_path / "m")
+            loaded = Learner.load(tmp_path / "m", "cpu")
+            loaded.export(tmp_path / "m.onnx", input="any", progress=False)
+            found = (
+                loaded.evaluate(zeros, {0: "a"}),
+                loaded.predict(images, reject=True),
+                loaded.dream(1, progress=False).tolist(),
+            )
+            return (learner.model.digest(), *found, loaded.embed(images).tolist())
+
+        expected = whole()
+        torch.set_default_device("meta")  # where a tensor that is made without a device has no values
+        try:
+            assert whole() == expected
+        finally:
+            torch.set_default_device(None)
 
     def test_the_random_state_of_the_app_is_left_alone(self, train: Batches) -> None:
         torch.manual_seed(7)

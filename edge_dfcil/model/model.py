@@ -85,9 +85,9 @@ class Model(FromHub):
             made = backbones.create_or_copy(backbone, weights)
             size = check_image_size(made.default_image_size if image_size is None else image_size)
             network = _network(made.module, size, multiscale)
-        given = check_statistics(mean, std) or check_statistics(made.mean, made.std)
-        if given is not None:
-            network.set_statistics(*given)
+            given = check_statistics(mean, std) or check_statistics(made.mean, made.std)
+            if given is not None:
+                network.set_statistics(*given)
         name = backbone if isinstance(backbone, str) else None
         trained = len(untouched(made.module)) < len(batchnorm_layers(made.module))
         model = cls(network.requires_grad_(False).eval(), (), name, given is not None, pretrained=trained)
@@ -144,7 +144,9 @@ class Model(FromHub):
             network = empty.network.grown(len(parts.classes)).requires_grad_(False)
         with torch.no_grad():
             network.head.weight.zero_()[:, : parts.head.in_features].copy_(parts.head.weight)
-            network.head.bias.copy_(parts.head.bias if parts.head.bias is not None else torch.zeros(len(parts.classes)))
+            network.head.bias.zero_()
+            if parts.head.bias is not None:
+                network.head.bias.copy_(parts.head.bias)
         return replace(empty, network=network, tasks=(parts.classes,), backbone=parts.name, normalizes=True)
 
     def untrained(
@@ -185,6 +187,7 @@ class Model(FromHub):
         model = replace(self, calibration=calibration)
         return model if calibration is None or self.groups is None else model._recalibrated(model._expected_scores(None))
 
+    @devices.cpu_by_default()
     def calibrate(self, loader: Any, classes: Classes | None = None, *, false_rejections: float = 0.05) -> Model:
         """A model with a temperature and a threshold that are found on labelled images of known classes, whatever its head.
 
@@ -254,6 +257,7 @@ class Model(FromHub):
         if not self.tasks:
             raise NotLearnedError("nothing has been learnt yet; call learn_task(loader) first")
 
+    @devices.cpu_by_default()
     def probabilities(self, images: Any) -> Tensor:
         """Probabilities (N, C) of `classes` for images, at the model's temperature; on the CPU.
 
@@ -275,6 +279,7 @@ class Model(FromHub):
         """The threshold of rejection of each class; empty where there are none."""
         return self.calibration.of_classes(self.groups) if self.calibration is not None else ()
 
+    @devices.cpu_by_default()
     def predict(self, images: Any, top_k: int = 1, reject: bool = False) -> list[Prediction]:
         """The `top_k` most probable classes of each image, best first; `images` as for `probabilities`.
 
@@ -305,6 +310,7 @@ class Model(FromHub):
             )
 
     @torch.inference_mode()
+    @devices.cpu_by_default()
     def embed(self, images: Any) -> Tensor:
         """Features (N, F), float32, on the CPU: what the head sees. They are not stored; `images` as for `probabilities`."""
         network = self.network
@@ -313,6 +319,7 @@ class Model(FromHub):
             chunks = [features.float().cpu() for features in found]
         return torch.cat(chunks).clone() if chunks else torch.zeros(0, network.head.in_features)
 
+    @devices.cpu_by_default()
     def evaluate(self, loader: Any, classes: Classes | None = None) -> Evaluation:
         """Accuracy and calibration error over a loader, every known class competing.
 
@@ -343,6 +350,7 @@ class Model(FromHub):
         return found if self.groups is None else found @ self.groups.to(found.device)
 
     @property
+    @devices.cpu_by_default()
     def groups(self) -> Tensor | None:
         """1 where an output (row) is of a class (column), else 0, (outputs, C); None where each class has one output."""
         outputs, classes = self.outputs, self.classes
@@ -354,6 +362,7 @@ class Model(FromHub):
 
     # Class surgery
 
+    @devices.cpu_by_default()
     def forget(self, names: str | Iterable[str]) -> Model:
         """A model without these classes: their rows of the head and their statistics are gone.
 
@@ -384,6 +393,7 @@ class Model(FromHub):
         labels.check_names([found.get(name, name) for name in self.classes])  # none twice
         return self._named(found)
 
+    @devices.cpu_by_default()
     def merge(self, names: Sequence[str], into: str) -> Model:
         """A model that takes these classes for one, called `into`. Its probability is the sum of theirs.
 
@@ -450,6 +460,17 @@ class Model(FromHub):
         """
         tensors, settings = file.read(path)
         devices.guard_forks()
+        found = devices.find_device(device)
+        with devices.own_context(found):
+            model = cls._of_file(path, tensors, settings, backbone)
+            model.network.to(found, memory_format=devices.memory_format(found))  # type: ignore[call-overload]
+        return model
+
+    @classmethod
+    def _of_file(
+        cls, path: str | Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], backbone: nn.Module | None
+    ) -> Model:
+        """The model that a file's content is, on the CPU."""
         with _fits(path):
             stored.check(tensors, settings)
         weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("statistics.")}
@@ -474,10 +495,7 @@ class Model(FromHub):
             calibration = Calibration.from_dict(settings.get("calibration"), sum(map(len, tasks)))
         normalizes, pretrained = settings["mean"] is not None, bool(settings.get("pretrained", False))
         network.requires_grad_(False).eval()
-        model = cls(network, tasks, settings["backbone"], normalizes, kept, learning, pretrained, calibration)
-        found = devices.find_device(device)
-        network.to(found, memory_format=devices.memory_format(found))  # type: ignore[call-overload]
-        return model
+        return cls(network, tasks, settings["backbone"], normalizes, kept, learning, pretrained, calibration)
 
 
 @contextlib.contextmanager

@@ -73,8 +73,8 @@ class Network(nn.Module):
 
     def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Sets what images are normalised with, three numbers each."""
-        self.mean.copy_(torch.tensor(mean).view(3, 1, 1))
-        self.std.copy_(torch.tensor(std).view(3, 1, 1))
+        for buffer, values in ((self.mean, mean), (self.std, std)):
+            buffer.copy_(torch.tensor(values, device="cpu").view(3, 1, 1))
 
     @property
     def n_classes(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edge_dfcil import devices
 from edge_dfcil.errors import SettingError
 
 MIN_IMAGES = 10
@@ -125,6 +126,7 @@ def described(statistics: Statistics) -> dict[str, Any]:
     return {name: statistic.to_dict() for name, statistic in statistics.items()}
 
 
+@devices.cpu_by_default()
 def packed(statistics: Statistics) -> dict[str, Tensor]:
     """Tensors by their names in a file.
 
@@ -140,6 +142,7 @@ def packed(statistics: Statistics) -> dict[str, Tensor]:
     return tensors
 
 
+@devices.cpu_by_default()
 def unpacked(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[str, Statistic]:
     """The inverse of `packed` and `described`."""
     statistics = {}

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edge_dfcil import devices
 from edge_dfcil.errors import DataError
 from edge_dfcil.model import labels
 from edge_dfcil.model.inputs import read
@@ -137,6 +138,7 @@ def _nearest_line(one: Nearest) -> str:
     return f"{one.nearer:.1%} of {one.generated} generated images are nearest to a member, by {one.space} (50 % is chance)"
 
 
+@devices.cpu_by_default()
 def audit(
     model: Model,
     members: Any,
