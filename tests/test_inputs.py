@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from edge_dfcil import DataError, EdgeDfcilError
 from edge_dfcil.model.inputs import AT_ONCE, as_images, check_images, check_targets, read
@@ -184,6 +184,17 @@ class TestLoaders:
     def test_batches_that_cannot_be_learnt_from(self, batch: Any, message: str) -> None:
         with pytest.raises(DataError, match=message):
             list(read([batch]))
+
+    @pytest.mark.parametrize("image", [torch.zeros(3, 8, 8), Image.new("RGB", (8, 8))])
+    def test_a_data_set_in_place_of_its_loader(self, image: Any) -> None:
+        class Some(Dataset[Any]):
+            def __getitem__(self, index: int) -> Any:
+                return image, 0
+
+        with pytest.raises(DataError, match=r"Some is a data set.*DataLoader\(dataset, batch_size=32"):
+            next(read(Some()))
+        with pytest.raises(DataError, match=r"single image needs a batch dimension"):
+            next(read([(torch.zeros(3, 8, 8), 0)]))
 
     def test_the_loader_s_own_error_passes_with_a_note(self) -> None:
         def broken() -> Iterator[Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from edge_dfcil.errors import DataError, EdgeDfcilError
 from edge_dfcil.model.labels import plain_value
@@ -209,6 +210,11 @@ def read(loader: Any) -> Iterator[tuple[Tensor, list[Any]]]:
                 f"{where}: a {type(batch).__name__} came; each batch must be a pair (images, targets), or a dict of "
                 "'image' and 'label'"
             )
+        if isinstance(loader, Dataset) and (isinstance(images, Image.Image) or getattr(images, "ndim", 4) == 3):
+            raise DataError(
+                f"a {type(loader).__name__} is a data set, which gives one image at a time; pass a loader of batches: "
+                "DataLoader(dataset, batch_size=32, shuffle=True), with images of one size as tensors"
+            )
         images = check_images(images, where)
         yield images, check_targets(targets, len(images), where)
 
@@ -219,7 +225,7 @@ def _batches(loader: Any) -> Iterator[Any]:
         batches = iter(loader)
     except TypeError as error:
         raise DataError(
-            f"a {type(loader).__name__} cannot be iterated over; pass a DataLoader or a list of (images, targets)"
+            f"loader={loader!a:.80} is a {type(loader).__name__}, which cannot be iterated over; pass a DataLoader or a list of (images, targets)"
         ) from error
     for number in itertools.count(1):
         try:
