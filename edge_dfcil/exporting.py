@@ -161,8 +161,7 @@ class Exporting(PlainWork):
         model, checks, targets = self._model, dict[str, Any](), dict[str, Any]()
         if self._evaluation is not None:
             found = [target for _, batch in read(self._evaluation) for target in batch]
-            outputs = labels.outputs_of(labels.name_targets(set(found), self._evaluation, self._classes), model.classes)
-            targets["pictures"] = np.array([outputs[target] for target in found])
+            targets["pictures"] = np.array(labels.outputs_of_targets(found, self._evaluation, self._classes, model.classes))
             checks["pictures"] = Pictures(model, self._evaluation)
         # In turns, so that both halves have every class.
         order = pool.labels.argsort(stable=True)

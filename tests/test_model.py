@@ -105,6 +105,17 @@ def test_merge_adds_the_probabilities(lda: Any, test: Batches, tmp_path: Path, t
         lda.model.merge(["1", "3"], "0")
 
 
+def test_a_merged_class_is_measured_on_the_images_of_its_parts(lda: Any, test: Batches) -> None:
+    whole, names = [*test.of(("0", "1", "3"))], {0: "0", 1: "odd", 3: "odd"}
+    found = lda.model.merge(["1", "3"], "odd").evaluate(whole, names)
+    assert sum(found.confusion[1]) == sum(int((targets != 0).sum()) for _, targets in whole)
+    before = lda.model.evaluate(whole, {0: "0", 1: "1", 3: "3"})
+    parts = [before.confusion[row][column] for row in (1, 3) for column in (1, 3)]
+    assert found.confusion[1][1] >= sum(parts), "one part taken for the other is right now"
+    with pytest.raises(ClassError, match="appears twice"):
+        Learner.of(lda.model).learn_task(whole, {0: "a", 1: "b", 3: "b"}, progress=False)
+
+
 def test_a_new_model_has_no_answer(test: Batches) -> None:
     with pytest.raises(NotLearnedError):
         Model.new("resnet8", image_size=16, device="cpu").predict(test.images[:1])

@@ -225,7 +225,8 @@ def _batches(loader: Any) -> Iterator[Any]:
         batches = iter(loader)
     except TypeError as error:
         raise DataError(
-            f"loader={loader!a:.80} is a {type(loader).__name__}, which cannot be iterated over; pass a DataLoader or a list of (images, targets)"
+            f"loader={loader!a:.80} is a {type(loader).__name__}, which cannot be iterated over; pass a DataLoader or a list of "
+            "(images, targets)"
         ) from error
     for number in itertools.count(1):
         try:

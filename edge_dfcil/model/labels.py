@@ -118,15 +118,15 @@ def _listed(names: Sequence[Any]) -> str:
     return ", ".join(repr(name) for name in names[:_SHOWN]) + more
 
 
-def _check_distinct(names: Iterable[Any]) -> None:
-    """Raises `ClassError` when a name repeats, or two look like slips for each other."""
+def _check_distinct(names: Iterable[Any], repeated: bool = False) -> None:
+    """Raises `ClassError` when a name repeats, unless it may, or two look like slips for each other."""
     same: set[Any] = set()
     alike: dict[str, str] = {}
     for name in names:
         if not isinstance(name, str):
             continue
         composed = unicodedata.normalize("NFC", name)
-        if composed in same:
+        if composed in same and not repeated:
             raise ClassError(f"the class name {name!r} appears twice in classes; names must differ")
         other = alike.setdefault(folded(name), name)
         if other is not name:
@@ -152,11 +152,22 @@ def asked(names: Any) -> list[str]:
 # Names of targets
 
 
-def name_targets(targets: Iterable[Any], loader: Any, classes: Classes | None) -> dict[Any, str]:
+def outputs_of_targets(targets: Sequence[Any], loader: Any, classes: Classes | None, known: Sequence[str]) -> list[int]:
+    """The output of each image's class, among those known. Several targets may have one name: that of a merged class.
+
+    Raises what `name_targets` raises, and `ClassError` for a class that is not known.
+    """
+    outputs = outputs_of(name_targets(set(targets), loader, classes, repeated=True), known)
+    return [outputs[target] for target in targets]
+
+
+def name_targets(targets: Iterable[Any], loader: Any, classes: Classes | None, *, repeated: bool = False) -> dict[Any, str]:
     """The name of each target value that a loader gave, in the order of the values.
 
     Parameters
     ----------
+    repeated
+        Whether several targets may have one name.
     classes
         A list indexed by target, or a mapping from target; None takes what the loader's data set names (`classes`, or a
         label's `names` in Hugging Face's `features`), through subsets too. Targets that are texts name themselves.
@@ -167,7 +178,7 @@ def name_targets(targets: Iterable[Any], loader: Any, classes: Classes | None) -
     if classes is None and values and all(isinstance(value, str) for value in values):
         classes = {value: value for value in values}
     lookup = _lookup(_dataset_classes(loader) if classes is None else classes)
-    _check_distinct(lookup.values())
+    _check_distinct(lookup.values(), repeated)
     own = {name: name for name in lookup.values() if isinstance(name, str)}
     names = {}
     for target in values:

@@ -200,8 +200,7 @@ class Model(FromHub):
         self.check_answering()
         probabilities, true = [torch.zeros(0, len(names))], list[int]()
         for images, targets in read(loader):
-            found = labels.outputs_of(labels.name_targets(set(targets), loader, classes), names)
-            true += [found[target] for target in targets]
+            true += labels.outputs_of_targets(targets, loader, classes, names)
             probabilities.append(plain._probabilities(images).cpu())
         return replace(plain, calibration=found_on(torch.cat(probabilities), true, len(self.outputs), false_rejections))
 
@@ -330,9 +329,7 @@ class Model(FromHub):
         confusion = torch.zeros(len(names), len(names), dtype=torch.long)
         error = metrics.CalibrationError()
         for images, targets in read(loader):
-            named = labels.name_targets(set(targets), loader, classes)
-            found = labels.outputs_of(named, names)
-            true = torch.tensor([found[target] for target in targets], dtype=torch.long)
+            true = torch.tensor(labels.outputs_of_targets(targets, loader, classes, names), dtype=torch.long)
             scores, predicted = self._probabilities(images).cpu().max(1)
             for score, right in zip(scores.tolist(), (predicted == true).tolist(), strict=True):
                 error.add(score, right)

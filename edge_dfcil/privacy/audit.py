@@ -196,8 +196,7 @@ class _Seen:
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         targets: list[int] = []
         for images, given in read(loader):
-            found = labels.outputs_of(labels.name_targets(set(given), loader, classes), model.classes)
-            targets += [found[target] for target in given]
+            targets += labels.outputs_of_targets(given, loader, classes, model.classes)
             parts.append(_answered(model, images))
             on_batch(len(images))
         if not parts:
