@@ -43,7 +43,17 @@ def read(folder: Path) -> dict[str, dict[str, Results]]:
         name = result["protocol"]["name"]
         if len(result["matrix"]) == result["protocol"]["tasks"]:
             found[name][path.stem.rsplit("-seed", 1)[0].removeprefix(name + "-")].append(result)
-    return {name: dict(sorted(methods.items(), key=lambda item: -last(item[1]))) for name, methods in sorted(found.items())}
+    apart = {name: _versions_apart(methods) for name, methods in sorted(found.items())}
+    return {name: dict(sorted(methods.items(), key=lambda item: -last(item[1]))) for name, methods in apart.items()}
+
+
+def _versions_apart(methods: dict[str, Results]) -> dict[str, Results]:
+    """Runs with an older version of their recipe as a method of their own, where there are newer ones: no mean is of both."""
+    apart: dict[str, Results] = {}
+    for name, results in methods.items():
+        newer, older = ([r for r in results if is_older(r) == kind] for kind in (False, True))
+        apart |= {name: newer, f"{name}, older": older} if newer and older else {name: results}
+    return apart
 
 
 def has_section(protocol: str) -> bool:

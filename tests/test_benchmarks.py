@@ -125,6 +125,20 @@ def test_the_report_is_made_from_the_files(data: Data, tmp_path: Path) -> None:
         assert picture in text
 
 
+def test_no_mean_is_over_two_versions_of_a_recipe(tmp_path: Path) -> None:
+    def add(seed: int, version: int, accuracy: float) -> None:
+        recipe = {"preset": "frozen", "version": version}
+        run = {"protocol": {"name": "tiny", "tasks": 1}, "method": "abd", "seed": seed, "recipe": recipe, "matrix": [[1.0]]}
+        (tmp_path / f"tiny-abd-seed{seed}.json").write_text(json.dumps({**run, "final_accuracy": accuracy}))
+
+    add(0, 1, 0.5)
+    assert report.read(tmp_path)["tiny"].keys() == {"abd"} and report.marked(report.read(tmp_path)["tiny"]["abd"]) == r"50.0 \*"
+    add(1, 2, 0.7)
+    add(2, 2, 0.9)
+    found = {method: (report.last(runs), report.marked(runs)) for method, runs in report.read(tmp_path)["tiny"].items()}
+    assert found == {"abd": (80.0, "80.0 ± 14.1"), "abd, older": (50.0, r"50.0 \*")}
+
+
 def test_no_task_is_begun_that_would_not_end_in_time(data: Data, tmp_path: Path) -> None:
     asked = []
 
