@@ -433,7 +433,7 @@ def test_classes_are_renamed_and_forgotten(pictures: Any, model: Path) -> None:
         (["distill", "{model}", "--to", "resnet8", "--out", "{model}"], "is the model itself"),
         (["distill", "{model}", "--to", "resnet8", "--out", "{tmp}/no/m"], "make it first"),
         (["prune", "{model}"], "give one of ratio"),
-        (["prune", "{model}", "--ratio", "2"], "above 0 and below 1"),
+        (["prune", "{model}", "--ratio", "2"], "Pruning.ratio is 2.0; it must be below 1"),
         (["export", "{model}", "{tmp}/m.onnx", "--eval", "{pictures}"], "for quantize='int8'"),
         (["learn", "{tmp}/nowhere", "--model", "{model}"], "is not a folder"),
         (["learn", "{tmp}", "--model", "{model}"], "folder of pictures for each class"),

@@ -412,7 +412,7 @@ class TestAnswers:
         assert asked.count("1") >= 7, "rounding to whole grey levels may turn one"
         with pytest.raises(ClassError, match="'moon'"):
             learnt.dream(1, ["moon"], progress=False)
-        with pytest.raises(SettingError, match="at least one"):
+        with pytest.raises(SettingError, match="n=0; it must be a whole number, 1 or more"):
             learnt.dream(0, progress=False)
 
 
