@@ -62,7 +62,7 @@ class Assignment:
         self.known = tuple(name for name in names.values() if name in model.classes)
         if self.known and not relearn:
             shown = ", ".join(map(repr, self.known))
-            raise ClassError(f"{shown} is known already; leave it out, or pass relearn=True to refresh it")
+            raise ClassError(f"{shown} is known already; leave it out, or refresh it with relearn=True (--relearn)")
         self.new = tuple(name for name in names.values() if name not in model.classes)
         self.tasks = (*model.tasks, self.new) if self.new else model.tasks
         outputs = [*model.outputs, *self.new]

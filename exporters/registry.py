@@ -30,6 +30,12 @@ from exporters.values import is_one_of
 if TYPE_CHECKING:
     from torch import nn
 
+_CORE_ML = (
+    "Core ML answers on Apple's systems alone, so that a file could not be checked here; ONNX Runtime and ExecuTorch (.pte) run on "
+    "iOS and macOS"
+)
+# What to do instead, by the ending of a file that no format writes.
+_HINTS = {".mlpackage": _CORE_ML, ".mlmodel": _CORE_ML, ".safetensors": "`save` writes model files"}
 MAX_HEADER = 100_000_000  # bytes; no safetensors file has more
 
 
@@ -189,7 +195,8 @@ def find_exporter(path: str | Path, format: str | None = None) -> Exporter:
     if format is None:
         found = [exporter for exporter in _EXPORTERS.values() if exporter.ending == (ending or ".onnx")]
         if not found:
-            raise ExportError(f"{path}: no format has the ending {ending!r}; there are {known}. Nothing was written")
+            hint = _HINTS.get(ending, f"there are {known}")
+            raise ExportError(f"{path}: no format has the ending {ending!r}; {hint}. Nothing was written")
         return found[0]
     if not is_one_of(format, _EXPORTERS):
         raise ExportError(f"format={format!a:.80} is not known; there are {known}. Nothing was written")
