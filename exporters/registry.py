@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _CORE_ML = (
-    "Core ML answers on Apple's systems alone, so that a file could not be checked here; ONNX Runtime and ExecuTorch (.pte) run on "
-    "iOS and macOS"
+    "Core ML answers on Apple's systems alone, so that a file could not be checked here; ONNX Runtime and ExecuTorch (.pte) run "
+    "on iOS and macOS"
 )
 # What to do instead, by the ending of a file that no format writes.
 _HINTS = {".mlpackage": _CORE_ML, ".mlmodel": _CORE_ML, ".safetensors": "`save` writes model files"}
