@@ -34,8 +34,7 @@ _CORE_ML = (
     "Core ML answers on Apple's systems alone, so that a file could not be checked here; ONNX Runtime and ExecuTorch (.pte) run "
     "on iOS and macOS"
 )
-# What to do instead, by the ending of a file that no format writes.
-_HINTS = {".mlpackage": _CORE_ML, ".mlmodel": _CORE_ML, ".safetensors": "`save` writes model files"}
+_HINTS = {".mlpackage": _CORE_ML, ".mlmodel": _CORE_ML}  # what to do instead, by the ending of a file that no format writes
 MAX_HEADER = 100_000_000  # bytes; no safetensors file has more
 
 

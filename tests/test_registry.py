@@ -70,7 +70,7 @@ def test_a_format_is_one_function(tmp_path: Path) -> None:
     ("name", "format", "message"),
     [
         ("m.bin", None, r"no format has the ending '.bin'; there are onnx \(.onnx\), .*text \(.txt\)"),
-        ("m.safetensors", None, "no format has the ending '.safetensors'; `save` writes model files"),
+        ("m.safetensors", None, "no format has the ending '.safetensors'; there are onnx"),
         ("m.MLPACKAGE", None, r"no format has the ending '.mlpackage'; Core ML answers on Apple's systems alone.*ExecuTorch"),
         ("m.onnx", "tflite", "format='tflite' is not known; there are onnx"),
         ("m.txt", "onnx", "has the ending '.txt', a file of the format 'onnx' has '.onnx'"),
