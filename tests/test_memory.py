@@ -20,6 +20,7 @@ from torch import nn
 from edge_dfcil import BudgetError, Callback, Cancelled, Learner, SettingError
 from edge_dfcil.budget.allocator import capped
 from edge_dfcil.budget.meter import Meter, parse
+from edge_dfcil.budget.planner import Rehearsed, refusal
 from edge_dfcil.compression import Distillation, Pruning, distill, prune
 from edge_dfcil.demo import Batches
 from edge_dfcil.dreaming.inversion import Dream, Dreamer, Pool
@@ -166,10 +167,24 @@ class TestRefusal:
         assert same_weights(before, learnt) and learnt.classes == ("0", "1")
         assert "budget of" in str(refused.value)
 
-    def test_names_a_smaller_image_and_backbone(self, train: Batches) -> None:
-        learner = Learner("resnet14", image_size=32, recipe=QUICK, device="cpu", memory_budget=10_000)
-        with pytest.raises(BudgetError, match=r"image_size=16 needs [\d.]+ MB; backbone='resnet8' needs [\d.]+ MB"):
+    def test_names_what_needs_less_and_nothing_else(self) -> None:
+        def stages(peak: int) -> dict[str, Rehearsed]:
+            return {"learn": Rehearsed(4, 32, peak, 0, {"weights": peak}, False)}
+
+        others = [("image_size=16", lambda: stages(8_000_000)), ("backbone='resnet8'", lambda: stages(10_000_000))]
+        found = re.findall(r"[\w'=]+ needs [\d.]+ MB", str(refusal(1_000_000, stages(10_000_000), others)))
+        assert [one.split()[0] for one in found] == ["'learn'", "image_size=16"]
+        least, smaller = (float(one.split()[-2]) for one in found)
+        assert 8 <= smaller < least
+
+    @pytest.mark.slow
+    def test_a_smaller_image_and_backbone_are_tried(self, train: Batches) -> None:
+        learner = Learner("resnet20", image_size=64, recipe=QUICK, device="cpu", memory_budget=10_000)
+        assert [text for text, _ in learner.model.smaller()][-2:] == ["image_size=32", "backbone='resnet14'"]
+        with pytest.raises(BudgetError, match="What would help: a budget of") as refused:
             learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
+        least, *smaller = map(float, re.findall(r"needs ([\d.]+) MB", str(refused.value)))
+        assert all(one <= least for one in smaller), "which of them need less depends on the CPU's scratch memory"
 
     @pytest.mark.slow
     def test_features_of_one_scale_need_less_for_a_closed_form_head(self, train: Batches) -> None:

@@ -376,14 +376,15 @@ def _bytes_of(modules: Iterable[nn.Module]) -> int:
 
 
 def refusal(budget: int, stages: Stages, others: Iterable[tuple[str, Callable[[], Stages]]]) -> BudgetError:
-    """Says what is needed, what takes it, and what would help, each with its figure."""
+    """Says what is needed, what takes it, and what would help, each with its figure; what needs as much is not named."""
 
     def needed(stages: Stages) -> float:
         return max(stage.peak for stage in stages.values()) / (1 - LEAST_MARGIN)
 
     name, worst = max(stages.items(), key=lambda item: item[1].peak)
     takes = ", ".join(f"{item} {show(size)}" for item, size in worst.items.items() if size)
-    remedies = [f"{text} needs {show(needed(least()))}" for text, least in others]
+    found = [(text, needed(least())) for text, least in others]
+    remedies = [f"{text} needs {show(size)}" for text, size in found if size < needed(stages)]
     return BudgetError(
         f"memory_budget of {show(budget)} cannot be kept, and nothing was trained: stage {name!r} needs {show(needed(stages))} "
         f"even with a micro-batch of {worst.at_once} images ({takes}). What would help: a budget of {show(needed(stages))}"
