@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import os
+import signal
 import sys
 from collections import UserDict
 from collections.abc import Iterator
@@ -195,6 +197,21 @@ class TestLoaders:
             next(read(Some()))
         with pytest.raises(DataError, match=r"single image needs a batch dimension"):
             next(read([(torch.zeros(3, 8, 8), 0)]))
+
+    @pytest.mark.slow
+    def test_a_worker_that_dies_is_no_error_of_the_data_set(self) -> None:
+        class Dies(Dataset[Any]):
+            def __len__(self) -> int:
+                return 4
+
+            def __getitem__(self, index: int) -> Any:
+                if torch.utils.data.get_worker_info() is not None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return X[0], 0
+
+        with pytest.raises(DataError, match=r"a worker process of the loader died at batch 1.*num_workers=0"):
+            next(read(DataLoader(Dies(), 2, num_workers=1)))
+        assert len(list(read(DataLoader(Dies(), 2)))) == 2
 
     def test_the_loader_s_own_error_passes_with_a_note(self) -> None:
         def broken() -> Iterator[Any]:

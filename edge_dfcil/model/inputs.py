@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -22,6 +23,7 @@ from exporters.decoding import read_picture, to_rgb
 AT_ONCE = 256  # images of a batch that `as_images` yields, at most
 IMAGE_KEYS = ("image", "images", "pixel_values", "img")
 TARGET_KEYS = ("label", "labels", "target", "targets")
+_DEAD_WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by signal)")
 
 
 # Images
@@ -220,7 +222,10 @@ def read(loader: Any) -> Iterator[tuple[Tensor, list[Any]]]:
 
 
 def _batches(loader: Any) -> Iterator[Any]:
-    """What a loader yields. Its own exceptions, a corrupt file for instance, pass unchanged, with a note from Python 3.11 on."""
+    """What a loader yields. Its own exceptions, a corrupt file for instance, pass unchanged, with a note from Python 3.11 on.
+
+    Raises `DataError` when one of its worker processes died, which torch knows by the message alone.
+    """
     try:
         batches = iter(loader)
     except TypeError as error:
@@ -236,6 +241,11 @@ def _batches(loader: Any) -> Iterator[Any]:
         except EdgeDfcilError:
             raise
         except Exception as error:
+            if isinstance(error, RuntimeError) and _DEAD_WORKER.search(str(error)):
+                raise DataError(
+                    f"a worker process of the loader died at batch {number} ({error}); the model is unchanged. It may have run out "
+                    "of memory: take fewer workers, or num_workers=0, which shows an error of the data set itself"
+                ) from error
             if hasattr(error, "add_note"):
                 error.add_note(f"the loader raised this at batch {number}; the model is unchanged")
             raise
