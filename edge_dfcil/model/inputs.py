@@ -243,8 +243,8 @@ def _batches(loader: Any) -> Iterator[Any]:
         except Exception as error:
             if isinstance(error, RuntimeError) and _DEAD_WORKER.search(str(error)):
                 raise DataError(
-                    f"a worker process of the loader died at batch {number} ({error}); the model is unchanged. It may have run out "
-                    "of memory: take fewer workers, or num_workers=0, which shows an error of the data set itself"
+                    f"a worker process of the loader died at batch {number} ({error}); the model is unchanged. It may have run "
+                    "out of memory: take fewer workers, or num_workers=0, which shows an error of the data set itself"
                 ) from error
             if hasattr(error, "add_note"):
                 error.add_note(f"the loader raised this at batch {number}; the model is unchanged")
