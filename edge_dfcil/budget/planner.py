@@ -381,12 +381,13 @@ def refusal(budget: int, stages: Stages, others: Iterable[tuple[str, Callable[[]
     def needed(stages: Stages) -> float:
         return max(stage.peak for stage in stages.values()) / (1 - LEAST_MARGIN)
 
+    least = needed(stages)
     name, worst = max(stages.items(), key=lambda item: item[1].peak)
     takes = ", ".join(f"{item} {show(size)}" for item, size in worst.items.items() if size)
-    found = [(text, needed(least())) for text, least in others]
-    remedies = [f"{text} needs {show(size)}" for text, size in found if size < needed(stages)]
+    found = [(text, needed(rehearse())) for text, rehearse in others]
+    remedies = [f"{text} needs {show(size)}" for text, size in found if size < least]
     return BudgetError(
-        f"memory_budget of {show(budget)} cannot be kept, and nothing was trained: stage {name!r} needs {show(needed(stages))} "
-        f"even with a micro-batch of {worst.at_once} images ({takes}). What would help: a budget of {show(needed(stages))}"
+        f"memory_budget of {show(budget)} cannot be kept, and nothing was trained: stage {name!r} needs {show(least)} "
+        f"even with a micro-batch of {worst.at_once} images ({takes}). What would help: a budget of {show(least)}"
         + "".join(f"; {remedy}" for remedy in remedies)
     )
