@@ -412,6 +412,8 @@ class TestAnswers:
         assert asked.count("1") >= 7, "rounding to whole grey levels may turn one"
         with pytest.raises(ClassError, match="'moon'"):
             learnt.dream(1, ["moon"], progress=False)
+        learnt.rename({"0": "caf\xe9"})
+        assert learnt.dream(1, "cafe\u0301", progress=False).shape == (1, 3, 16, 16), "the same name in another form"
         with pytest.raises(SettingError, match="n=0; it must be a whole number, 1 or more"):
             learnt.dream(0, progress=False)
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from edge_dfcil.dreaming.inversion import Dreamer, Pool, make_pool
 from edge_dfcil.dreaming.pixels import paint
 from edge_dfcil.errors import SettingError
-from edge_dfcil.model import labels
 from edge_dfcil.model.model import Model
 from edge_dfcil.recipe import Recipe
 from edge_dfcil.results import MemoryPlan, StageReport
@@ -46,12 +45,11 @@ class Dreaming(GeneratingWork):
 
     def __init__(self, model: Model, recipe: Recipe, n: int, classes: Sequence[str] | None, quality: str) -> None:
         model.check_answering()
-        chosen = labels.asked(classes) if classes is not None else list(model.classes)
+        chosen = model.known(classes) if classes is not None else set(model.classes)
         if not chosen:
             raise SettingError(f"classes={classes!a:.80}; ask for images of at least one class")
         if not is_one_of(quality, ("fast", "best")):
             raise SettingError(f"quality={quality!a:.80}; choose 'fast' or 'best'")
-        labels.outputs_of({name: name for name in chosen}, model.classes)
         self._model, self._recipe, self._n, self._quality = model, recipe, whole_number("n", n), quality
         self._wanted = [output for output, name in enumerate(model.outputs) if name in chosen]
         self._pool: Pool | None = None

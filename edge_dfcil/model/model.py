@@ -85,9 +85,9 @@ class Model(FromHub):
             made = backbones.create_or_copy(backbone, weights)
             size = check_image_size(made.default_image_size if image_size is None else image_size)
             network = _network(made.module, size, multiscale)
-            given = check_statistics(mean, std) or check_statistics(made.mean, made.std)
-            if given is not None:
-                network.set_statistics(*given)
+        given = check_statistics(mean, std) or check_statistics(made.mean, made.std)
+        if given is not None:
+            network.set_statistics(*given)
         name = backbone if isinstance(backbone, str) else None
         trained = len(untouched(made.module)) < len(batchnorm_layers(made.module))
         model = cls(network.requires_grad_(False).eval(), (), name, given is not None, pretrained=trained)
@@ -274,11 +274,11 @@ class Model(FromHub):
         return self.calibration.temperature if self.calibration is not None else 1.0
 
     @property
+    @devices.cpu_by_default()
     def thresholds(self) -> tuple[float, ...]:
         """The threshold of rejection of each class; empty where there are none."""
         return self.calibration.of_classes(self.groups) if self.calibration is not None else ()
 
-    @devices.cpu_by_default()
     def predict(self, images: Any, top_k: int = 1, reject: bool = False) -> list[Prediction]:
         """The `top_k` most probable classes of each image, best first; `images` as for `probabilities`.
 
@@ -368,7 +368,7 @@ class Model(FromHub):
 
         Raises `ClassError` for a name that is not known, or when no class would be left.
         """
-        gone = self._known(names)
+        gone = self.known(names)
         keep = [output for output, name in enumerate(self.outputs) if name not in gone]
         if not keep:
             raise ClassError("every class would be forgotten; delete the model file instead")
@@ -386,7 +386,7 @@ class Model(FromHub):
         """
         if not isinstance(names, Mapping):
             raise ClassError(f"names={names!a:.80} is a {type(names).__name__}; pass {{old name: new name}}")
-        found = {self._known([old]).pop(): labels.clean_name(new) for old, new in names.items()}
+        found = {self.known([old]).pop(): labels.clean_name(new) for old, new in names.items()}
         labels.check_names([found.get(name, name) for name in self.classes])  # none twice
         return self._named(found)
 
@@ -396,7 +396,7 @@ class Model(FromHub):
 
         Raises `ClassError` for a name that is not known, and when `into` is a class that is not among them.
         """
-        gone, name = self._known(names), labels.clean_name(into)
+        gone, name = self.known(names), labels.clean_name(into)
         if name in self.classes and name not in gone:
             raise ClassError(f"{name!r} is a class already; name it among those that are merged")
         model = self._named(dict.fromkeys(gone, name))
@@ -405,7 +405,8 @@ class Model(FromHub):
     def _named(self, names: Mapping[str, str]) -> Model:
         return replace(self, tasks=tuple(tuple(names.get(name, name) for name in task) for task in self.tasks))
 
-    def _known(self, names: str | Iterable[str]) -> set[str]:
+    def known(self, names: str | Iterable[str]) -> set[str]:
+        """The classes of these names, as the model spells them. Raises `ClassError` for a name that is not known."""
         found = labels.asked(names)
         return {self.classes[index] for index in labels.outputs_of({name: name for name in found}, self.classes).values()}
 
