@@ -479,9 +479,8 @@ class Verbs:
             self._fill(draw, tree.joinpath(*inside))
         options = draw.choice([["learn", "--model", str(self.file)], ["evaluate", str(self.file)], ["audit", str(self.file)]])
         given = {"learn": [str(tree)], "evaluate": [str(tree)], "audit": ["--members", str(tree), "--non-members", str(tree)]}
-        size = ["--batch-size", draw.choice(["2", "32", "0", "x"])]
-        extra = size if options[0] != "audit" and draw.random() < 0.2 else []
-        extra = extra + draw.choice([[], [], ["--relearn"], ["--strict"]]) if options[0] == "learn" else []
+        size = ["--batch-size", draw.choice(["2", "32", "0", "x"])] if draw.random() < 0.2 else []
+        extra = [*size, *draw.choice([[], [], ["--relearn"], ["--strict"]])] if options[0] == "learn" else []
         _invoke([*options, *given[options[0]], *extra])
         Model.load(self.file, "cpu")
 
