@@ -25,7 +25,7 @@ from exporters.timing import in_turns, session
 FILE = "formats.json"
 CLASSES = 10  # of the class order that the model was learnt with
 # Of formats beside ONNX: the module that reads a file, as `run` of `exporters.formats` takes it.
-READERS = {"executorch": "executorch.runtime", "litert": "ai_edge_litert.interpreter"}
+READERS = {"coreml": "coremltools", "executorch": "executorch.runtime", "litert": "ai_edge_litert.interpreter"}
 
 
 def run(data: Data, model: Path, say: Callable[[str], None], rounds: int = 40) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class ExportOptions(TypedDict, total=False):
     evaluation: Any | None
     classes: Classes | None
     force: bool
+    unchecked: bool
 
 
 class Exporting(PlainWork):
@@ -78,6 +79,8 @@ class Exporting(PlainWork):
         Names by target value for `evaluation`; None takes its data set's.
     force
         Whether an INT8 file is written that is not faster than floats on this machine.
+    unchecked
+        Whether a file is written that nothing on this machine can read, and so compare with the model: Core ML outside macOS.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Exporting(PlainWork):
         evaluation: Any | None = None,
         classes: Classes | None = None,
         force: bool = False,
+        unchecked: bool = False,
     ) -> None:
         if quantize is not None and not is_one_of(quantize, ("int8",)):
             raise ExportError(f"quantize={quantize!a:.80} is no form of quantization; pass None or 'int8'")
@@ -108,7 +112,7 @@ class Exporting(PlainWork):
         registry.check_target(path, source)
         self._model, self._recipe, self._path, self._format, self._source = model, recipe, path, format, source
         self._input = input
-        self._force = force
+        self._force, self._unchecked = force, unchecked
         self._seed, self._calibration, self._evaluation, self._classes = seed, calibration, evaluation, classes
         count = max(MIN_CALIBRATION, 8 * len(model.classes))
         self._dreaming = Dreaming(model, recipe, count, None, "fast") if quantize else None
@@ -141,6 +145,8 @@ class Exporting(PlainWork):
             options = {"int8": self._int8(self._dreaming.pool), "on_batch": lambda done, total: session.check()}
         if self._input != "fixed":  # which formats of others need not know
             options |= {"input": self._input, "fit": lambda images, size: fit(torch.from_numpy(images), size).numpy()}
+        if self._unchecked:
+            options["unchecked"] = True
         return exporters.export(
             Merged(model).cpu().eval(),
             self._path,

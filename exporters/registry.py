@@ -30,11 +30,8 @@ from exporters.values import is_one_of
 if TYPE_CHECKING:
     from torch import nn
 
-_CORE_ML = (
-    "Core ML answers on Apple's systems alone, so that a file could not be checked here; ONNX Runtime and ExecuTorch (.pte) run "
-    "on iOS and macOS"
-)
-_HINTS = {".mlpackage": _CORE_ML, ".mlmodel": _CORE_ML}  # what to do instead, by the ending of a file that no format writes
+# What to do instead, by the ending of a file that no format writes.
+_HINTS = {".mlpackage": "a Core ML package is a folder; write the form of Core ML that is one file, .mlmodel"}
 MAX_HEADER = 100_000_000  # bytes; no safetensors file has more
 
 
@@ -74,7 +71,8 @@ class Artifact:
         The bytes of the file.
     max_difference
         Largest difference of a probability from the classifier's: every exporter compares before it returns, most simply with
-        `exporters.checks.max_difference`.
+        `exporters.checks.max_difference`. None where the format answers on other systems alone, and the caller asked for a file
+        that is not compared.
     format
         What the report calls it; empty takes the format's name.
     input
@@ -84,7 +82,7 @@ class Artifact:
     """
 
     content: bytes
-    max_difference: float
+    max_difference: float | None
     format: str = ""
     input: str = "fixed"
     opset: int | None = None
@@ -108,7 +106,8 @@ class ExportReport:
     bytes
         Size of the file.
     max_difference
-        Largest difference of a probability between the file and the model, over all images it was checked with.
+        Largest difference of a probability between the file and the model, over all images it was checked with; None for a file
+        that was not checked, since nothing here can read it.
     float_bytes
         Size that the file would have without quantization.
     agreement
@@ -129,7 +128,7 @@ class ExportReport:
     classes: int
     image_size: int
     bytes: int
-    max_difference: float
+    max_difference: float | None
     source_sha256: str
     seconds: float
     float_bytes: int
@@ -267,7 +266,7 @@ def export(
     temperature, thresholds
         Kept in the file's metadata, for rejection; C thresholds, or none.
     **options
-        The format's own: for ONNX `int8`, `on_batch`, `input` and `fit`, see `exporters.onnx.to_onnx`.
+        The format's own: for ONNX `int8`, `on_batch`, `input` and `fit`, see `exporters.onnx.to_onnx`; for Core ML `unchecked`.
 
     Raises
     ------

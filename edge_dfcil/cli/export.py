@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 @click.option("--quantize", type=click.Choice(["int8"]), help="A quarter of the size, calibrated on dreams.")
 @click.option("--calibration", type=PATH, metavar="IMAGES", help="For int8: calibrate on these pictures.")
 @click.option("--force", is_flag=True, help="For int8: write it even if it is not faster than floats on this machine.")
+@click.option("--unchecked", is_flag=True, help="Write a file that nothing on this machine can read: Core ML outside macOS.")
 @EVALUATION
 @recipe_options
 @MODULE
@@ -56,6 +57,7 @@ def command(
     quantize: str | None,
     calibration: Path | None,
     force: bool,
+    unchecked: bool,
     evaluation: Path | None,
     recipe: str | None,
     changes: dict[str, str],
@@ -80,14 +82,15 @@ def command(
         calibration=loader_of(calibration, learner, strict),
         evaluation=loader_of(evaluation, learner, strict),
         force=force,
+        unchecked=unchecked,
     )
     answer(report.to_dict(), as_json, _lines(report, out))
 
 
 def _lines(report: ExportReport, out: Path) -> list[str]:
-    lines = [
-        f"{out}: {report.classes} classes, {report.bytes} bytes, probabilities within {report.max_difference:.1g} of the model's"
-    ]
+    difference = report.max_difference
+    compared = "not compared with the model" if difference is None else f"probabilities within {difference:.1g} of the model's"
+    lines = [f"{out}: {report.classes} classes, {report.bytes} bytes, {compared}"]
     if report.input == "any":
         lines.append(f"takes images of every size, and scales and crops them to {report.image_size} x {report.image_size} pixels")
     if report.speedup is not None:
