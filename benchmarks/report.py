@@ -156,11 +156,12 @@ def few_images(found: dict[str, dict[str, Results]]) -> str:
         preset, _, number = name.partition(FEW)
         if number and UNEVEN not in name:
             presets[preset][int(number)] = methods
-            presets[preset][PRESETS[preset].per_class or 0] = found.get(preset, {})
+            presets[preset][PRESETS[preset].per_class or 0] = found.get(preset, {})  # 0: all images, which have no column
     numbers = sorted({number for runs in presets.values() for number in runs if number})
     rows = []
     for preset, runs in presets.items():
-        for method in dict.fromkeys(method for number in sorted(runs) for method in runs[number] if number < max(runs)):
+        own = PRESETS[preset].per_class or 0
+        for method in dict.fromkeys(method for number in sorted(runs) for method in runs[number] if number != own):
             cells = [runs.get(number, {}).get(method) for number in numbers]
             rows.append([preset, method, *(marked(results) if results else "" for results in cells)])
     head = ["final accuracy, %, by images of a class", "method", *map(str, numbers)]

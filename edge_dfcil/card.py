@@ -91,7 +91,8 @@ def _use(model: Model, name: str, exported: ExportReport | None) -> Iterator[str
         "",
         f"`Learner.from_pretrained({argument})` gives a learner, which learns more classes with `learn_task(loader)`.",
     )
-    if exported is not None and exported.max_difference is not None:
+    if exported is not None:
+        assert exported.max_difference is not None  # an ONNX file is always compared
         sizes = "images of every size" if exported.input == "any" else f"squares of {exported.image_size} pixels"
         yield from (
             "",

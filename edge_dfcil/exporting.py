@@ -143,7 +143,8 @@ class Exporting(PlainWork):
         model, options = self._model, dict[str, Any]()
         if self._dreaming is not None:
             options = {"int8": self._int8(self._dreaming.pool), "on_batch": lambda done, total: session.check()}
-        if self._input != "fixed":  # which formats of others need not know
+        # Formats need not know the options that they do not have.
+        if self._input != "fixed":
             options |= {"input": self._input, "fit": lambda images, size: fit(torch.from_numpy(images), size).numpy()}
         if self._unchecked:
             options["unchecked"] = True

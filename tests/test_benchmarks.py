@@ -384,6 +384,18 @@ def test_a_task_that_failed_and_a_run_above_its_budget_are_told() -> None:
     assert "|  |  | 130 (1.00), 1 of 2 refused | failed |" in short, "what was not run is empty, not refused"
 
 
+def test_few_images_has_a_row_for_each_method_that_was_run_with_few() -> None:
+    found = report.read(accuracy.RESULTS)
+    whole, few = "edge-5x4", "edge-5x4-per_class=150"
+    name, results = next(iter(found[few].items()))
+    others = {other: runs for other, runs in found[whole].items() if other != name}
+    assert others
+    rows = [
+        row for row in report.few_images({whole: others, few: {name: results}}).splitlines() if row.startswith(f"| {whole} |")
+    ]
+    assert len(rows) == 1 and f"| {name} | {report.marked(results)} |" in rows[0]
+
+
 def test_committed_figures_come_from_committed_files() -> None:
     """The README of the results is what the report makes of them now."""
     text = (accuracy.RESULTS / "README.md").read_text()

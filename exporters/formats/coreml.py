@@ -3,8 +3,6 @@ pixels; it gives `probabilities`, by class name, and `class`, the name of the la
 
 from __future__ import annotations
 
-import contextlib
-import io
 import sys
 import tempfile
 from pathlib import Path
@@ -34,7 +32,8 @@ def to_coreml(classifier: nn.Module, about: About, *, unchecked: bool = False) -
 
     Raises `ExportError` when the file cannot be made, cannot be compared, or disagrees with the classifier.
     """
-    if sys.platform != "darwin" and not unchecked:
+    answers = sys.platform == "darwin"
+    if not answers and not unchecked:
         raise ExportError(
             "Core ML answers on macOS alone, so that the file cannot be compared with the model here. Nothing was written. "
             "Export on a Mac, or pass unchecked=True (--unchecked) and compare its answers there yourself"
@@ -42,8 +41,10 @@ def to_coreml(classifier: nn.Module, about: About, *, unchecked: bool = False) -
     coremltools = needed("coremltools", NAME)
     with tracing(NAME):
         content = _converted(classifier, about, coremltools)
-        answer = run(content, coremltools) if sys.platform == "darwin" else None
-    return Artifact(content, None if answer is None else max_difference(one_by_one(answer), classifier, about.image_size))
+        if not answers:
+            return Artifact(content, None)
+        answer = run(content, coremltools)
+    return Artifact(content, max_difference(one_by_one(answer), classifier, about.image_size))
 
 
 def _converted(classifier: nn.Module, about: About, coremltools: Any) -> bytes:
@@ -52,17 +53,16 @@ def _converted(classifier: nn.Module, about: About, coremltools: Any) -> bytes:
     shape = (1, 3, about.image_size, about.image_size)
     # The converter reads the trace's uint8 images as the floats from 0 to 255 that Core ML makes of pixels.
     traced = torch.jit.trace(serving(classifier), torch.zeros(shape, dtype=torch.uint8))
-    with contextlib.redirect_stderr(io.StringIO()):  # bars of progress
-        made = coremltools.convert(
-            traced,
-            convert_to="neuralnetwork",  # one file; an ML program is a folder
-            inputs=[coremltools.ImageType(name="image", shape=shape, color_layout=coremltools.colorlayout.RGB)],
-            outputs=[coremltools.TensorType(name="probabilities")],
-            classifier_config=coremltools.ClassifierConfig(
-                list(about.classes), predicted_feature_name="class", predicted_probabilities_output="probabilities"
-            ),
-            skip_model_load=True,
-        )
+    made = coremltools.convert(  # its progress stays on stderr: redirecting that would hide what other threads write
+        traced,
+        convert_to="neuralnetwork",  # one file; an ML program is a folder
+        inputs=[coremltools.ImageType(name="image", shape=shape, color_layout=coremltools.colorlayout.RGB)],
+        outputs=[coremltools.TensorType(name="probabilities")],
+        classifier_config=coremltools.ClassifierConfig(
+            list(about.classes), predicted_feature_name="class", predicted_probabilities_output="probabilities"
+        ),
+        skip_model_load=True,
+    )
     made.user_defined_metadata.update(metadata(about, "edge-dfcil/coreml/1"))
     content: bytes = made.get_spec().SerializeToString()
     return content
