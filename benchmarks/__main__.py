@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from benchmarks import accuracy, audits, datasets, memory_tables, pages, runners, steps, trust, workshop_tables
+from benchmarks import accuracy, audits, datasets, memory_tables, pages, runners, steps, trials, trust, workshop_tables
 from benchmarks import formats as forms
 from benchmarks import images as photographs
 from benchmarks import int8 as int8s
@@ -316,6 +316,18 @@ def run_formats(data: Path, model: Path, out: Path) -> None:
     found = forms.run(datasets.load(data), model, lambda line: click.echo(line, err=True))
     (out / forms.FILE).write_text(json.dumps(found, indent=1) + "\n")
     click.echo(forms.describe(found))
+
+
+@main.command("trials")
+@DATA
+@click.option("--seeds", default="0", show_default=True, help="Numbers, with commas between; the class order follows them.")
+@RESULTS
+def run_trials(data: Path, seeds: str, out: Path) -> None:
+    """ABD with one part of another method each; a stopped run continues from the last finished trial."""
+    out.mkdir(parents=True, exist_ok=True)
+    for seed in map(int, seeds.split(",")):
+        trials.run(datasets.load(data), seed, out, click.echo)
+    click.echo(trials.describe(out))
 
 
 @main.command("trust")

@@ -23,6 +23,7 @@ from benchmarks import (
     rejection,
     speed,
     tables,
+    trials,
     trust,
     workshop,
     workshop_tables,
@@ -117,6 +118,8 @@ def write(folder: Path) -> str:
         parts += ["## Imbalance", uneven]
     if both := candidates.describe(found):
         parts += ["## Instant and adapted", both]
+    if parts_tried := trials.describe(folder):
+        parts += ["## Parts of other methods", parts_tried]
     if timed := measured_all(folder, speed.FILE):
         parts += ["## Speed", *map(speed.describe, timed)]
     if (steps := measured(folder / precision.FILE)) is not None:

@@ -27,11 +27,14 @@ from benchmarks import (
     memory_tables,
     rejection,
     report,
+    trials,
     workshop_tables,
 )
 from benchmarks.__main__ import main
 from benchmarks.datasets import Data, class_order, load, pack
 from edge_dfcil import DataError, Learner, Recipe, SettingError
+from edge_dfcil.dreaming import objective
+from edge_dfcil.recipe import dotted, find_recipe
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,24 @@ def test_a_stopped_run_goes_on_and_ends_the_same(
     assert [path.suffix for path in whole.iterdir() if path.name.startswith(".")] == []
     (written,) = whole.glob("*.json")
     assert json.loads(written.read_text()) == json.loads(json.dumps(expected))
+
+
+@pytest.mark.slow
+def test_every_trial_begins_with_the_same_model_and_learns_otherwise(data: Data, tmp_path: Path) -> None:
+    recipe = find_recipe("edge").changed(dotted(QUICK))
+    names = [name for name in trials.TRIALS if name != "twice as many dreams"]
+    first = trials.run(data, 0, tmp_path, print, names[:1], TINY, recipe)
+    found = trials.run(data, 0, tmp_path, print, names, TINY, recipe)
+    assert found["trials"][names[0]] == first["trials"][names[0]]
+    assert list(found["trials"]) == names
+    text = trials.describe(tmp_path)
+    assert all(f"| {name} |" in text for name in names) and "twice as many" not in text
+    statistics = [tuple(torch.ones(2) for _ in range(4))]
+    with trials.averaged_statistics():
+        objective.statistics_alignment(statistics)  # type: ignore[arg-type]
+        other = [(torch.ones(2), torch.ones(2), torch.zeros(2), torch.ones(2))]
+        averaged = float(objective.statistics_alignment(other))
+    assert 0 < averaged < float(objective.statistics_alignment(other))
 
 
 @pytest.mark.slow
