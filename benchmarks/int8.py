@@ -22,7 +22,7 @@ from exporters import ExportError, Int8
 from exporters import int8 as ways
 
 FILE = "int8.json"
-BACKBONES = {"mobilenet_v3_small": (6, 500), "efficientnet_b0": (20, 500)}  # epochs, and training images a class
+BACKBONES = {"mobilenet_v3_small": (6, 500), "efficientnet_b0": (12, 500)}  # epochs, and training images a class
 CLASSES, IMAGE_SIZE, CALIBRATION = 10, 64, 60  # CALIBRATION: training images a class
 
 
