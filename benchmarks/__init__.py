@@ -1,1 +1,1 @@
-"""Is it as good as we say: protocols, yardsticks and results. `python -m benchmarks --help`."""
+"""Measurements of the package: protocols, yardsticks and results. `python -m benchmarks --help`."""

@@ -1,4 +1,4 @@
-"""What a model reveals of its training images: the audit after all tasks of a preset, with and without class statistics."""
+"""What a model reveals about its training images: the audit after all tasks of a preset, with and without class statistics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edge_dfcil.privacy.audit import audit
 from edge_dfcil.recipe import dotted, find_recipe
 
 RECIPES = "frozen,strict"
-DREAMS = 20  # a class
+DREAMS = 20  # per class
 
 
 def run(
@@ -29,7 +29,7 @@ def run(
     changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Learns all tasks, and returns what the audit finds with all training images and all test images of the classes. A result
-    that `out` holds already is returned as it is."""
+    that is already in `out` is returned unchanged."""
     settings = find_recipe(recipe).changed(dotted(protocol.changes) | dotted(changes or {}))
     changed = accuracy.tag_of(changes)
     path = out / f"audit-{protocol.name}-{recipe}.{settings.version}{changed}-{seed}.json"
@@ -55,7 +55,7 @@ def run(
         "audit": {name: value for name, value in made.items() if name not in ("kept", "classes")},
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
-    return run(protocol, recipe, seed, data, out, changes=changes)  # as a reader has it
+    return run(protocol, recipe, seed, data, out, changes=changes)  # as it is read from the file
 
 
 def run_all(
@@ -68,7 +68,7 @@ def run_all(
     say: Callable[[str], None],
     changes: dict[str, Any] | None = None,
 ) -> None:
-    """Every protocol with every recipe and seed; a line each."""
+    """Runs every protocol with every recipe and seed; says one line for each."""
     for protocol in protocols:
         data = load(protocol)
         for recipe in recipes:

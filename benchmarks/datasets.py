@@ -32,7 +32,7 @@ class Part:
     shuffle: bool
 
     def few(self, n: int | Mapping[int, int], seed: int) -> Part:
-        """At most `n` images of each class, or as many as `n` has for its target, drawn by a seed."""
+        """At most `n` images of each class (`n[target]` if `n` is a mapping), drawn with a seed."""
         draw = torch.Generator().manual_seed(seed)
         shuffled = torch.randperm(len(self.targets), generator=draw)
         most = {target: n if isinstance(n, int) else n[target] for target in self.targets.unique().tolist()}
@@ -71,8 +71,8 @@ def load(path: Path, dataset: str = "cifar100", image_size: int = 32) -> Data:
     Parameters
     ----------
     path
-        An .npz of the form above or made by `pack`; a folder with `DATASET.npz` in it; the folder that holds torchvision's
-        `cifar-100-python`; or a folder with `train` and `test`, each of which holds a folder of pictures a class.
+        An .npz with the arrays of `Data` or made by `pack`; a folder with `DATASET.npz` in it; the folder that contains
+        torchvision's `cifar-100-python`; or a folder with `train` and `test`, each with a folder of pictures for each class.
     image_size
         For folders of pictures: the side to which they are scaled and cropped.
 
@@ -88,8 +88,8 @@ def load(path: Path, dataset: str = "cifar100", image_size: int = 32) -> Data:
         if all((folder / part).is_dir() for part in PARTS):
             return _folders(folder, image_size)
     raise DataError(
-        f"{path} holds no {dataset}.npz, no folder of torchvision's CIFAR-100 and no folders train/ and test/ with a folder "
-        "of pictures a class"
+        f"{path} contains no {dataset}.npz, no folder of torchvision's CIFAR-100 and no folders train/ and test/ with a folder "
+        "of pictures for each class"
     )
 
 
@@ -124,7 +124,7 @@ def _folders(path: Path, image_size: int) -> Data:
         loader = open_folder(path / part, image_size, batch_size=256, shuffle=False).loader
         found: list[str] = cast(Any, loader.dataset).classes
         if names is not None and found != names:
-            raise DataError(f"{path / part} holds other classes than {path / PARTS[0]}")
+            raise DataError(f"{path / part} contains other classes than {path / PARTS[0]}")
         names = found
         batches = list(loader)
         arrays[f"{part}_x"] = torch.cat([images for images, _ in batches]).permute(0, 2, 3, 1).numpy()
@@ -139,11 +139,11 @@ def class_order(n: int, run: int) -> list[int]:
     return order
 
 
-# Packing: CIFAR-100 is 184 MB of pixels, and 92 MB with the best lossless coding that we know. To move it to a machine that
-# accepts no more than 60 MiB, training images become JPEG without chroma subsampling, whose 8x8 blocks stay inside a 32x32
-# image; test images stay exact.
+# Packing: CIFAR-100 is 184 MB of pixels, and 92 MB with the best lossless coding that we know. To fit into a limit such as
+# 60 MiB, training images become JPEG without chroma subsampling, whose 8x8 blocks stay inside a 32x32 image; test images stay
+# exact.
 
-COLUMNS = 100  # images a row of a sheet
+COLUMNS = 100  # images per row of a sheet
 
 
 def pack(data: Data, path: Path, limit: int) -> str:
@@ -164,7 +164,7 @@ def pack(data: Data, path: Path, limit: int) -> str:
 
 
 def _sheet(images: np.ndarray, form: str, **settings: object) -> np.ndarray:
-    """Images (N, S, S, 3) as one coded sheet a thousand, one after the other, with their lengths in front."""
+    """Images (N, S, S, 3) as coded sheets of a thousand images each, one after the other, with their lengths in front."""
     size, coded = images.shape[1], []
     for begin in range(0, len(images), COLUMNS * 10):
         part = images[begin : begin + COLUMNS * 10]

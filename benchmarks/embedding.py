@@ -38,9 +38,9 @@ class Probe(Callback):
     Attributes
     ----------
     mid
-        From old real images "to_new_real" and "to_old_synthetic"; empty for methods that do not dream.
+        MID from old real images, "to_new_real" and "to_old_synthetic"; empty for methods that do not dream.
     seconds
-        Time that reading took.
+        Time that reading the features took.
     """
 
     def __init__(self, old: Part, new: Part) -> None:
@@ -75,7 +75,7 @@ class Probe(Callback):
         self.seconds = time.perf_counter() - begin
 
     def on_exit(self) -> None:
-        self._task = None
+        self._work = None
 
     def save(self, path: Path) -> None:
         """Some features of each set, in half precision, for the picture."""

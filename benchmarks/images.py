@@ -1,4 +1,4 @@
-"""Does an app get the model's answers for photographs of every size, by each way in which it may scale them."""
+"""Whether an app gets the model's answers for photographs of every size, with each way of scaling them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from exporters.timing import session
 FILE = "images.json"
 PRESET = "pretrained-signs"
 GRAPH, CLASSIFIER = 'ONNX file, input="any"', "`OnnxClassifier`"
-# Height and width: of cameras, of cuttings, of thumbnails; high and wide, even and odd.
+# Heights and widths of camera photographs, crops and thumbnails; portrait and landscape, even and odd.
 SIZES = (
     *((96, 96), (64, 64), (100, 100), (97, 131), (48, 80), (120, 160), (160, 120), (192, 192), (224, 224), (240, 320)),
     *((320, 240), (256, 341), (333, 500), (500, 333), (375, 500), (480, 640), (640, 480), (480, 854), (300, 900), (900, 300)),
@@ -41,16 +41,16 @@ Resize = Callable[[Image.Image, tuple[int, int]], npt.NDArray[np.uint8]]  # to (
 def run(
     data: Path, model: Path | None, say: Callable[[str], None], sizes: tuple[tuple[int, int], ...] = SIZES, per_size: int = 10
 ) -> dict[str, Any]:
-    """What every way of scaling answers beside `Learner.predict`.
+    """Compares the answers of every way of scaling with those of `Learner.predict`.
 
     Parameters
     ----------
     data
-        A folder with train/ and test/, each of which holds a folder of pictures a class, or the folder that it lies in.
+        A folder with train/ and test/, each with a folder of pictures for each class, or the folder that contains it.
     model
-        A file that knows these classes by the names of their folders; None learns `PRESET` first.
+        A model file whose classes have the names of these folders; None learns `PRESET` first.
     per_size
-        Photographs of each size; each test picture is used once, as far as they go.
+        Photographs of each size; none of the test pictures is used twice before all are used.
     """
     folder = data / "sign_digits" if (data / "sign_digits").is_dir() else data
     learner = Learner.load(model, "cpu") if model is not None else _learnt(data, say)
@@ -107,10 +107,10 @@ def _learnt(data: Path, say: Callable[[str], None]) -> Learner:
 
 
 def _pictures(folder: Path) -> Iterator[tuple[str, Image.Image]]:
-    """Pictures of all classes in turns, with the names of their classes, again and again."""
+    """Pictures of all classes in turns, with the names of their classes, without end."""
     classes = {path.name: sorted(file for file in path.iterdir() if file.is_file()) for path in sorted(folder.iterdir())}
     if not classes or not all(classes.values()):
-        raise DataError(f"{folder} should hold a folder of pictures for each class")
+        raise DataError(f"{folder} must contain a folder of pictures for each class")
     number = 0
     while True:
         for name, files in classes.items():
@@ -152,7 +152,7 @@ def _ways(learner: Learner, folder: Path) -> dict[str, Way]:
 
 
 def _resizes() -> dict[str, Resize]:
-    """Those of the libraries that apps use."""
+    """The resize functions of the libraries that apps use."""
 
     def pillow(kind: Image.Resampling) -> Resize:
         return lambda photo, size: np.asarray(photo.resize(size, kind))
@@ -194,7 +194,7 @@ def _beside(found: Probabilities, expected: Probabilities, truth: list[int], sha
 
 
 def describe(found: dict[str, Any]) -> str:
-    """The findings as Markdown, a row a way."""
+    """The findings as Markdown, a row for each way."""
     sizes = list(next(iter(found["ways"].values()))["largest_by_size"])
     text = (
         f"{found['photographs']} photographs of {len(sizes)} sizes, {sizes[0]} to {sizes[-1]}, made of test pictures of "

@@ -1,4 +1,4 @@
-"""How fast a classifier answers, in every form that it is shipped in; ratios of what was taken in turns in one run."""
+"""How fast a classifier answers, in every form in which it is shipped; ratios of times that are measured in turns in one run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(
     others
         Model files by a word for what they are ("pruned", "distilled").
     compiled
-        Whether torch.compile is among them; it takes a compiler and a minute.
+        Whether torch.compile is among them; it needs a compiler and takes a minute.
     """
     learner = Learner.load(model, "cpu")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The software and the machine of a run, and the most memory that it took."""
+"""The software and the machine of a run, and its peak memory."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def provenance(device: torch.device) -> dict[str, Any]:
 def commit(root: Path = ROOT) -> str | None:
     """The git commit of the code as 40 hex digits, with "-dirty" where code or settings differ from it.
 
-    Outside a git checkout: what the environment variable GIT_COMMIT says, such as on a machine that the files alone were
-    copied to; else None. Result files are not code: writing one does not make it dirty.
+    Outside a git checkout: the value of the environment variable GIT_COMMIT, for a copy of the files without git; None if it
+    is not set. Result files are not code: writing one does not make the commit dirty.
     """
-    if _git(root, "rev-parse", "--show-toplevel") != str(root.resolve()):  # not in git, or within a repository of others
+    if _git(root, "rev-parse", "--show-toplevel") != str(root.resolve()):  # not in git, or inside another repository
         return os.environ.get("GIT_COMMIT")
     found = _git(root, "rev-parse", "HEAD")
     return f"{found}-dirty" if found and _git(root, "status", "--porcelain", "--", *CODE) else found
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """What git prints; None if it is not there or fails."""
+    """What git prints; None if git is not installed or fails."""
     try:
         done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -60,8 +60,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": _processor(),
         "threads": torch.get_num_threads(),
-        # glibc's allocator returns freed memory and takes it again at every step, unless these variables say otherwise: on
-        # a CPU that takes time.
+        # glibc's allocator returns freed memory and takes it again at every step, unless these variables say otherwise. On a
+        # CPU that takes time.
         "allocator": {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")},
     }
 
@@ -75,7 +75,7 @@ def _processor() -> str:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forgets the peak so far, where the system can (Linux, CUDA); elsewhere the peak is that of the whole process."""
+    """Resets the peak, where the system can (Linux, CUDA); elsewhere the peak is that since the start of the process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif CLEAR.exists():
@@ -83,7 +83,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int:
-    """Most bytes held since `reset_peak`: of the process, or reserved on the CUDA device."""
+    """Peak bytes since `reset_peak`: resident in the process, or reserved on the CUDA device."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     if CLEAR.exists():

@@ -1,6 +1,6 @@
-"""Memory: what learning takes under a budget, beside its plan, and what replay takes for comparison.
+"""Memory: what learning takes under a budget, compared with its plan and with replay.
 
-Every run is a process of its own, or one for each task; what the meter says is checked against the kernel's count.
+Every run is a separate process, or one process per task; the meter's count is checked against the kernel's.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ STORED = 2000  # images of a replay
 
 @dataclass(frozen=True)
 class Cell:
-    """Some tasks learnt, and what they took.
+    """One run of the benchmark: some tasks, and how they are learnt.
 
     Attributes
     ----------
     kind
-        "budget", "accuracy", "replay" or "growth", all in one process; or "restarted": a process a task, as on the command
-        line, where libraries allocate again what they need.
+        "budget", "accuracy", "replay" or "growth", all in one process; or "restarted": one process per task, as on the command
+        line, where libraries allocate their memory again.
     images
-        Of each class; 0 takes all.
+        Training images of each class; 0 takes all.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class Cell:
 
 
 def cells(kinds: list[str]) -> Iterator[Cell]:
-    """All of them; those that are compared follow each other."""
+    """All cells of these kinds; those that are compared follow each other."""
     everything = [
         Cell("growth", "resnet20", 32, tasks=10, images=200, epochs=2, generator_steps=60),
         *(
@@ -92,7 +92,7 @@ def cells(kinds: list[str]) -> Iterator[Cell]:
 
 
 def run(chosen: list[Cell], data: Path, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Runs every chosen cell that the result file does not hold yet, each in a new process."""
+    """Runs every chosen cell that is not yet in the result file, each in a new process."""
     path = out / FILE
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cells": {}}
     for cell in chosen:
@@ -107,7 +107,7 @@ def run(chosen: list[Cell], data: Path, out: Path, say: Callable[[str], None]) -
 
 
 def in_processes(cell: Cell, data: Path) -> dict[str, Any]:
-    """One cell in a process of its own, or one for each task, which pass the model on in a file."""
+    """Runs one cell in a child process, or in one per task, which pass the model on in a file."""
     tasks = range(cell.tasks)
     parts = [range(task, task + 1) for task in tasks] if cell.kind == "restarted" else [tasks]
     learnt: list[dict[str, Any]] = []
@@ -124,7 +124,7 @@ def in_processes(cell: Cell, data: Path) -> dict[str, Any]:
 
 
 def measure(cell: Cell, data: Path, numbers: list[int], model: Path) -> dict[str, Any]:
-    """Some tasks of a cell, in this process, from the model in the file if there is one; leaves it there if more are to come."""
+    """Learns some tasks of a cell in this process. Starts from the model file if it exists; writes it if more tasks follow."""
     loaded = datasets.load(data, "cifar100" if cell.image_size == 32 else "tiny_imagenet_50")
     order = datasets.class_order(len(loaded.names), cell.seed)
     short = {"schedule.min_steps": 0, "refine.min_steps": 0, "refine.epochs": 1}

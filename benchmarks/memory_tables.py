@@ -38,7 +38,7 @@ def has_replay(found: dict[str, Any]) -> bool:
 
 
 def plot(found: dict[str, Any], figure: Any) -> None:
-    """Bytes at rest, and the most while learning, by image size; a line for each method."""
+    """Bytes at rest, and peak bytes while learning, by image size; a line for each method."""
     sizes = {"kept between tasks, MB (model included)": _at_rest, "most while learning, MB (no budget)": _highest}
     for axes, (title, size_of) in zip(figure.subplots(1, 2), sizes.items(), strict=True):
         for method in METHODS:
@@ -72,7 +72,7 @@ def _learnt(runs: Runs) -> Runs:
 
 
 def _highest(one: dict[str, Any]) -> int:
-    """The most bytes that a run ever took."""
+    """The peak bytes of a run."""
     return int(max(task["kernel_peak"] for task in one["tasks"]))
 
 
@@ -86,8 +86,8 @@ def _planned_and_reached(task: dict[str, Any]) -> tuple[int, int]:
 
 
 def _slower(runs: Runs, free: Runs) -> str:
-    """Seconds a step of the second task's learning, over those without a budget: same seed, same day, since another day may
-    have had another machine."""
+    """Seconds per step of the second task's learning, over those without a budget, of the same seed and day: on another day
+    the machine may have been another."""
     beside = {(cell.seed, one.get("day")): one for cell, one in free.items()}
     pairs = [(one, beside.get((cell.seed, one.get("day")))) for cell, one in runs.items()]
     ratios = [_step(one) / _step(other) for one, other in pairs if other is not None]
@@ -209,7 +209,7 @@ def _budgets_in_short(done: dict[str, Any]) -> str:
 
 
 def _in_short(runs: Runs, free: Runs) -> str:
-    """The most that was taken and how much slower a step was; or what happened instead, and to how many."""
+    """The peak and how much slower a step was; or how many runs were refused or failed."""
     learnt = _learnt(runs)
     slower = f" ({ratio})" if (ratio := _slower(learnt, free)) else ""
     cell = [f"{megabytes(max(map(_highest, learnt.values())))}{slower}"] if learnt else []
@@ -230,7 +230,7 @@ def _accuracy_in_short(done: dict[str, Any]) -> str:
 
 
 def _replay_in_short(done: dict[str, Any]) -> str:
-    """What is kept and what learning takes, beside replay, at the smallest and the largest size."""
+    """What is kept and what learning takes, compared with replay, at the smallest and the largest size."""
     sentences = []
     for backbone, size in (SIZES[0], SIZES[-1]):
         one = {cell.method: run for cell, run in _of(done, "replay", backbone=backbone, image_size=size).items()}

@@ -47,7 +47,7 @@ QUICK = Setting((("resnet8", 16),), 4, 1, recipe=RECIPE.changed({"schedule.first
 
 
 def run(data: Data, setting: Setting, say: Callable[[str], None], remark: str | None = None) -> dict[str, Any]:
-    """All of it, on the CPU; see `describe` for what it says."""
+    """Makes all measurements, on the CPU; see `describe` for what they say."""
     cpu = torch.device("cpu")
     found: dict[str, Any] = {"seconds": {}, "accuracy": {}, "remark": remark, "batch": setting.batch}
     for backbone, side in setting.backbones:
@@ -100,7 +100,7 @@ def _step(backbone: str, side: int, setting: Setting, computing: Computing) -> C
 
 
 def _accuracy(data: Data, setting: Setting, precision: str, seed: int) -> float:
-    """Of a first task, in [0, 1]."""
+    """Accuracy on a first task, in [0, 1]."""
     order = class_order(len(data.names), seed)[: setting.classes]
     learner = Learner(setting.accuracy_of, recipe=setting.recipe, precision=precision, device="cpu", seed=seed)
     learner.learn_task(data.part("train", order, setting.batch).few(setting.per_class, seed), data.names, progress=False)
@@ -108,7 +108,7 @@ def _accuracy(data: Data, setting: Setting, precision: str, seed: int) -> float:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """Times of a step as shares of the usual one's, and accuracy by precision."""
+    """Step times as shares of that with the usual settings, and accuracy by precision."""
     names = list(next(iter(found["seconds"].values())))
     rows = [
         [backbone, f"{1000 * seconds[names[0]]:.0f} ms", *(f"{seconds[name] / seconds[names[0]]:.2f}" for name in names[1:])]

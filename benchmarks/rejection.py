@@ -23,18 +23,18 @@ from exporters.rejection import margins, scores
 PRESETS = "pretrained-signs,pretrained-cifar,edge-5x4"
 RECIPE = "frozen"  # the recipe that calibrates, whatever the preset's own
 UNSEEN = 2  # tasks that are not learnt
-AT_ONCE = 250  # test images
+AT_ONCE = 250  # test images per batch
 
 Scores = dict[str, npt.NDArray[np.float64]]
-# By what an image is rejected, and how tables call it.
+# The scores by which images are rejected, with their names in tables.
 KINDS = {"margin": "score less threshold", "score": "centred logit", "logit": "max-logit", "softmax": "max-softmax"}
 
 
 def run(
     protocol: accuracy.Protocol, seed: int, data: Data, out: Path, device: str = "auto", changes: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Learns all tasks but the last two with the recipe `frozen`, and returns what the test images of both kinds give. A result
-    that `out` holds already is returned as it is."""
+    """Learns all tasks but the last two with the recipe `frozen`, and returns the figures on test images of known and of unseen
+    classes. A result that is already in `out` is returned unchanged."""
     path = out / f"rejection-{protocol.name}-{seed}.json"
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
@@ -64,7 +64,7 @@ def run(
 
 @torch.inference_mode()
 def _scores(model: Model, data: Data, classes: list[int]) -> Scores:
-    """Of the test images of some classes, by every kind."""
+    """The scores of the test images of some classes, by kind."""
     found: defaultdict[str, list[Any]] = defaultdict(list)
     for images, _ in data.part("test", classes, AT_ONCE):
         logits = model.network(images.to(model.device)).float()
@@ -101,7 +101,7 @@ def _calibration_errors(model: Model, data: Data, classes: list[int]) -> dict[st
 
 
 def read(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The results of a folder by protocol, one a seed."""
+    """The results of a folder by protocol, one for each seed."""
     found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(folder.glob("rejection-*.json")):
         result = json.loads(path.read_text())
@@ -147,7 +147,7 @@ def run_all(
     device: str,
     say: Callable[[str], None],
 ) -> None:
-    """Every protocol with every seed; a line each."""
+    """Runs every protocol with every seed; says one line for each."""
     for protocol in protocols:
         data = load(protocol)
         for seed in seeds:

@@ -1,4 +1,4 @@
-"""How fast each step is: ours and the published one in turns, in one run, at equal network, batch and generator."""
+"""How fast each step is: ours and the published one, timed in turns in one run, with equal network, batch and generator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AGREE = 1e-4  # equal mathematics: no term of ours differs from the published on
 
 
 def run(device: str, setting: Setting, say: Callable[[str], None]) -> dict[str, Any]:
-    """All of it; see `describe` for what it says."""
+    """Makes all measurements; see `describe` for what they say."""
     found_device = devices.find_device(device)
     bench = Bench(setting, found_device, setting.recipe)
     say("comparing the losses")
@@ -71,7 +71,7 @@ def edge_recipe(setting: Setting) -> Recipe:
 def agreement(bench: Bench) -> float:
     """Largest difference between a term of our loss and the published one, as a share of the whole loss, on the same
     weights, noise and images. Raises `AssertionError` when it is above `AGREE`."""
-    torch.backends.cudnn.allow_tf32, before = False, torch.backends.cudnn.allow_tf32  # ten bits would hide a difference
+    torch.backends.cudnn.allow_tf32, before = False, torch.backends.cudnn.allow_tf32  # TF32's ten bits would hide a difference
     try:
         worst = _difference(bench)
     finally:
@@ -81,7 +81,7 @@ def agreement(bench: Bench) -> float:
 
 
 def _difference(bench: Bench) -> float:
-    """The largest difference, at whatever precision the device is set to."""
+    """The largest difference, at the precision to which the device is set."""
     published, worst = bench.published(), 0.0
     student = copy.deepcopy(bench.student)
     ours = {"classifier": bench.classifier(student), "generator": bench.generator()}

@@ -29,7 +29,7 @@ from edge_dfcil.training.stage import StageSpec, StageState, Terms
 
 @dataclass(frozen=True)
 class Setting:
-    """What is timed. `n_old` classes are known, `n_new` come; `images` are a task's, for whole tasks."""
+    """What is timed: a step with `n_old` known and `n_new` new classes; `images` is the size of a whole task."""
 
     backbone: str
     batch: int
@@ -70,14 +70,14 @@ class Published:
 
 
 def classifier_of(network: Network) -> one_file.Classifier:
-    """A copy of a network as the one file has it."""
+    """A copy of a network in the form of the one-file demo."""
     contiguous: Any = torch.contiguous_format
     copied = copy.deepcopy(network).to(memory_format=contiguous).requires_grad_(True)
     return one_file.Classifier(copied.backbone, copied.head)
 
 
 def generator_of(generator: Generator) -> one_file.Generator:
-    """A generator of the one file with the same weights: it doubles first and then convolves."""
+    """A generator of the one-file demo with the same weights: it doubles first and then convolves."""
     other = one_file.Generator(generator.image_size, generator.latent, generator.width)
     other.load_state_dict(dict(zip(other.state_dict(), generator.state_dict().values(), strict=True)))
     return other.to(next(generator.parameters()).device)
@@ -122,7 +122,7 @@ class Bench:
         return Published(self.teacher, self.student, self.dreamer.generator)
 
     def classifier(self, student: Network | None = None, dreams: Dreams | None = None) -> StageSpec:
-        """Our learning stage, one step long; of this student and these dreams, if they are given."""
+        """Our learning stage, one step long; with this student and these dreams, if they are given."""
         task = self._task(self.student if student is None else student, Dreams.of(self.dreamer) if dreams is None else dreams)
         stage = base.learning_stage(task, ABD())
         assert isinstance(stage, StageSpec)
@@ -155,7 +155,7 @@ class Bench:
 
 
 def in_turns(steps: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each step, all of them taken once a round. The first round warms up and is not counted."""
+    """Median seconds of each step; each round takes all of them once. The first round warms up and is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, step in steps.items():

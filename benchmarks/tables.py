@@ -7,14 +7,14 @@ from statistics import mean, stdev
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A line a row; short rows are filled up with empty cells. Empty if there is no row."""
+    """A Markdown table; short rows are filled up with empty cells. Empty if there is no row."""
     filled = [[*row, *[""] * (len(head) - len(row))] for row in rows]
     lines = [f"| {' | '.join(line)} |" for line in (head, *filled)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) if rows else ""
 
 
 def percent(share: float | None) -> str:
-    """With one decimal, without the sign; empty for None."""
+    """A share as a percentage with one decimal, without the sign; empty for None."""
     return "" if share is None else f"{100 * share:.1f}"
 
 
@@ -25,5 +25,5 @@ def over_seeds(values: Sequence[float], times: float = 1) -> str:
 
 
 def megabytes(size: float) -> str:
-    """Whole ones, without the unit."""
+    """Bytes as whole megabytes, without the unit."""
     return f"{size / 1e6:.0f}"

@@ -46,7 +46,7 @@ class FeatureMatrix(ABD):
 
 
 class PlainDistillation(ABD):
-    """Mean squared difference of features, as heavily weighted as with a projector."""
+    """Mean squared difference of features, with the same weight as `Projector`."""
 
     times = 10.0
 
@@ -77,7 +77,7 @@ class Projector(PlainDistillation):
 
 
 class SeparatePasses(ABD):
-    """Real and generated images pass the student apart, so that BatchNorm mixes no statistics (Gao et al., ECCV 2022)."""
+    """Real and generated images pass the student separately, so that BatchNorm mixes no statistics (Gao et al., ECCV 2022)."""
 
     def loss(self, task: Task, batch: Batch) -> Terms:
         apart: Any = _Apart(task.student, len(batch))
@@ -128,7 +128,7 @@ def averaged_statistics(share: float = 0.9) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Trial:
-    """A part to try: the method that has it, or numbers of the recipe, or what must hold while the task is learnt."""
+    """A part to try: a method that has it, changes of the recipe, or a context in which the task is learnt."""
 
     method: Callable[[], ABD] = ABD
     changes: dict[str, Any] = field(default_factory=dict)
@@ -161,7 +161,7 @@ def run(
     protocol: accuracy.Protocol = PROTOCOL,
     recipe: Recipe = EDGE,
 ) -> dict[str, Any]:
-    """Learns the first task once and the second with every trial, all from the same model; trials that `out` holds are kept."""
+    """Learns the first task once and the second with every trial, all from the same model; trials already in `out` are kept."""
     path = out / f"trials-{seed}.json"
     result = json.loads(path.read_text()) if path.exists() else None
     missing = [name for name in names if result is None or name not in result["trials"]]
@@ -188,7 +188,7 @@ def run(
 
 
 def describe(folder: Path) -> str:
-    """Markdown, a row a trial; empty if there is no result."""
+    """Markdown, a row for each trial; empty if there is no result."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("trials-*.json"))]
     rows = []
     for name in TRIALS:

@@ -20,7 +20,7 @@ from edge_dfcil.training.stage import Terms
 
 
 def run(bench: Bench) -> dict[str, float | str]:
-    """Seconds of each step with one thing changed, over those of ours; above 1 is slower. Compiled steps are warm."""
+    """Seconds of each step with one thing changed, over those of ours; above 1 is slower. Compiled steps are warmed up."""
     device, rounds = bench.device, min(3, bench.setting.rounds)
     found: dict[str, float | str] = {}
     base = bench.step(bench.classifier(copy.deepcopy(bench.student)))
@@ -128,7 +128,7 @@ def _doubling_first(bench: Bench) -> Callable[[], Any]:
 
 
 class ChannelsLast(nn.Module):
-    """The one file's generator in our memory order, so that doubling alone differs."""
+    """The generator of the one-file demo in our memory order, so that only the doubling differs."""
 
     def __init__(self, generator: one_file.Generator) -> None:
         super().__init__()

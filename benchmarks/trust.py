@@ -1,7 +1,7 @@
-"""Kills, damaged files, rubbish input, searches of memory and load: how much of each was tried, and what came of it.
+"""Kills, damaged files, invalid input, searches of memory and load: how much of each was tried, and the results.
 
-The checks are harnesses in `tests/`, which raise `AssertionError` where a promise is broken. Each is run in pieces with a seed of
-their own, and the result file holds what is done, so that a stopped run continues from there.
+The checks are harnesses in `tests/`, which raise `AssertionError` when a promise is broken. Each is run in pieces, each piece
+with its own seed. The result file contains the finished pieces, so that a stopped run continues from there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks import machine, tables
 from tests import canary, damage, kills, load, rubbish
 
 FILE = "trust.json"
-UNCOUNTED = ("places", "versions", "searched")  # in the table
+UNCOUNTED = ("places", "versions", "searched")  # left out of the table
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Check:
     run
         Called with a number of trials, an empty folder and a seed; returns a dataclass of counts.
     trials
-        How many in all.
+        Number of trials in total.
     piece
-        How many with one seed.
+        Number of trials with one seed.
     says
         What holds, in words.
     """
@@ -74,7 +74,7 @@ CHECKS = {
 
 
 def run(names: list[str], out: Path, say: Callable[[str], None], share: float = 1.0) -> dict[str, Any]:
-    """Runs what is not done yet of these checks, or a share of it, and returns the results of all."""
+    """Runs the unfinished pieces of these checks, or a share of them, and returns the results of all."""
     for name in names:
         check = CHECKS[name]
         size = max(1, round(check.piece * min(1.0, share * check.trials / check.piece)))
@@ -105,7 +105,7 @@ def read(out: Path) -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """Markdown: a row a check, with what its pieces counted."""
+    """Markdown: a row for each check, with the counts of its pieces."""
     rows = []
     for name, check in CHECKS.items():
         if name in found:
@@ -116,7 +116,7 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def _sum(pieces: list[dict[str, Any]]) -> dict[str, Any]:
-    """The counts of all pieces together, of a mapping those of all its keys. The file has each."""
+    """The counts of all pieces, summed; a mapping counts as the sum of its values. The file has each count."""
     total: dict[str, Any] = {}
     for piece in pieces:
         for name, value in piece["account"].items():

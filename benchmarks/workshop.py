@@ -1,6 +1,6 @@
 """Other uses of generated images: smaller models, INT8, and adopting a classifier that was trained elsewhere.
 
-One teacher of 20 CIFAR-100 classes serves all of it. Every line of the tables is a step of its own, and what is done is kept
+One teacher of 20 CIFAR-100 classes serves all of them. Every row of the tables is a separate step, and finished steps are kept
 in the result file, so that the command can be stopped and run again.
 """
 
@@ -33,8 +33,8 @@ CALIBRATION = 500  # real images that INT8 is calibrated on for comparison
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100's, for the classifier trained elsewhere
 
 RECIPE = RECIPES["edge"].changed({"schedule.first_epochs": 24, "schedule.learning_rate": 0.05, "pixels.steps": 200})
-LESSON = Distillation(rounds=4, dreams=1024, generator_steps=100, steps=200)  # of a student that begins with shared layers
-PIXELS = Distillation(rounds=4, dreams=256, steps=200, quality="best")  # the same by DeepInversion's own dreams, fewer of them
+LESSON = Distillation(rounds=4, dreams=1024, generator_steps=100, steps=200)  # for a student that begins with shared layers
+PIXELS = Distillation(rounds=4, dreams=256, steps=200, quality="best")  # the same with DeepInversion's own dreams, but fewer
 SEEDS = (0, 1, 2)
 
 Step = Callable[[], dict[str, Any]]  # runs, and returns its findings
@@ -42,18 +42,18 @@ Step = Callable[[], dict[str, Any]]  # runs, and returns its findings
 
 @dataclass(frozen=True)
 class Setting:
-    """How much of everything.
+    """The size of every step.
 
     Attributes
     ----------
     file, page
-        Of the result, and of the page of dreams.
+        Names of the result file and of the page of dreams.
     students
-        A backbone, its lesson, and the seeds that it is given with; noise, the baseline, is given with the first alone.
+        Backbones, with their lessons and seeds; the lesson from noise, the baseline, is given with the first seed only.
     seed, prune_seeds
-        Of the teacher and the order of classes, and of what is pruned.
+        The seed of the teacher and the order of classes, and the seeds of the prunings.
     latencies
-        Shares of the latency that are pruned to as well, each with the latency term and without.
+        Shares of the latency to which the teacher is also pruned, with the latency term and without.
     """
 
     file: str = "workshop.json"
@@ -68,7 +68,7 @@ class Setting:
     )
     classes: int = 20
     new_classes: int = 10
-    images: int = 0  # of the training set, in all; 0 takes all
+    images: int = 0  # training images in total; 0 takes all
     epochs: int = 16
     batch_size: int = 32
     learning_rate: float = 0.05
@@ -82,9 +82,9 @@ class Setting:
 
 
 FULL = Setting()
-# For an accelerator: students that begin with nothing, taught for longer, with several seeds.
+# For an accelerator: students from scratch, taught for longer, with several seeds.
 LONG = Distillation(rounds=16, dreams=1024, generator_steps=60, steps=250, batch=128, learning_rate=0.1, inherit=False)
-BY_PIXEL = replace(LONG, rounds=6, dreams=640, quality="best")  # 1,000 steps a round
+BY_PIXEL = replace(LONG, rounds=6, dreams=640, quality="best")  # 1,000 steps per round
 LARGE = replace(
     FULL,
     file="workshop-large.json",
@@ -179,7 +179,7 @@ class Workshop:
                     yield name, self._distill(name, student, replace(lesson, source=source), seed)
 
     def _prunings(self, seed: int) -> Iterator[tuple[str, Step]]:
-        """By importance alone and with the latency term: to as many filters, and to the same latency."""
+        """By importance alone and with the latency term: to the same number of filters, and to the same latency."""
         said = _seed_said(seed, self._setting.prune_seeds)
         for eta, by in ((0.0, "by importance"), (Pruning.eta, "by importance and latency")):
             yield f"{by}{said}", self._prune(eta, seed)
@@ -220,7 +220,7 @@ class Workshop:
         return {"accuracy": learner.evaluate(self._test, self._data.names).accuracy}
 
     def _mirrored(self) -> dict[str, Any]:
-        """The teacher, answering by the mean over an image and its mirror image."""
+        """The teacher with test-time augmentation: the mean over an image and its mirror image."""
         teacher = self._teacher
         teacher.recipe = teacher.recipe.changed({"augmentation.mirrored_answers": True})
         return {"accuracy": teacher.evaluate(self._test, self._data.names).accuracy}
@@ -265,7 +265,7 @@ class Workshop:
         return step
 
     def _prune(self, eta: float, seed: int, latency: float | None = None) -> Step:
-        """To the setting's ratio, or to a share of the latency."""
+        """Prunes to the setting's ratio, or to a share of the latency."""
 
         def step() -> dict[str, Any]:
             s, teacher = self._setting, self._teacher

@@ -12,7 +12,7 @@ PAGE = "workshop-dreams.png"
 SEED = ", seed "  # in the names of steps that are run with several
 Figure = float | int | str | tuple[float, ...] | None
 
-MEANINGS = {  # of what the names of students say
+MEANINGS = {  # explanations of words in the names of students
     "by the pixel": "Dreams by the pixel are DeepInversion's own, adaptive ones Adaptive DeepInversion's; the others are a "
     "generator's.",
     "from nothing": "A student from nothing does not begin with the layers that it shares with its teacher; one of "
@@ -37,7 +37,7 @@ def describe(found: dict[str, Any], long: dict[str, Any] | None = None, folder: 
 
 
 def _taught_for_longer(found: dict[str, Any]) -> str:
-    """Where the rows of the large setting were made; its students begin with nothing."""
+    """Where the rows of the large setting were made; its students are trained from scratch."""
     at_once = f", {found['at_once']} rows at a time" if "at_once" in found else ""
     text = f"Students that begin with nothing, taught for longer (on {found['machine']['device']}{at_once})."
     if "competition tried" in found:

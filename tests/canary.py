@@ -1,10 +1,10 @@
-"""Searches a process that has learnt for what it must not keep: `python -m tests.canary --recipe edge`. Linux only.
+"""Searches a process that has learnt for data that it must not keep: `python -m tests.canary --recipe edge`. Linux only.
 
-A process of its own learns two tasks of images of noise, which nothing else holds, and drops its loaders. While it learns it
-sends samples of what it computes through a pipe: the inputs of the network (normalised, augmented images, generated ones among
-them), the features of single images, and the weights of the generator. Then its memory is searched by this process, through
-/proc/PID/mem, for these samples and for the images in every form, and so is every file that it wrote. The samples go from a
-tensor's memory to the pipe, so that the process that is searched holds no copy of them.
+A child process learns two tasks of noise images, which it keeps nowhere else, and drops its loaders. While it learns, it sends
+samples of what it computes through a pipe: the inputs of the network (normalised, augmented images, generated ones included),
+the features of single images, and the weights of the generator. Then this process searches the child's memory, through
+/proc/PID/mem, and every file that the child wrote, for these samples and for the images in every form. The samples go directly
+from a tensor's memory to the pipe, so that the child has no copy of them.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from tests.conftest import QUICK
 SIDE, EACH = 16, 40  # of an image in pixels; images of each class
 TASKS = ((0, 1), (2, 3))
 SPAN = 32  # bytes of a needle
-DISTINCT = 12  # bytes of a needle that differ, at least: others may be anywhere by chance
-# Spans that may be found, of more than 50,000. One or two were, in some runs, of an image or a feature map; why is not known.
+DISTINCT = 12  # different bytes of a needle, at least: simpler spans occur by chance
+# Spans that may be found, of more than 50,000. Some runs found one or two, of an image or a feature map; the cause is unknown.
 CLEARED_BUT = 4
-KEPT = ("batch", "feature", "generated", "weights", "file")  # what a test of the test may keep on purpose
+KEPT = ("batch", "feature", "generated", "weights", "file")  # what a test of the search may keep on purpose
 PLAIN = {"augmentation.flip": True, "augmentation.crop_padding": 2, "augmentation.brightness": 0.0, "augmentation.contrast": 0.0}
-# The schedule of the presets, with fewer passes: what is kept does not depend on how well it is learnt.
+# The schedule of the presets, with fewer passes: what is kept does not depend on the accuracy.
 SHORT = {"schedule.first_epochs": 2, "schedule.epochs": 2, "schedule.min_steps": 40}
 RECIPE_OF: dict[str, Recipe] = {
     "frozen": RECIPES["frozen"].changed({**PLAIN, "generator.width": 32, **SHORT}),
@@ -54,18 +54,18 @@ RECIPE_OF: dict[str, Recipe] = {
 
 @dataclass
 class Account:
-    """What a search came to.
+    """The results of a search.
 
     Attributes
     ----------
     needles
-        Spans that were looked for, by what they are of.
+        Number of spans that were searched for, by kind.
     found
-        Those that were found in memory, by what they are of.
+        Number of those found in memory, by kind.
     places
-        Where: the names of the mappings, as the kernel has them.
+        Number of those found in memory, by the kernel's name of the mapping.
     files
-        Those that were found in files.
+        Number of those found in files, by kind.
     searched
         Bytes of memory that were searched.
     """
@@ -75,11 +75,11 @@ class Account:
     places: dict[str, int] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
     searched: int = 0
-    seconds: float = 0.0  # that learning took, with the samples
+    seconds: float = 0.0  # of learning, sending samples included
 
 
 def canaries(seed: int, task: int) -> tuple[Tensor, Tensor]:
-    """Images of noise (N, 3, 16, 16), uint8, with a part that tells the class; and their targets (N,)."""
+    """Noise images (N, 3, 16, 16), uint8, with a patch that depends on the class, and their targets (N,)."""
     draw = torch.Generator().manual_seed(1000 * seed + task)
     targets = torch.tensor(TASKS[task]).repeat_interleave(EACH)[torch.randperm(EACH * len(TASKS[task]), generator=draw)]
     images = torch.randint(0, 160, (len(targets), 3, SIDE, SIDE), generator=draw)
@@ -92,7 +92,7 @@ def canaries(seed: int, task: int) -> tuple[Tensor, Tensor]:
 
 
 class Spy(Callback):
-    """Sends samples of what is computed. One of each in `keep` is held on purpose."""
+    """Sends samples of what is computed. Keeps one of each kind in `keep` on purpose."""
 
     def __init__(self, to: int, keep: Sequence[str]) -> None:
         self._to, self._keep, self.kept = to, keep, dict[str, Tensor]()
@@ -122,7 +122,7 @@ class Spy(Callback):
             self.kept[name] = values.detach().clone()
 
     def send(self, kind: str, values: Tensor) -> None:
-        """Spans of the first, a middle and the last row of a tensor (N, ...), as they lie in memory."""
+        """Sends spans of the first, a middle and the last row of a tensor (N, ...), in memory order."""
         values = values.detach()
         if values.dim() == 4 and not values.is_contiguous():
             values = values.permute(0, 2, 3, 1)
@@ -146,7 +146,7 @@ KINDS = {
 
 
 def in_memory_of_its_own(images: Tensor, targets: Tensor) -> tuple[mmap.mmap, Tensor]:
-    """The images in a mapping that is gone when it is closed: what a caller's own code leaves in a heap is not what is tested."""
+    """The images in a memory mapping, which is gone once closed: what the caller's own code leaves on the heap is not tested."""
     memory = mmap.mmap(-1, images.nbytes)
     torch.frombuffer(memory, dtype=torch.uint8).view(images.shape).copy_(images)
     images.zero_()
@@ -166,7 +166,7 @@ def learn(recipe: str, precision: str, seed: int, keep: Sequence[str], folder: P
         names = {target: f"class {target}" for target in TASKS[task]}
         session = learner.session(loader, names, checkpoint=folder / f"{task}.checkpoint", callbacks=[spy], progress=False)
         session.run()
-        kept.append(session)  # a caller may hold it: what it learnt from is gone all the same
+        kept.append(session)  # a caller may keep it; the images must be gone nevertheless
         if "batch" in keep and not task:
             kept.append(loader[0])
         if "file" in keep and not task:
@@ -184,14 +184,14 @@ def child(recipe: str, precision: str, seed: int, keep: Sequence[str], folder: P
     kept = learn(recipe, precision, seed, keep, folder, to)
     os.close(to)
     print(json.dumps({"kept": len(kept), "seconds": time.perf_counter() - begin}), flush=True)
-    sys.stdin.readline()  # is searched meanwhile
+    sys.stdin.readline()  # it is searched meanwhile
 
 
 # The search
 
 
 class Needles:
-    """Spans to look for: found by a hash of their first eight bytes, and then compared."""
+    """Spans to search for: candidates are found by a hash of the first eight bytes, and then compared."""
 
     BITS = 20
 
@@ -211,7 +211,7 @@ class Needles:
         self._table[self._hashed(np.array([key], np.uint64))] = True
 
     def add_rows(self, kind: str, values: Tensor) -> None:
-        """All spans of the rows of a tensor (N, ...) that are as they would lie in memory."""
+        """Adds all spans of the rows of a tensor (N, ...), in memory order."""
         for row in values.contiguous().view(len(values), -1).view(torch.uint8).numpy():
             whole = row.tobytes()
             for begin in range(0, len(whole) - SPAN + 1, SPAN):
@@ -221,7 +221,7 @@ class Needles:
         return (words * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - self.BITS)
 
     def within(self, memory: bytes) -> set[bytes]:
-        """The needles that are there, wherever they begin."""
+        """The needles that a part of memory contains, at any offset."""
         found: set[bytes] = set()
         if len(self._keys) != len(self._by_key):
             self._keys = np.array(sorted(self._by_key), np.uint64)
@@ -240,7 +240,7 @@ class Needles:
 
 
 def memory_of(pid: int) -> Iterator[tuple[str, bytes]]:
-    """The writable memory of a process that it has touched, in parts of neighbouring pages: the mapping's name, and bytes."""
+    """The writable memory that a process has touched, in runs of neighbouring pages: the mapping's name and the bytes."""
     page, most = os.sysconf("SC_PAGE_SIZE"), 2**24
     with (
         open(f"/proc/{pid}/maps") as maps,
@@ -264,7 +264,7 @@ def memory_of(pid: int) -> Iterator[tuple[str, bytes]]:
 
 
 def needles_of_images(seed: int, model: Model) -> Needles:
-    """Every image as it is, as floats, normalised and mirrored; in both orders in memory, and in bfloat16."""
+    """Every image as it is, as floats, normalised and mirrored; in both memory orders, and in bfloat16."""
     needles = Needles()
     for task in range(len(TASKS)):
         images, _ = canaries(seed, task)
@@ -288,7 +288,7 @@ def run(
     keep: Sequence[str] = (),
     check: bool = True,
 ) -> Account:
-    """Learns in a process of its own and searches that. Raises `AssertionError` when anything was found, if `check` is on."""
+    """Learns in a child process and searches it. Raises `AssertionError` when too much was found, if `check` is true."""
     with tempfile.TemporaryDirectory() as temporary:
         return _run(recipe, folder or Path(temporary), precision, seed, keep, check)
 
@@ -318,7 +318,7 @@ def _run(recipe: str, folder: Path, precision: str, seed: int, keep: Sequence[st
         assert line, f"the process that learns ended with {process.wait()}"
         account, names = Account(seconds=json.loads(line)["seconds"]), list(KINDS)
         needles = needles_of_images(seed, Model.load(folder / "model.safetensors", "cpu"))
-        for record in sorted(sent, key=lambda record: names[record[0]] != "generated image"):  # also a map, and an input
+        for record in sorted(sent, key=lambda record: names[record[0]] != "generated image"):  # also a feature map and an input
             needles.add(names[record[0]], record[1:])
         account.needles = needles.counted(needles.spans)
         found: set[bytes] = set()
@@ -355,8 +355,8 @@ if __name__ == "__main__":
     parser.add_argument("--recipe", choices=RECIPE_OF, default="edge")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--keep", nargs="*", choices=KEPT, default=(), help="on purpose, to see that it is found")
-    parser.add_argument("--only-say", action="store_true", help="what is found, as no error")
+    parser.add_argument("--keep", nargs="*", choices=KEPT, default=(), help="data to keep on purpose, to check that it is found")
+    parser.add_argument("--only-say", action="store_true", help="print what is found and raise no error")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Shared by the tests: real digits, a recipe that takes a second a task, and learners that have learnt."""
+"""Shared by the tests: real digits, a recipe that takes one second per task, and trained learners."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ NAMES = [str(digit) for digit in range(10)]
 
 
 def slow_but(quick: Container[Any], values: Iterable[Any]) -> list[Any]:
-    """Parameters of one test of which only those in `quick` are in the quick suite."""
+    """Parameters of one test; those that are not in `quick` are marked as slow."""
     return [
         value if value in quick else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
         for value in values
@@ -90,7 +90,7 @@ def learnt(_learnt: Learner) -> Learner:
 
 
 def weights(learner: Learner) -> dict[str, torch.Tensor]:
-    """A copy of the answering model's tensors."""
+    """A copy of the tensors of the model that serves."""
     return {name: value.clone() for name, value in learner.network.state_dict().items()}
 
 

@@ -1,8 +1,8 @@
-"""Damages files, again and again: `python -m tests.damage --files 10000`.
+"""Damages files at random: `python -m tests.damage --files 10000`.
 
-Model, checkpoint, ONNX and recipe files are cut, flipped, swapped and overwritten, and model files are sealed again after a lie
-was written into them. Each must be refused with an error of the package, or be read as what it was before: no other error, no
-other answer.
+Model, checkpoint, ONNX and recipe files are cut, flipped, swapped and overwritten; model files are also falsified and given a
+correct digest. Each file must be refused with an error of the package, or be read with the same result as before: no other
+error, no other answer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ IMAGES = np.arange(2 * 3 * 16 * 16, dtype=np.uint8).reshape(2, 3, 16, 16)
 
 @dataclass
 class Account:
-    """What a run came to, by kind of file."""
+    """The results of a run, by kind of file."""
 
     refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     same: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
@@ -60,7 +60,7 @@ def flip(content: bytes, draw: random.Random) -> bytes:
 
 
 def _anywhere(content: bytes, draw: random.Random) -> int:
-    """A place; half of the draws fall into the ends, which hold the structure."""
+    """An offset; half of the draws are near the ends, which contain the structure."""
     end = min(4000, len(content))
     return draw.choice([draw.randrange(end), len(content) - 1 - draw.randrange(end), *(draw.randrange(len(content)),) * 2])
 
@@ -89,7 +89,7 @@ def duplicate(content: bytes, draw: random.Random) -> bytes:
 
 
 def overwrite_number(content: bytes, draw: random.Random) -> bytes:
-    """Another number for one that the file's text states, or for the length at its beginning."""
+    """Replaces a number in the file's text, or the length at its beginning."""
     if draw.random() < 0.2:
         return draw.choice([0, 1, 2**31, 2**40, 2**60, 2**64 - 1]).to_bytes(8, "little") + content[8:]
     found = draw.choice([*re.finditer(rb"\d+(?:\.\d+)?", content[:20_000])])
@@ -98,7 +98,7 @@ def overwrite_number(content: bytes, draw: random.Random) -> bytes:
 
 
 def overwrite_word(content: bytes, draw: random.Random) -> bytes:
-    """Another word of the file, or a hostile one, for one of its words."""
+    """Replaces a word of the file by another of its words or by a hostile one."""
     words = [*re.finditer(rb"[A-Za-z_]{3,}", content[:20_000] + b"")]
     found = draw.choice(words)
     other = draw.choice([draw.choice(words).group(), b"../../x", b"\\u001b[2J", b"F64", b"preset", b"", b"\xff"])
@@ -118,7 +118,7 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
     return content
 
 
-# Lies
+# Falsified content
 
 
 VALUES: tuple[Any, ...] = (
@@ -141,7 +141,7 @@ def lie(settings: dict[str, Any], draw: random.Random) -> dict[str, Any]:
         if draw.random() < 0.1 and isinstance(place, dict):
             del place[key]
         else:
-            value = draw.choice(VALUES)  # copied, where a second change could go into it
+            value = draw.choice(VALUES)  # copied, since a second change may go into it
             place[key] = json.loads(json.dumps(value)) if isinstance(value, (dict, list)) else value
         if not found:
             break
@@ -149,7 +149,7 @@ def lie(settings: dict[str, Any], draw: random.Random) -> dict[str, Any]:
 
 
 def lying_tensors(tensors: Mapping[str, torch.Tensor], draw: random.Random) -> dict[str, torch.Tensor]:
-    """The tensors, one of which has another shape, dtype, name or a number that is none."""
+    """The tensors, of which one is missing or has another shape, dtype, name or wrong values."""
     found = dict(tensors)
     name = draw.choice(list(found))
     value = found.pop(name)
@@ -170,18 +170,18 @@ def lying_tensors(tensors: Mapping[str, torch.Tensor], draw: random.Random) -> d
 
 
 def sealed() -> bytes:
-    """The golden file, which is older than seals, as it is exported now."""
+    """The golden file, which is older than seals, as a current export would write it."""
     model = onnx.load(GOLDEN / "closed_form-any.onnx")
     next(entry for entry in model.metadata_props if entry.key == "format").value = FORMAT
     content: bytes = model.SerializeToString()
     return seals.seal(content)
 
 
-# What is asked of each kind: True when it is read as before, False when it is refused. Raises `AssertionError` else.
+# The check of each kind: True when it is read as before, False when it is refused. Raises `AssertionError` otherwise.
 
 
 class Checks:
-    """Files of each kind, and what is asked of a damaged one."""
+    """Files of each kind, and the checks of damaged ones."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -203,7 +203,7 @@ class Checks:
         self.answers = OnnxClassifier(GOLDEN / "closed_form-any.onnx", threads=1).probabilities(IMAGES)
 
     def damaged(self, kind: str, draw: random.Random) -> bytes:
-        """A damaged file of a kind; none of a "lying" one, which is made in its check. Half of the recipes are still JSON."""
+        """A damaged file of a kind; empty for "lying", whose file is made in its check. Half of the recipes are still JSON."""
         if kind == "lying":
             return b""
         if kind == "recipe" and draw.random() < 0.5:
@@ -222,7 +222,7 @@ class Checks:
         except ModelFileError as error:
             check_message(error, path)
             return False
-        assert found.digest() == self.digests["model"], "a damaged model answers something else"
+        assert found.digest() == self.digests["model"], "a damaged model gives other answers"
         return True
 
     def checkpoint(self, content: bytes) -> bool:
@@ -232,7 +232,7 @@ class Checks:
         except ModelFileError as error:
             check_message(error, path)
             return False
-        assert file.digest(tensors, position) == self.digests["checkpoint"], "a damaged checkpoint continues otherwise"
+        assert file.digest(tensors, position) == self.digests["checkpoint"], "a damaged checkpoint continues differently"
         return True
 
     def onnx(self, content: bytes) -> bool:
@@ -246,7 +246,7 @@ class Checks:
         return True
 
     def recipe(self, content: bytes) -> bool:
-        """True when it is a recipe, which is then what the JSON says."""
+        """True when it is read as a recipe, whose values are then those of the JSON."""
         path = self._written(content, "recipe.json")
         try:
             found = read_recipe(path)
@@ -264,7 +264,7 @@ class Checks:
         return True
 
     def lying(self, draw: random.Random) -> bool:
-        """A model file with a lie and a right digest: True when it is read, as a valid model."""
+        """A falsified model file with a correct digest: True when it is read as a valid model."""
         tensors, settings = self.tensors, self.settings
         if draw.random() < 0.7:
             settings = lie(settings, draw)
@@ -292,7 +292,7 @@ def _read(name: str, text: str) -> Any:
 
 
 def check_valid(learner: Learner) -> None:
-    """Asserts that a learner from a file is one that could have been made here."""
+    """Asserts that a learner from a file is one that the package could have made."""
     model = learner.model
     assert json.dumps(model.settings(), allow_nan=False)
     assert Recipe.from_dict(learner.recipe.to_dict()) == learner.recipe
@@ -303,15 +303,15 @@ def check_valid(learner: Learner) -> None:
 
 
 def check_message(error: EdgeDfcilError, path: Path) -> None:
-    """Asserts that an error's message can be shown, and names the file or what does not fit."""
+    """Asserts that an error's message is printable, and names the file or what does not fit."""
     text = str(error)
-    assert text.isprintable(), f"a message that a terminal would obey: {text!r}"
-    assert path.name in text or "fit" in text or "backbone" in text, f"a message without the file: {text}"
+    assert text.isprintable(), f"a message with control characters: {text!r}"
+    assert path.name in text or "fit" in text or "backbone" in text, f"a message that does not name the file: {text}"
 
 
 def run(files: int, folder: Path, seed: int = 0, kinds: Sequence[str] = KINDS) -> Account:
-    """Damages `files` files of each kind, and lies in a tenth as many. Raises `AssertionError` for one that is accepted with
-    another answer, and for whatever a reader raises but an error of the package."""
+    """Damages `files` files of each kind, and falsifies a tenth as many. Raises `AssertionError` for one that is accepted with
+    another answer, and for any error of a reader that is not one of the package."""
     checks, draw, account = Checks(folder), random.Random(seed), Account()
     for kind in kinds:
         for number in range(files if kind != "lying" else max(files // 10, 1)):
@@ -333,7 +333,7 @@ _NAMES = {"model": "m.safetensors", "checkpoint": "m.checkpoint", "onnx": "m.onn
 
 
 def memory_folder() -> str | None:
-    """Where files are in memory, if there is such a place."""
+    """A folder whose files are in memory, or None."""
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 

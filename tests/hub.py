@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on this machine: repositories in memory, behind the requests of `huggingface_hub`."""
+"""A fake Hugging Face Hub on localhost: repositories in memory, which answer the requests of `huggingface_hub`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKEN = "hf_of_the_tests"
 
 @dataclass
 class Hub:
-    """What is in its repositories, by name and by file, and what was asked of it."""
+    """The content of its repositories, by name and by file, and the requests that it has received."""
 
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     private: dict[str, bool] = field(default_factory=dict)

@@ -1,10 +1,10 @@
-"""Kills processes that learn, again and again: `python -m tests.kills --kills 100`.
+"""Kills processes while they learn: `python -m tests.kills --kills 100`.
 
-Each round begins with a model of one task and ends with a model of three. Two tasks are taught by the command line in processes
-of their own, and killed with SIGKILL, at a random moment or while a file beside the model is being written: one after the other
-or, in every second round, both at the same time. After each kill the model file must load and answer as it was last committed,
-and a command that has reported success must never lose its task. Tasks that were taught one after the other must end in the
-model of a run without kills, to the bit.
+Each round begins with a model of one task and ends with a model of three. The command line learns two tasks in child processes,
+which are killed with SIGKILL at a random moment, or while a file beside the model is being written. The tasks are learnt one
+after the other or, in every second round, both at the same time. After each kill the model file must load and answer as last
+committed, and the task of a command that has reported success must never be lost. Tasks that were learnt one after the other
+must end in the model of a run without kills, bit for bit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from edge_dfcil import Model
 from edge_dfcil.demo import digits
 
 TASKS = ("0-1", "2-3", "4-5")
-RECIPE = "edge"  # trains in later tasks; the default's are one pass
+RECIPE = "edge"  # trains in later tasks, too; with the default recipe they are one pass
 SETTINGS = {
     "schedule.min_steps": 20,
     "schedule.first_epochs": 1,
@@ -41,7 +41,7 @@ SETTINGS = {
     "refine.epochs": 1,
     "refine.min_steps": 5,
 }
-BUSY = "in use by"  # what a command says whose model another one is teaching
+BUSY = "in use by"  # the message of a command whose model another one is teaching
 # Processes are forked from one that has loaded the package and has done nothing else, which saves some seconds for each.
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["edge_dfcil.cli", "edge_dfcil.learner", "edge_dfcil.methods", "edge_dfcil.model.pictures"])
@@ -49,7 +49,7 @@ _PROCESSES.set_forkserver_preload(["edge_dfcil.cli", "edge_dfcil.learner", "edge
 
 @dataclass
 class Account:
-    """What a run of kills came to."""
+    """The results of a run."""
 
     kills: int = 0
     while_writing: int = 0  # kills while a hidden file, a part or a checkpoint, was being written
@@ -61,7 +61,7 @@ class Account:
 
 
 class Command:
-    """`edge-dfcil learn` of one folder of pictures, in a process of its own."""
+    """`edge-dfcil learn` on one folder of pictures, in a child process."""
 
     def __init__(self, images: Path, model: Path) -> None:
         self.images, self.model = images, model
@@ -70,7 +70,7 @@ class Command:
         self.process.start()
 
     def kill_at(self, moment: float, writing: bool) -> bool:
-        """Waits for a moment (seconds), or until a hidden file is being written, and kills. False if it had ended by itself."""
+        """Waits for `moment` seconds, or until a hidden file is being written, and kills. False if it had ended by itself."""
         end = time.monotonic() + moment
         while self.process.is_alive() and time.monotonic() < end:
             if writing and _is_written(self.model.parent):
@@ -95,7 +95,7 @@ class Command:
 
 def _arguments(images: Path, model: Path) -> list[str]:
     command = ["learn", str(images), "--model", str(model), "--device", "cpu"]
-    # What is measured to be faster may differ from run to run, and its bits with it.
+    # The precision that is measured to be faster may differ from run to run, and the bits with it.
     command += ["--batch-size", "16", "--precision", "float32"]
     if not model.exists():
         command += ["--backbone", "resnet8", "--image-size", "16", "--no-flip", "--recipe", RECIPE]
@@ -133,7 +133,7 @@ def write_digits(folder: Path) -> list[Path]:
 
 
 def run(kills: int, folder: Path, seed: int = 0) -> Account:
-    """Kills `kills` times, for two rounds at least, and lets the last end. Raises `AssertionError` when anything was lost."""
+    """Kills `kills` times, in at least two rounds, and lets the last end. Raises `AssertionError` when anything was lost."""
     tasks = write_digits(folder)
     taught, seconds = [], 0.0  # the models of a run without kills, after each task
     whole = folder / "whole" / "m.safetensors"

@@ -1,8 +1,8 @@
-"""Answers under load, and learning for long: `python -m tests.load --calls 100000`, `python -m tests.load --tasks 50`.
+"""Answers under load, and long learning: `python -m tests.load --calls 100000`, `python -m tests.load --tasks 50`.
 
-Eight threads ask a learner while it learns task after task. After each commit its file is replaced, and the workers of two real
+Eight threads call a learner while it learns task after task. After each commit its file is replaced, and the workers of two real
 servers (uvicorn) read it again: workers that were forked after the model had been loaded, and spawned ones. Every answer must be
-exactly that of one version, and of none older than the one committed, or saved, before the call began.
+exactly that of one version, which must not be older than the one committed, or saved, before the call began.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ from edge_dfcil.demo import NAMES, Batches, digits
 from edge_dfcil.training.callbacks import Callback
 from tests.conftest import quick_learner
 
-THREADS, WORKERS, CLIENTS = 8, 2, 2  # that ask in this process; of each server; that ask each server
+THREADS, WORKERS, CLIENTS = 8, 2, 2  # that call in this process; of each server; that call it, for each worker
 SHARES = {"threads": 0.6, "forked": 0.2, "spawned": 0.2}  # of the calls
 CHUNKS, IMAGES = 24, 2  # different calls; images of each
-COMMITS = 3  # versions, the first among them, until which calls are made at least
-RECONNECT = 25  # calls of one connection, which stays with its worker
+COMMITS = 3  # versions, the first included; calls are made at least until there are so many
+RECONNECT = 25  # calls until a connection, which stays with its worker, is renewed
 MODEL = "EDGE_DFCIL_TESTS_MODEL"  # the environment variable that names a worker's model file
-MARGIN = 4 * 2**20  # bytes that a process may grow by between the first and the last tasks of a soak
+MARGIN = 4 * 2**20  # bytes that a process may grow by between the first and the last tasks of a soak test
 
 Answer = tuple[tuple[Any, ...], ...]
 
 
 @dataclass
 class Account:
-    """What a run came to.
+    """The results of a run.
 
     Attributes
     ----------
     calls
-        By what answered.
+        Number of calls, by what answered them.
     versions
-        Of the model, that were committed meanwhile.
+        Number of versions of the model, the first included.
     answered
-        Versions that have answered, by what answered.
+        Number of versions that have answered, by what answered.
     resident
-        Bytes of the process after each task of a soak.
+        Resident bytes of the process after each task of a soak test.
     grown
-        Bytes by which the process has grown, and by which its model has, between the tasks that are compared.
+        Bytes by which the process and its model have grown between the tasks that are compared.
     """
 
     calls: dict[str, int] = field(default_factory=dict)
@@ -78,7 +78,7 @@ def chunks() -> list[Tensor]:
 
 
 def answer_of(model: Any, images: Tensor) -> Answer:
-    """Names and scores, all of them, as floats that survive JSON."""
+    """The names and scores of each image's top three, as floats that survive JSON."""
     return tuple(tuple((name, float(score)) for name, score in one.top) for one in model.predict(images, 3))
 
 
@@ -129,7 +129,7 @@ def serve(kind: str) -> None:
     listening.listen(64)
     settings: Any = {"log_level": "error", "lifespan": "off", "access_log": False}
     if kind == "spawned":
-        # A worker imports torch, and is ended after 5 seconds without a sign of life by default.
+        # A worker imports torch; by default it is ended after 5 seconds without a sign of life.
         config = uvicorn.Config("tests.load:app", workers=WORKERS, timeout_worker_healthcheck=120, **settings)
         print(listening.getsockname()[1], flush=True)
         Multiprocess(config, [listening]).run()
@@ -155,7 +155,7 @@ def serve(kind: str) -> None:
 
 @contextlib.contextmanager
 def server(kind: str, path: Path) -> Iterator[int]:
-    """A server in a process of its own; its port."""
+    """Runs a server in a child process; gives its port."""
     command = [sys.executable, "-m", "tests.load", "--serve", kind]
     environment = os.environ | {"OMP_NUM_THREADS": "1", MODEL: str(path)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
@@ -171,13 +171,13 @@ def server(kind: str, path: Path) -> Iterator[int]:
         process.communicate(timeout=60)
 
 
-# Who asks
+# Clients
 
 
 class Calls:
-    """The calls of one kind: `number` of them, and more while `more` says so.
+    """The calls of one kind: `number` of them, and more while `more()` is true.
 
-    For each different answer it has the newest version that was known before a call with that answer.
+    `seen` has, for each different answer, the newest version that was known before a call with that answer.
     """
 
     def __init__(self, number: int, more: Callable[[], bool] = lambda: False) -> None:
@@ -186,7 +186,7 @@ class Calls:
         self.failed: list[str] = []
 
     def take(self) -> int | None:
-        """The number of the chunk of the next call; None when there is none left."""
+        """The number of the chunk of the next call; None when no call is left."""
         with self._lock:
             if self.failed or (self.made >= self._number and not self._more()):
                 return None
@@ -198,7 +198,7 @@ class Calls:
             self.seen[chunk, answer] = max(known, self.seen.get((chunk, answer), 0))
 
     def ask(self, how: Callable[[int], Answer], known: Callable[[], int]) -> None:
-        """Asks until no call is left."""
+        """Makes calls until none is left."""
         try:
             while (chunk := self.take()) is not None:
                 before = known()
@@ -220,7 +220,7 @@ class Calls:
 
 
 class Connection:
-    """Asks a server over HTTP, with a new connection now and then."""
+    """Calls a server over HTTP; the connection is renewed after `RECONNECT` calls."""
 
     def __init__(self, port: int) -> None:
         self._made, self._http = 0, http.client.HTTPConnection("127.0.0.1", port, timeout=600)
@@ -234,7 +234,7 @@ class Connection:
     def __call__(self, chunk: int) -> Answer:
         self._made += 1
         if self._made % RECONNECT == 0:
-            self._http.close()  # the next call opens it
+            self._http.close()  # the next call opens it again
         self._http.request("GET", f"/{chunk}")
         response = self._http.getresponse()
         body = response.read()
@@ -256,7 +256,7 @@ class Versions(Callback):
 
 
 def tasks(train: Batches) -> Iterator[Batches]:
-    """Two digits at a time, again and again; few of each."""
+    """Tasks without end, of two digits each and few images."""
     while True:
         for begin in range(0, len(NAMES), 2):
             yield few_of(train, NAMES[begin : begin + 2], 40)
@@ -305,7 +305,7 @@ def run(calls: int, folder: Path) -> Account:
     return account
 
 
-# A soak
+# The soak test
 
 
 def resident() -> int:
@@ -315,9 +315,10 @@ def resident() -> int:
 
 
 def soak(number: int, folder: Path) -> Account:
-    """Learns `number` tasks: each fifth brings a digit, as long as there are some, the others refresh known ones.
+    """Learns `number` tasks: every fifth adds a digit until all are known, the others refresh known ones.
 
-    Raises `AssertionError` when the process grows by more than its model between the second fifth of the tasks and the last.
+    Raises `AssertionError` when, from the second fifth of the tasks to the last, the process grows by more than `MARGIN` plus
+    four times the growth of its model.
     """
     begin, train, learner, account = time.perf_counter(), digits()[0], quick_learner(precision="float32"), Account()
     sizes, known = list[int](), list[str]()

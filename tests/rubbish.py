@@ -1,8 +1,8 @@
-"""Gives rubbish to every verb, again and again: `python -m tests.rubbish --inputs 10000`.
+"""Calls every verb with random, mostly invalid arguments: `python -m tests.rubbish --inputs 10000`.
 
-Images, loaders, names, settings, paths and command lines of whole kinds, right ones among them. Each call must give a valid
-result, or raise an error of the package (or a `TypeError` or `ValueError` that the package itself raises), and only a verb that
-succeeds may change the model.
+The arguments are images, loaders, names, settings, paths and command lines of many kinds, some of them valid. Each call must give
+a valid result, or raise an error of the package (or a `TypeError` or `ValueError` that the package itself raises). Only a call
+that succeeds may change the model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Draw = random.Random
 
 @dataclass
 class Account:
-    """What a run came to, by verb."""
+    """The results of a run, by verb."""
 
     succeeded: dict[str, int] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
@@ -54,10 +54,10 @@ class Account:
 
 
 class Mine(Exception):
-    """What a caller's own loader raises."""
+    """The error that a caller's own loader raises."""
 
 
-# Rubbish
+# Invalid arguments
 
 
 NUMBERS: tuple[Any, ...] = (
@@ -75,7 +75,7 @@ NAMES: tuple[Any, ...] = (
 FOLDERS = (
     *("0", "5", "new", "NEW", "cafe\u0301", "caf\xe9", " ", "0 ", ".hidden", "__MACOSX", "\u202e", "a\nb", "\x1b[2J", "x" * 200),
     *("train", "val", "test", "images"),
-    *("5", "6", "7", "apple", "pear") * 4,  # right ones, so that some are learnt
+    *("5", "6", "7", "apple", "pear") * 4,  # valid names, so that some tasks are learnt
 )
 
 
@@ -156,7 +156,7 @@ def pictures(draw: Draw) -> Any:
 
 
 def write_files(folder: Path) -> list[Any]:
-    """Paths of pictures of every kind, and of what only looks like one."""
+    """Paths of pictures of many kinds, and of files that only look like pictures."""
     plain = Image.fromarray(np.arange(3 * 400, dtype=np.uint8).reshape(20, 20, 3) // 5)
     plain.save(folder / "plain.png")
     Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20) * 100).save(folder / "sixteen.png")
@@ -278,7 +278,7 @@ class Kinds:
 
 
 class Dies(Dataset[Any]):
-    """Ends the process that reads it when it is a worker."""
+    """A data set that ends the worker process that reads it."""
 
     classes = ("0", "1", "2")
 
@@ -311,7 +311,7 @@ class Verbs:
         self.verbs = {name.removeprefix("do_"): getattr(self, name) for name in dir(self) if name.startswith("do_")}
 
     def fresh(self) -> None:
-        """The model and its file as they were."""
+        """Restores the model and its file."""
         if self.learner.model is not self.before:
             self.learner = self.learner.with_model(self.base)
             self.before = self.learner.model
@@ -444,7 +444,7 @@ class Verbs:
         OnnxClassifier(self.kinds.path(draw), threads=draw.choice([0, 1, *NUMBERS, *ODD]), public_key=draw.choice([None, *ODD]))
 
     def do_command(self, draw: Draw) -> None:
-        """A line of the command line. An exit of 1 or 2 with one line about it counts as refused."""
+        """A call of the command line. An exit status of 1 or 2 with a message counts as refused."""
         texts = [one for one in (*NAMES, *ODD) if isinstance(one, str) and one != "\ud800"] + [
             "-1",
             "--",
@@ -471,7 +471,7 @@ class Verbs:
         _invoke([command, *(text.replace("\0", "").replace("\ud800", "") for text in (model, *given))])  # no system passes these
 
     def do_teach(self, draw: Draw) -> None:
-        """The command that learns, or one that measures, on a tree of folders drawn from whole kinds."""
+        """`learn`, `evaluate` or `audit`, on a random tree of folders."""
         tree = self.folder / "tree"
         shutil.rmtree(tree, ignore_errors=True)
         for _ in range(draw.randint(0, 4)):
@@ -485,7 +485,7 @@ class Verbs:
         Model.load(self.file, "cpu")
 
     def _fill(self, draw: Draw, folder: Path) -> None:
-        with contextlib.suppress(OSError):  # a link or a file may have the name already
+        with contextlib.suppress(OSError):  # a link or a file may already have this name
             folder.mkdir(parents=True, exist_ok=True)
             files = [one for one in self.kinds.files if isinstance(one, Path) and one.is_relative_to(self.folder)]
             good = [one for one in files if one.name in ("plain.png", "palette.png", "alpha.png")]
@@ -499,7 +499,7 @@ class Verbs:
 
 
 def _invoke(arguments: list[str]) -> None:
-    """Runs a command line. An exit of 1 or 2 with a message counts as refused, anything else raises."""
+    """Runs a command line. An exit status of 1 or 2 with a message counts as refused; any other failure is raised."""
     result = CliRunner().invoke(main, arguments)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -510,10 +510,10 @@ def _invoke(arguments: list[str]) -> None:
 
 
 def explained(error: BaseException) -> bool:
-    """Whether an error is one of the package, or of Python's and raised by the package itself, or the loader's own."""
+    """Whether an error is one of the package, a built-in one that the package itself raises, or the loader's own."""
     if isinstance(error, (EdgeDfcilError, click.ClickException, Mine)):
         return bool(str(error))
-    if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):  # Python's own, which names it
+    if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):  # Python's, which names it
         return True
     if any("the loader raised this" in note for note in getattr(error, "__notes__", ())):
         return True
@@ -527,7 +527,7 @@ def _count(counts: dict[str, int], name: str) -> None:
 
 
 def run(inputs: int, folder: Path, seed: int = 0) -> Account:
-    """Makes `inputs` calls, as many of each verb. Raises `AssertionError` for an error that nothing explains, and for a verb that
+    """Makes `inputs` calls, equally many of each verb. Raises `AssertionError` for an unexplained error, and for a verb that
     fails and changes the model."""
     verbs, draw, account = Verbs(folder), random.Random(seed), Account()
     torch.manual_seed(seed)

@@ -164,7 +164,7 @@ def test_the_published_network() -> None:
 
 
 def test_the_published_recipe() -> None:
-    """REFERENCE: ABD's schedule, generator and weights."""
+    """ABD's published schedule, generator and weights."""
     paper = RECIPES["paper"]
     schedule, generator, inversion = paper.schedule, paper.generator, paper.inversion
     assert (schedule.epochs, schedule.learning_rate, schedule.momentum, schedule.weight_decay) == (250, 0.1, 0.9, 2e-4)

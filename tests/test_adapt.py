@@ -1,4 +1,4 @@
-"""When the backbone is trained: `frozen` trains one from scratch in the first task and leaves it then; pretrained ones stay."""
+"""When the backbone is trained: `frozen` trains one from scratch in the first task only, and a pretrained one never."""
 
 from __future__ import annotations
 

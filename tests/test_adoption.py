@@ -39,7 +39,7 @@ def small(outputs: int = 3, last: nn.Module | None = None) -> nn.Sequential:
 
 
 def learnt(network: nn.Sequential, size: int = 16) -> nn.Sequential:
-    """After passes in train mode, so that BatchNorm has statistics."""
+    """The network after some passes in train mode, so that BatchNorm has statistics."""
     network.train()
     with torch.no_grad():
         for _ in range(3):
@@ -61,7 +61,7 @@ def network() -> nn.Sequential:
 
 
 class Named(nn.Module):
-    """Gives what `give` makes of the logits."""
+    """Returns what `give` makes of the logits."""
 
     def __init__(self, give: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ def test_auxiliary_heads_are_refused_unless_switched_off() -> None:
         adopted(module, image_size=32)
 
 
-# Every family of torchvision: its smallest member, and the least size that it runs at
+# Every family of torchvision: its smallest member, and the smallest image size at which it runs
 
 FAMILIES = {
     "densenet121": 32,
@@ -315,7 +315,7 @@ def as_by_name(name: str) -> nn.Module:
 @pytest.mark.filterwarnings("ignore:.*nothing to invert:UserWarning")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in FAMILIES])
 def test_a_family_is_adopted_saved_and_loaded(name: str, tmp_path: Path) -> None:
-    """By name, and with the module given again; taught a task as well."""
+    """By name and with the module given again, also after a further task."""
     x, module = images(3, FAMILIES[name]), as_by_name(name)
     for backbone in (name, None):
         learner = adopted(module, image_size=FAMILIES[name], backbone=backbone, recipe=ONE_STEP)
@@ -331,7 +331,7 @@ def test_a_family_is_adopted_saved_and_loaded(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_exported(name: str, tmp_path: Path) -> None:
     learner = adopted(as_by_name(name), image_size=FAMILIES[name])
-    x = (255 * images(3, FAMILIES[name])).byte()  # a file rounds other images, which an untrained network can amplify
+    x = (255 * images(3, FAMILIES[name])).byte()  # a file rounds others, and an untrained network can amplify that
     learner.export(tmp_path / "m.onnx")
     there = OnnxClassifier(tmp_path / "m.onnx").probabilities(x.numpy())
     assert np.abs(there - learner.network(x).softmax(1).detach().numpy()).max() < 1e-3
@@ -379,10 +379,10 @@ def test_a_module_is_loaded_by_the_name_of_its_callable(tmp_path: Path, monkeypa
     assert sys.path == path
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="how torch's threads behave elsewhere is another matter")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch's threads after a fork are tested on Linux only")
 @pytest.mark.slow
 def test_a_forked_worker_answers() -> None:
-    """Where a server loads the model and forks its workers. In a process of its own: a fork copies pytest's threads."""
+    """As in a server that loads the model and forks its workers. In a separate process, without the threads of pytest."""
     done = subprocess.run(
         [sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent
     )

@@ -1,4 +1,4 @@
-"""A file that is exported with input="any" answers as the model does to images of every size."""
+"""A file that is exported with input="any" answers as the model does for images of every size."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def noise(*shape: Any, seed: int = 0) -> Any:
 
 @pytest.fixture(scope="module")
 def graphs() -> Any:
-    """The graph that scales, by the side of its squares."""
+    """Graphs that scale, by the side of their squares."""
     return {size: session(scaling.scaling_graph(size).SerializeToString()) for size in (8, 16, 33, 70)}
 
 
@@ -59,7 +59,7 @@ def test_a_graph_scales_as_torch_does(graphs: Any, height: int, width: int, size
     found = run(graphs[size], photo).astype(int)
     assert found.shape == (2, 3, size, size)
     assert np.abs(found - fit(torch.from_numpy(photo), size).numpy()).max() <= 1
-    # Equal, but for a weight that a processor may round to its neighbour. ONNX Runtime's Resize differs in up to a quarter.
+    # Equal, except where a processor rounds a weight to its neighbour. ONNX Runtime's Resize differs in up to a quarter.
     assert (found != resize.fit(photo, size)).mean() < 1e-3
 
 

@@ -1,4 +1,4 @@
-"""The privacy audit: attacks that find members where there is something to find, and only there."""
+"""The privacy audit: the attacks find members where a model reveals them, and only there."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class TestAttacks:
         classes = torch.arange(800) % 4
         assert auc(members[:, 0], others[:, 0]) == pytest.approx(0.5, abs=0.06)
         assert auc(*likelihood_ratio(members, classes, others, classes)) > 0.75
-        # A difference between classes alone says nothing.
+        # A difference between classes alone reveals no members.
         both = torch.randn(800, 1).double() + 5 * classes[:, None]
         same = torch.randn(800, 1).double() + 5 * classes[:, None]
         assert auc(*likelihood_ratio(both, classes, same, classes)) == pytest.approx(0.5, abs=0.06)
@@ -93,7 +93,7 @@ class TestAudit:
         names = [one.name for one in found.attacks]
         assert names == ["loss", "likelihood ratio", "class statistics", "likelihood ratio with class statistics"]
         assert all(0.3 < one.auc <= 1 and len(one.by_task) == 2 for one in found.attacks)
-        # A covariance of fewer images than features is nearly spanned by them.
+        # The covariance of fewer images than features is nearly spanned by those images.
         assert found.attacks[2].auc > 0.8 > found.attacks[0].auc
         assert {one.space for one in found.nearest} == {"pixels", "features"}
 
@@ -121,10 +121,10 @@ class TestAudit:
         assert same.accuracy[0] == same.accuracy[1] and not same.nearest
 
     def test_a_network_that_has_learnt_single_images_by_heart_is_found_out(self, halves: Any) -> None:
-        """Answers right where it has seen the image, and by chance elsewhere."""
+        """It classifies the images that it has seen correctly, and others at random."""
         found = {one.name: one for one in audit(ByHeart(*halves[0][0]).model(), halves[0], halves[1], NAMES).attacks}
         assert found["loss"].auc > 0.8  # a quarter of the others are answered right by chance
-        assert "class statistics" not in found  # it keeps none
+        assert "class statistics" not in found  # this model keeps no statistics
 
     def test_a_generated_image_that_is_a_copy_is_found(self, taught: Learner, halves: Any) -> None:
         copies = halves[0][0][0][:40]
@@ -148,7 +148,7 @@ class TestAudit:
 
 
 def statistics() -> nn.BatchNorm2d:
-    """A layer that looks as if it had learnt."""
+    """A BatchNorm layer with statistics as after training."""
     layer = nn.BatchNorm2d(3, affine=False)
     layer.load_state_dict({"running_mean": torch.full((3,), 0.1), "running_var": torch.full((3,), 0.5)}, strict=False)
     return layer

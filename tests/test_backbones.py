@@ -20,7 +20,7 @@ from tests.conftest import NAMES, QUICK
 
 @pytest.fixture
 def family(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A family of a test's own, which is gone afterwards."""
+    """The name of a family that a test registers; it is removed after the test."""
     monkeypatch.setattr(backbones, "_FAMILIES", dict(backbones._FAMILIES))
     return "toy"
 
@@ -34,7 +34,7 @@ def tiny(name: str, weights: str | None = None) -> nn.Module:
 
 @pytest.mark.slow
 def test_a_new_family_is_one_call(family: Any, train: Batches, test: Batches, tmp_path: Path) -> None:
-    """It is learnt with, saved, loaded by its name, and listed."""
+    """A learner of it learns, is saved, and is loaded by the name, which is listed."""
     register_backbone(family, tiny, names=["8", "16"])
     assert list_backbones("toy:*") == ["toy:16", "toy:8"]
     learner = Learner("toy:8", image_size=16, recipe=QUICK, device="cpu")
@@ -148,7 +148,7 @@ def test_weights_are_for_names() -> None:
 
 
 def test_pretrained_weights_bring_their_own_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    """efficientnet_v2_l was trained with 0.5, unlike most; so was what `transform_input` of googlenet stands for."""
+    """efficientnet_v2_l was trained with a mean of 0.5, unlike most; googlenet's `transform_input` amounts to the same."""
     from torchvision.models import _api
 
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The yardstick itself: published class orders, runs that resume, tables made from files."""
+"""The benchmarks themselves: published class orders, runs that resume, tables made from files."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_a_packed_file_is_small_and_says_how_it_was_packed(data: Data, tmp_path:
 
 
 def test_torchvisions_folder_is_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files that torchvision downloads, with the checksums of ours in place of theirs."""
+    """Files in the form that torchvision downloads, with their own checksums in place of the published ones."""
     (folder := tmp_path / CIFAR100.base_folder).mkdir()
     images = np.random.default_rng(0).integers(0, 256, (2, 6, 32, 32, 3), dtype=np.uint8)
     for which, (part, listed) in enumerate((("train", "train_list"), ("test", "test_list"))):
@@ -334,7 +334,7 @@ def test_the_workshop_runs_every_step_and_goes_on_where_it_stopped(data: Data, t
     assert (out / "workshop-dreams.png").stat().st_size > 0
     found = json.loads((out / "workshop.json").read_text())
     again = CliRunner().invoke(main, shop, catch_exceptions=False)
-    assert "teacher" not in again.stderr, "what is done is kept"
+    assert "teacher" not in again.stderr, "finished steps are not repeated"
     assert "prune by importance and latency" in again.stdout and "calibrated on dreams" in again.stdout
     after = json.loads((out / "workshop.json").read_text())
     assert {name: after[name] for name in found if name not in ("commit", "versions", "machine")}.items() <= after.items()
@@ -343,7 +343,7 @@ def test_the_workshop_runs_every_step_and_goes_on_where_it_stopped(data: Data, t
     timed = ["latency", "--quick", "--model", str(models / "teacher.safetensors")]
     timed += ["--distilled", str(models / "resnet8-adaptive.safetensors"), "--out", str(out)]
     done = CliRunner().invoke(main, timed)
-    if done.exit_code:  # a teacher of four steps may answer otherwise in INT8, and is not exported then
+    if done.exit_code:  # a teacher of four steps may answer differently in INT8, and is then not exported
         assert "another answer than the model" in done.output
     else:
         assert "| onnx float, distilled |" in done.stdout and "with ONNX Runtime alone" in done.stdout
@@ -379,7 +379,7 @@ def test_the_memory_benchmark_runs_each_cell_in_a_process_and_tells(tmp_path: Pa
     assert "nothing was trained" in refused["refused"] and not refused["tasks"]
     assert len(free["tasks"]) == 2 and free["tasks"][1]["kernel_peak"] > 0
     assert [task["accuracy"] for task in restarted["tasks"]] == [task["accuracy"] for task in free["tasks"]]
-    assert memory.run(chosen, tmp_path, tmp_path, said.append) == found and len(said) == 3, "what is done is not run again"
+    assert memory.run(chosen, tmp_path, tmp_path, said.append) == found and len(said) == 3, "finished cells are not run again"
 
     full, short = memory_tables.describe(found), memory_tables.summary(found)
     assert "| resnet32, 32 px | 16MB | refused: 'learn' needs" in full
@@ -402,7 +402,7 @@ def test_a_task_that_failed_and_a_run_above_its_budget_are_told() -> None:
     assert "failed while learning: took more" in full
     short = memory_tables.summary({"cells": cells})
     assert "within the budget in 0 of the 1 runs" in short
-    assert "|  |  | 130 (1.00), 1 of 2 refused | failed |" in short, "what was not run is empty, not refused"
+    assert "|  |  | 130 (1.00), 1 of 2 refused | failed |" in short, "a cell that was not run is empty, not refused"
 
 
 def test_few_images_has_a_row_for_each_method_that_was_run_with_few() -> None:
@@ -418,7 +418,7 @@ def test_few_images_has_a_row_for_each_method_that_was_run_with_few() -> None:
 
 
 def test_committed_figures_come_from_committed_files() -> None:
-    """The README of the results is what the report makes of them now."""
+    """The README of the results equals what the report makes from them now."""
     text = (accuracy.RESULTS / "README.md").read_text()
     found = report.read(accuracy.RESULTS)
     assert report.few_images(found) in text

@@ -1,4 +1,4 @@
-"""Rejection and calibration: what is known is answered, what is not is None, in the model, its file and its export alike."""
+"""Rejection and calibration: images of known classes get a label, others None; model, file and export agree."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KNOWN, UNSEEN = ("0", "1", "2", "3", "4", "5"), ("6", "7", "8", "9")
 
 @pytest.fixture(scope="module")
 def rejecting(train: Batches) -> Model:
-    """Six digits in two tasks; the backbone is left as it is in the second."""
+    """Six digits in two tasks; the backbone is not trained in the second."""
     learner = quick_learner(recipe=CLOSED_FORM)
     for task in (KNOWN[:3], KNOWN[3:]):
         learner.learn_task(train.of(task), NAMES, progress=False)
@@ -50,7 +50,7 @@ def exported(rejecting: Model, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def rejected(model: Any, images: Any) -> float:
-    """The share of images that are."""
+    """The share of images that are rejected."""
     answers = model.predict(images, reject=True)
     return sum(answer.label is None for answer in answers) / len(answers)
 

@@ -1,4 +1,4 @@
-"""Short runs of `tests.canary`, and what it stands on."""
+"""Short runs of `tests.canary`, and tests of what it relies on."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_needles_are_found_wherever_they_begin() -> None:
     image = canary.canaries(3, 0)[0][:1]
     needles.add_rows("image", image)
     assert len(needles.spans) == image[0].numel() // canary.SPAN
-    needles.add("nothing", bytes(canary.SPAN))  # may be anywhere
+    needles.add("nothing", bytes(canary.SPAN))  # zeros are everywhere
     assert set(needles.spans.values()) == {"image"}
     whole = image.numpy().tobytes()
     for shift in range(8):
@@ -62,7 +62,7 @@ def test_needles_are_found_wherever_they_begin() -> None:
 
 @on_linux
 def test_freed_memory_is_overwritten() -> None:
-    """Of sizes that glibc keeps in its caches, in bins, and as ends of larger holes."""
+    """For sizes that glibc keeps in its caches, in bins, and as the ends of larger free blocks."""
     libc = traces._glibc()
     if libc is None:
         pytest.skip("not glibc")
@@ -76,7 +76,7 @@ def test_freed_memory_is_overwritten() -> None:
     freed = zip(places[::2], sizes[::2], strict=True)
     assert not any(b"\xa5" * 16 in ctypes.string_at(place, min(size, 1000)) for place, size in freed)
     for place, size in zip(places[1::2], sizes[1::2], strict=True):
-        assert ctypes.string_at(place, size) == b"\xa5" * size, "what is in use stays"
+        assert ctypes.string_at(place, size) == b"\xa5" * size, "memory in use is unchanged"
         libc.free(place)
 
 

@@ -36,7 +36,7 @@ from tests.golden.make import own_classifier
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = [sys.executable, "-m", "edge_dfcil"]
-# Numbers that make a new model's first task a matter of a second.
+# Settings with which the first task of a new model takes about a second.
 SHORT = [text for name, value in QUICK.differences().items() for text in ("--set", f"{name}={value}")]
 SETTINGS = ["--backbone", "resnet8", "--image-size", "16", *SHORT]
 
@@ -165,7 +165,7 @@ class TestRecipe:
 
 
 class TestOwnModules:
-    """A model whose backbone is a module of the user's: every command takes what builds it."""
+    """A model whose backbone is the user's own module: every command takes the function that builds it."""
 
     @pytest.fixture
     def adopted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -284,7 +284,7 @@ def test_damaged_pictures_are_named_skipped_and_counted_or_refused(learnt: Learn
 
 
 class TestSmaller:
-    """Distilled, pruned and in INT8: each a file of its own, the model as it was. The settings are made quick."""
+    """Distillation, pruning and INT8: each writes a separate file and leaves the model unchanged. The settings are shortened."""
 
     @pytest.fixture(autouse=True)
     def _model_stays(self, model: Path) -> Iterator[None]:
@@ -326,7 +326,7 @@ class TestSmaller:
 
 
 class TestCheckpoint:
-    """A task that was stopped continues with the same command, and nothing is left when the model is saved."""
+    """The same command continues a stopped task, and no checkpoint is left once the model is saved."""
 
     @pytest.fixture
     def stopped(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
@@ -403,7 +403,7 @@ class TestCheckpoint:
     def test_one_can_be_named_or_none(self, pictures: Any, model: Path, tmp_path: Path, stopped: Any) -> None:
         before = {*tmp_path.iterdir()}
         done = cli("learn", pictures[1], "--model", model, "--checkpoint", "none", expect=1)
-        assert {*tmp_path.iterdir()} == before and "goes on" not in done.stderr
+        assert {*tmp_path.iterdir()} == before and "continues from here" not in done.stderr
         cli("learn", pictures[1], "--model", model, "--checkpoint", tmp_path / "here", expect=1)
         assert {*tmp_path.iterdir()} == before | {tmp_path / "here"}
 
@@ -480,11 +480,11 @@ def test_wrong_usage_exits_with_two(arguments: list[Any]) -> None:
 
 
 def start_learning(pictures: Any, model: Path) -> Any:
-    """A learning process whose task takes long, once it is inside."""
+    """Starts a process that learns a long task, and returns it after its first step."""
     code = (
         "import signal, sys; from edge_dfcil.cli import main\n"
         "from edge_dfcil import Callback; import edge_dfcil.running as l\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a suite in the background of a shell ignores it
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test run in the background of a shell ignores SIGINT
         "class Say(Callback):\n"
         "    def on_step_end(self, *a): print('step', flush=True)\n"
         "l.with_progress = lambda callbacks, progress: [Say()]\n"
@@ -534,7 +534,7 @@ def test_ctrl_c_is_reported_and_the_old_model_is_intact(pictures: Any, slow_mode
 
 @pytest.mark.slow
 def test_killed_at_any_moment_of_writing_the_file_is_the_old_or_the_new(tmp_path: Path) -> None:
-    """Children that save in a loop are killed at different moments; what is on disk always loads."""
+    """Children that save in a loop are killed at different moments; the file on disk always loads."""
     path = quick_learner().save(tmp_path / "m")
     code = (
         "import os, sys, torch; from edge_dfcil import Learner\n"
@@ -564,7 +564,7 @@ def test_progress_is_quiet_without_a_terminal(pictures: Any, model: Path) -> Non
 
 @pytest.mark.slow
 def test_progress_is_shown_to_a_terminal(pictures: Any, model: Path) -> None:
-    """On a pseudo-terminal: stage, epoch, losses, images a second."""
+    """On a pseudo-terminal: stage, epoch, losses, images per second."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [*ENTRY, "learn", pictures[1], "--model", model],
@@ -574,7 +574,7 @@ def test_progress_is_shown_to_a_terminal(pictures: Any, model: Path) -> None:
     )
     os.close(theirs)
     shown = b""
-    with contextlib.suppress(OSError):  # how a pseudo-terminal says that the other side is closed
+    with contextlib.suppress(OSError):  # raised when the other side of the pseudo-terminal is closed
         while chunk := os.read(ours, 65536):
             shown += chunk
     os.close(ours)
@@ -592,7 +592,7 @@ def test_a_link_to_the_model_is_the_model_itself(model: Path, tmp_path: Path) ->
 
 
 class TestBeforeLearning:
-    """What would fail after minutes of learning is refused before."""
+    """What would fail after minutes of learning is refused before it starts."""
 
     @pytest.fixture(autouse=True)
     def _learning_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -627,7 +627,7 @@ class TestStreams:
 
     @pytest.mark.parametrize("closed", ["| head -1", "| true", ">&-", "2>&- >&-", "> /dev/full"])
     def test_a_stdout_that_is_closed_or_full_ends_in_no_traceback(self, closed: str) -> None:
-        """A command of the same group that needs no torch, so that processes are cheap."""
+        """With a command of the same group class that does not import torch, so that the processes start fast."""
         code = (
             "import click\nfrom edge_dfcil.cli.console import Commands, answer, note\n"
             "@click.group(cls=Commands)\ndef main(): pass\n"

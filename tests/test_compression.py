@@ -45,7 +45,7 @@ def known(test: Batches) -> list[Any]:
 
 
 def flops(shape: Shape) -> float:
-    """A table in which time is work, so that tests do not depend on the machine."""
+    """A latency that is proportional to the FLOPs, so that tests do not depend on the machine."""
     return shape.flops / 1e6
 
 
@@ -106,7 +106,7 @@ def test_a_student_learns_from_dreams_alone(able: Learner, known: list[Any]) -> 
     assert learnt == student.evaluate(known, NAMES).accuracy > 0.6, "a third would be chance"
     assert report.agreement > 0.6
     assert [stage.name for stage in report.stages] == ["dream", "distil"] * 3
-    assert report.stages[0].losses["content"] < 0.05, "the teacher is sure of its dreams; a tenth of ln 3 would be no idea"
+    assert report.stages[0].losses["content"] < 0.05, "the teacher is sure of its dreams; a tenth of ln 3 would be chance"
     assert "competition" not in report.stages[0].losses, "an untrained student has nothing to compete with"
     assert "competition" in report.stages[2].losses
 
@@ -141,14 +141,14 @@ def test_a_student_begins_with_what_it_shares_with_its_teacher(able: Learner) ->
 
 @pytest.mark.slow
 def test_a_students_running_statistics_keep_up_with_a_short_lesson(able: Learner, known: list[Any]) -> None:
-    """A network answers by them; torchvision's MobileNetV3 lets them follow slowly."""
+    """A network predicts with them; torchvision's MobileNetV3 updates them slowly."""
     slow = build("resnet8")
     for layer in batchnorm_layers(slow):
         layer.momentum = 0.001
     scratch = replace(SHORT, inherit=False)
     _, report = distill(able, slow, settings=scratch, evaluation=known, classes=NAMES, progress=False)
     assert report.accuracy is not None and report.accuracy[1] > 0.6, "a third would be chance"
-    assert {layer.momentum for layer in batchnorm_layers(slow)} == {0.001}, "the caller's own is copied"
+    assert {layer.momentum for layer in batchnorm_layers(slow)} == {0.001}, "the caller's module is copied"
 
 
 @pytest.mark.slow
@@ -197,7 +197,7 @@ def test_pruned_by_ratio_it_is_smaller_and_repaired(
     assert all(modules[name].out_channels == n and n % 4 == 0 for name, n in report.channels.items())
     assert report.accuracy is not None
     whole, broken, repaired = report.accuracy
-    assert broken < whole - 0.1, "so much hurts"
+    assert broken < whole - 0.1, "so much pruning costs accuracy"
     assert repaired > whole - 0.1
     assert repaired == smaller.evaluate(known, NAMES).accuracy
     goes_on(smaller, train, test, tmp_path, export=True)
@@ -205,7 +205,7 @@ def test_pruned_by_ratio_it_is_smaller_and_repaired(
 
 @pytest.mark.slow
 def test_what_counts_is_what_is_measured_on_the_network(able: Learner, table: LatencyTable) -> None:
-    """Work by hand: the convolutions of a resnet8 at 16 px."""
+    """FLOPs by hand: the convolutions of a resnet8 at 16 px."""
     _, report = prune(able, Pruning(flops=0.8, group=4, repair=None), table=table, progress=False)
     expected = 0
     for layer, side in zip(
@@ -221,7 +221,7 @@ def test_what_counts_is_what_is_measured_on_the_network(able: Learner, table: La
 
 @pytest.mark.slow
 def test_latency_that_counts_takes_channels_where_they_cost_time(able: Learner, tmp_path: Path) -> None:
-    """With a table in which only the first stage costs anything, and great weight on it, that stage is pruned first."""
+    """With a table in which only the first stage costs time, and a large weight on time, that stage is pruned first."""
 
     def dear(shape: Shape) -> float:
         return shape.flops / 1e6 if shape.height == 16 and shape.stride == 1 else 0.0
@@ -237,7 +237,7 @@ def test_latency_that_counts_takes_channels_where_they_cost_time(able: Learner, 
 
 @pytest.mark.slow
 def test_the_latency_term_sees_kernels_that_work_in_blocks(able: Learner, tmp_path: Path) -> None:
-    """Where a layer is no faster before several groups have gone, they go together, and no channel goes in vain."""
+    """Where a layer becomes faster only after several groups are removed, they go together, and none goes without a gain."""
 
     def in_blocks(shape: Shape) -> float:
         blocks = [-(-channels // 8) for channels in (shape.channels_in, shape.channels_out)]
@@ -249,7 +249,7 @@ def test_the_latency_term_sees_kernels_that_work_in_blocks(able: Learner, tmp_pa
         _, found[eta] = prune(able, setting, table=LatencyTable(tmp_path / f"{eta}", in_blocks), timing=False, progress=False)
     assert all(channels % 8 == 0 for channels in found[1000.0].channels.values())
     assert any(channels % 8 for channels in found[0.0].channels.values())
-    assert found[1000.0].filters[1] > found[0.0].filters[1], "as fast with more filters"
+    assert found[1000.0].filters[1] > found[0.0].filters[1], "equally fast with more filters"
 
 
 @pytest.mark.slow
@@ -282,7 +282,7 @@ def test_depthwise_layers_and_residuals_of_a_mobilenet(
 
 
 def test_what_would_be_saved_is_what_is_saved(train: Batches, tmp_path: Path) -> None:
-    """The latency that a step of pruning promises, against the network that it leaves; depthwise and grouped layers among it."""
+    """The latency that a step of pruning promises is that of the network after it, also with depthwise and grouped layers."""
     shapes = []
 
     def measure(shape: Shape) -> float:
@@ -308,7 +308,7 @@ def test_what_would_be_saved_is_what_is_saved(train: Batches, tmp_path: Path) ->
 
 
 def answers_as_masked(learner: Learner, settings: Pruning, table: LatencyTable) -> Cutter:
-    """Cuts a copy; each cut must leave the answer that zero channels give, which the cutter checks."""
+    """Prunes a copy; after each cut the answer must be that with zeroed channels, which the cutter checks."""
     network, images = learner.network.grown(0), torch.randn(8, 3, 16, 16)
     cutter = Cutter(network, Dream(images, network.classify(images).detach()), settings, table)
     cutter.cut()
@@ -358,7 +358,7 @@ def test_what_can_be_pruned_does_not_depend_on_the_size_of_the_logits(able: Lear
 
 
 def test_the_table_needs_no_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As in a container whose user has none; and a cache folder that cannot be written to is no error."""
+    """As in a container whose user has no home folder; a cache folder that cannot be written to is no error either."""
 
     def no_home() -> None:
         raise RuntimeError("Could not determine home directory.")

@@ -1,4 +1,4 @@
-"""Damaged and hostile files are refused with an error of the package, in bounded memory; `tests.damage` runs this at length."""
+"""Damaged and hostile files are refused with an error of the package, in bounded memory; `tests.damage` makes longer runs."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_an_attack_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(EdgeDfcilError) as caught:
         open_attack(path)
     message = str(caught.value)
-    assert message.isprintable() and len(message) < 1500, "a terminal shows it as it is"
+    assert message.isprintable() and len(message) < 1500, "safe to show on a terminal"
 
 
 def test_every_attack_is_described() -> None:
@@ -105,7 +105,7 @@ def test_every_attack_is_described() -> None:
 
 @pytest.mark.slow
 def test_attacks_take_no_memory(tmp_path: Path) -> None:
-    """A process that may not take more than 700 MB beside what it has after a good model refuses them all the same."""
+    """A process that may take at most 700 MB more than after loading a valid model refuses all attacks, too."""
     paths = [str(write(tmp_path)) for write in ATTACKS.values()]
     code = f"""
         import resource
@@ -127,7 +127,7 @@ def test_attacks_take_no_memory(tmp_path: Path) -> None:
         print("refused")
     """
     if not Path("/proc/self/statm").exists():
-        pytest.skip("what a process has taken cannot be read here")
+        pytest.skip("the memory of a process cannot be read here")
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert done.stdout == "refused\n", done.stdout + done.stderr
 

@@ -60,7 +60,7 @@ def test_jitter_stays_in_range_and_differs_by_image(seed: int, brightness: float
 
 
 def test_jitter_by_hand_for_a_grey_image() -> None:
-    """Contrast leaves one flat grey alone, so that brightness is all there is."""
+    """Contrast does not change a flat grey image, so that only brightness acts."""
     torch.manual_seed(0)
     out = jitter(torch.full((200, 3, 4, 4), 0.5), 0.2, 0.9)
     assert out.std((1, 2, 3)).max() < 1e-6
@@ -142,7 +142,7 @@ class TestHeldOut:
             for part in batches:
                 assert len(part.source) == len(part.targets)
                 seen |= {str(image.tolist()) for image in part.source}
-        if min(batch, 80 % batch or batch) > 10:  # smaller batches may hold nothing else, and are learnt from as they are
+        if min(batch, 80 % batch or batch) > 10:  # a smaller batch may consist of held-out images only, and is then used
             assert not seen & held
 
     def test_a_class_of_few_images_is_trained_on_whole(self) -> None:

@@ -1,4 +1,4 @@
-"""The digits that come with the package are scikit-learn's, and need nothing that `pip install .` leaves out."""
+"""The digits in the package are those of scikit-learn, and need no optional dependency."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_digits_are_split_into_images_to_learn_from_and_to_measure_with(train: B
     assert set(train.targets.tolist()) == set(test.targets.tolist()) == set(range(10))
 
 
-@pytest.mark.slow  # a Python of its own imports torch
+@pytest.mark.slow  # a separate Python process imports torch
 def test_digits_need_no_library_of_an_extra() -> None:
     code = "import sys; sys.modules.update(sklearn=None, matplotlib=None); from edge_dfcil.demo import digits; digits()"
     subprocess.run([sys.executable, "-c", code], check=True)

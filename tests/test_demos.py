@@ -1,4 +1,4 @@
-"""The demos do what they show. Their recipes are made quick here; what they say is asserted, not how well they learn."""
+"""The demos do what they show. Their recipes are shortened here; the tests check what they print, not how well they learn."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_camera_answers_while_it_learns() -> None:
     answers = camera.run(camera.RECIPE.changed(FEW), pause=0, after=20, say=lines.append)
     assert list(answers.frames)[-1] == "adapted"
     assert answers.frames["adapted"] >= 20
-    assert sum(answers.frames.values()) > 20, "frames were answered before the task had ended"
+    assert sum(answers.frames.values()) > 20, "frames were classified before the task had ended"
     assert not any(answers.right.get("before", [])), "a model cannot name what it has not learnt"
     commits = [line for line in lines if line.startswith("frame ")]
     assert [line.split(": ")[1].split()[0] for line in commits] == ["instant", "adapted"]
@@ -36,11 +36,11 @@ def test_the_camera_answers_while_it_learns() -> None:
 def test_an_adopted_classifier_is_taught_and_shipped(tmp_path: Path) -> None:
     lines: list[str] = []
     found = adopt_and_ship.run(tmp_path, adopt_and_ship.RECIPE.changed(FEW), epochs=1, say=lines.append)
-    assert abs(found["onnx"] - found["learner"]) < 0.01, "the file is the model"
+    assert abs(found["onnx"] - found["learner"]) < 0.01, "the file predicts as the model does"
     assert OnnxClassifier(tmp_path / "digits.onnx").classes == tuple(NAMES)
     int8 = tmp_path / "digits.int8.onnx"
     assert int8.exists() == ("onnx-int8" in found)
-    # Taught this little, on some CPUs it agrees with its INT8 form on enough dreams, and on some not.
+    # After so little training, it agrees with its INT8 form on enough dreams on some CPUs only.
     assert int8.exists() or "no INT8 file: the INT8 graph gives another answer" in "\n".join(lines)
     assert not int8.exists() or int8.stat().st_size < 0.3 * (tmp_path / "digits.onnx").stat().st_size
 

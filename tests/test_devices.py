@@ -1,4 +1,4 @@
-"""One code path for every device: what an accelerator does, on the accelerator where there is one."""
+"""One code path for every device, tested on an accelerator if there is one."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_student_learns_on_an_accelerator(taught: Learner, quality: Literal["f
 
 
 def test_prunes_on_an_accelerator_what_it_prunes_on_the_cpu(taught: Learner, tmp_path: Path) -> None:
-    """The same channels may be taken away: rounding on an accelerator does not hide that a layer can lose some."""
+    """The same channels can be pruned: rounding on an accelerator does not hide that a layer can lose some."""
     table = LatencyTable(tmp_path / "latency.json", lambda shape: shape.flops / 1e6)
     settings = Pruning(ratio=0.2, group=4, repair=Distillation(rounds=1, dreams=32, generator_steps=2, steps=2, batch=16))
     smaller, report = prune(taught, settings, table=table, timing=False, progress=False)
@@ -110,7 +110,7 @@ def test_a_budget_holds_on_an_accelerator(device: str, train: Batches) -> None:
 @pytest.mark.parametrize("method", names())
 @pytest.mark.slow
 def test_every_loss_stands_half_precision(method: Any, train: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's autocast, asked of the CPU: no term mixes its dtypes up, and none overflows."""
+    """CUDA's autocast, on the CPU: no term mixes dtypes, and none overflows."""
     monkeypatch.setattr(devices, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
     learner = quick_learner(method=method)
     for task in (("0", "1"), ("2", "3")):
@@ -121,7 +121,7 @@ def test_every_loss_stands_half_precision(method: Any, train: Batches, monkeypat
 
 @pytest.mark.slow
 def test_the_published_recipe_computes_in_float32(train: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It claims the letter of the paper; `edge` may compute in bf16 where the device has it."""
+    """`paper` follows the paper exactly; `edge` may compute in bf16 on a device that has it."""
     regions: list[torch.device] = []
 
     def autocast(device: torch.device) -> Any:
@@ -175,7 +175,7 @@ def test_channels_last_but_on_mps() -> None:
 
 
 def test_float64_images_are_float32_before_they_move(learnt: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MPS has no float64. Simulated: the move refuses it, as there."""
+    """MPS has no float64. Simulated here: moving a float64 tensor fails."""
     move = torch.Tensor.to
 
     def to(self: Any, *args: Any, **settings: Any) -> Any:

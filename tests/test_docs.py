@@ -1,7 +1,7 @@
 """The README and the pages of `docs/`: their blocks run, their figures are those of the result files, and the site builds.
 
 A page's blocks run from top to bottom in an empty folder, as a new user would: Python here, `edge-dfcil` commands through the
-command line's own parser, the block for a browser in Node. The settings are made quick, not the commands: the recipes take a few
+command line's own parser, the block for a browser in Node. The settings are shortened, not the commands: the recipes take a few
 steps instead of hundreds.
 """
 
@@ -44,7 +44,7 @@ GENERATED = {"recipe.md", "cli.md"}
 SET_UP = ("make", "pip")  # commands that CI runs before the tests
 
 FEW = {
-    "schedule.min_steps": 40,  # so that the network answers in INT8 as in floats
+    "schedule.min_steps": 40,  # so that the network predicts the same in INT8 as in floats
     "schedule.epochs": 1,
     "schedule.first_epochs": 1,
     "generator.steps": 4,
@@ -57,7 +57,7 @@ SHORT: dict[str, Any] = {"rounds": 1, "dreams": 32, "generator_steps": 2, "steps
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few steps for all blocks: in the recipes, and in the defaults of the lessons of a smaller model."""
+    """Few steps for all blocks: in the recipes, and in the defaults of distillation and pruning."""
     for name in ("edge", "frozen", "strict"):
         monkeypatch.setitem(recipe.RECIPES, name, recipe.RECIPES[name].changed(FEW))
     for settings, shorter in ((Distillation, SHORT), (Pruning, {"repair": replace(REPAIR, **SHORT)})):
@@ -75,13 +75,13 @@ def _with_defaults(make: Any, defaults: dict[str, Any]) -> Any:
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a page registers is gone after it."""
+    """Removes what a page registers, after the test."""
     monkeypatch.setattr(registry, "_EXPORTERS", dict(registry._EXPORTERS))
     monkeypatch.setattr(backbones, "_FAMILIES", dict(backbones._FAMILIES))
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*statistics that were never learnt")  # a reader has weights of their own there
+@pytest.mark.filterwarnings("ignore:.*statistics that were never learnt")  # a reader has trained weights there
 @pytest.mark.usefixtures("quick", "registered")
 @pytest.mark.parametrize("page", WITH_BLOCKS)
 def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ console.log(JSON.stringify(await classify(canvas)));
 def test_the_block_for_a_browser_answers_as_the_learner(learnt: Learner, tmp_path: Path) -> None:
     code = re.search(r"^```js\n(.*?)^```", PAGES["docs/tutorial/ship.md"], re.M | re.S)
     assert code is not None and NODE is not None
-    # A browser reads the model by its address, Node by its bytes; the rest of the block is as it stands.
+    # A browser loads the model by its address, Node from its bytes; the rest of the block is unchanged.
     page = code[1].replace('.create("any.onnx")', '.create(new Uint8Array((await import("node:fs")).readFileSync("any.onnx")))')
     assert page != code[1]
     (tmp_path / "page.mjs").write_text(page)
@@ -146,7 +146,7 @@ def test_the_block_for_a_browser_answers_as_the_learner(learnt: Learner, tmp_pat
 
 
 def not_installed_by_pip_install() -> list[str]:
-    """The modules of this environment that `pip install .` alone would not bring."""
+    """The modules of this environment that `pip install .` alone would not install."""
     needed, queue = set(), ["edge-dfcil"]
     while queue:
         name = canonicalize_name(queue.pop())
@@ -177,7 +177,7 @@ def test_the_first_example_runs_after_pip_install_alone(tmp_path: Path) -> None:
 def test_the_readme_is_short_and_promises_what_is_true() -> None:
     assert len(README.splitlines()) <= 150
     assert "keeps no samples" in README
-    assert "derived from" in README, "weights and dreams are derived from data, and it says so"
+    assert "derived from" in README, "weights and dreams are derived from data, and the README says so"
 
 
 def test_there_are_blocks_of_both_kinds() -> None:
@@ -196,7 +196,7 @@ MARKS = [(page, mark) for page, marks in pages.PAGES.items() for mark in marks]
 
 
 def shown(page: str, mark: str) -> str:
-    """What stands between a page's marks."""
+    """The text between a page's marks."""
     text = PAGES[page]
     return text[text.index("-->", text.index(f"<!-- {mark}:")) + 4 : text.index(f"<!-- /{mark} -->")]
 
@@ -219,7 +219,7 @@ def test_the_page_of_the_recipe_has_every_setting_with_its_values() -> None:
     paper, edge = recipe.RECIPES["paper"], recipe.RECIPES["edge"]
     assert by_name["schedule.epochs"][1:3] == [f"`{paper.schedule.epochs}`", f"`{edge.schedule.epochs}` in frozen, edge, strict"]
     assert by_name["schedule.momentum"][1:3] == [f"`{paper.schedule.momentum}`", ""]
-    assert all(row[3].strip("| ").endswith(".") for row in rows), "each says what it is"
+    assert all(row[3].strip("| ").endswith(".") for row in rows), "each has a description"
 
 
 # The site
@@ -235,7 +235,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Loaded(HTMLParser):
-    """The addresses from which a page loads something; a link that a reader may follow is none."""
+    """The addresses from which a page loads something; links that a reader may follow are not among them."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()

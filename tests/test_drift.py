@@ -1,4 +1,4 @@
-"""Drift compensation: statistics follow the backbone, and an LDA head from them serves as a plain linear layer."""
+"""Drift compensation: statistics follow the backbone, and an LDA head computed from them serves as a plain linear layer."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_an_lda_head_from_moved_statistics_remembers_better(train: Batches, test
 
 @pytest.mark.slow
 def test_its_statistics_are_kept_and_moved_with_the_backbone(train: Batches) -> None:
-    """Those of the old classes lie nearer to where the new backbone puts their images than the earlier ones did."""
+    """The moved means of old classes are nearer to their images' features under the new backbone than the earlier means."""
     learner = quick_learner(recipe=QUICK.changed({"schedule.min_steps": 60, "generator.steps": 40, **LDA_HEAD}))
     learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
     stale = learner.model.statistics["mean"].values
@@ -97,7 +97,7 @@ def test_without_statistics_old_classes_are_estimated_from_generated_images(trai
 
 @pytest.mark.slow
 def test_the_head_is_as_sure_as_the_trained_one(train: Batches, test: Batches) -> None:
-    """Its scale is the trained head's: an LDA head's own logits would make every answer certain."""
+    """The LDA head has the scale of the trained head: its own logits would make every answer certain."""
     sure = []
     for changes in ({}, LDA_HEAD):
         learner = quick_learner(recipe=QUICK.changed(changes | {"schedule.min_steps": 60}))
@@ -151,12 +151,12 @@ def test_features_of_two_sizes_count_alike_where_they_are_shrunk_as_two_groups()
         ]
 
     share = [[float(weight[:, :2].norm() / weight.norm()) for weight in weights(own)] for own in (0, 2)]
-    assert share[0][1] < 0.1 * share[0][0]  # one group: small features drown
+    assert share[0][1] < 0.1 * share[0][0]  # one group: small features have almost no weight
     assert share[1][1] > 0.7 * share[1][0]
 
 
 def test_served_rows_say_so_by_a_rounded_covariance_too() -> None:
-    """Features after a ReLU have large means in common, of which a row must not bring back a rounded share."""
+    """Features after a ReLU have a large common mean; means recovered from rows must not contain a rounding error of it."""
     draw = torch.Generator().manual_seed(0)
     means = 100 + torch.randn(4, 60, generator=draw, dtype=torch.float64)
     covariance = (0.1 * torch.randn(300, 60, generator=draw, dtype=torch.float64)).T.cov()
@@ -168,7 +168,7 @@ def test_served_rows_say_so_by_a_rounded_covariance_too() -> None:
 
 @given(st.integers(2, 5), st.integers(0, 2**31))
 def test_what_is_said_of_held_out_images_is_so(classes: int, seed: int) -> None:
-    """Of images drawn from the very Gaussians, against a count over many of them."""
+    """For images drawn from the same Gaussians, compared with a count over many of them."""
     draw = torch.Generator().manual_seed(seed)
     means = torch.randn(classes, 3, generator=draw, dtype=torch.float64)
     weight, bias = torch.randn(classes, 3, generator=draw, dtype=torch.float64), torch.randn(classes, generator=draw).double()

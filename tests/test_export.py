@@ -1,4 +1,4 @@
-"""What is exported is what was measured, and it answers without torch."""
+"""An exported file predicts as the model does, and without torch."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_it_answers_without_torch(exported: Any) -> None:
 
 
 class Fickle(nn.Module):
-    """Answers otherwise at each call, so that no graph of it can agree."""
+    """Gives another answer at each call, so that no graph can agree with it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Replacing a file: the old content or the new one, at the place that the path leads to, with the rights that it had."""
+"""Replacing a file: it has the old content or the new, at the place that the path resolves to, with its permissions kept."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
         replace_file(tmp_path / "loop", b"new")
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in folders here")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
@@ -151,7 +151,7 @@ def test_the_mode_of_the_replaced_file_is_kept(tmp_path: Path, monkeypatch: pyte
 def test_a_new_file_follows_the_umask_which_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = os.umask(0o027)
     try:
-        monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask is one for all threads"))
+        monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask is shared by all threads"))
         replace_file(tmp_path / "m", b"new")
     finally:
         monkeypatch.undo()
@@ -179,7 +179,7 @@ def test_a_failure_in_place_restores_the_old_content(tmp_path: Path, monkeypatch
 
     def fails_after_the_write(descriptor: Any) -> None:
         calls.append(descriptor)
-        if len(calls) == 2:  # the first is of the hidden file beside it
+        if len(calls) == 2:  # the first is for the hidden file in the same folder
             raise OSError(errno.EIO, "Input/output error")
         sync(descriptor)
 
@@ -226,7 +226,7 @@ replace_file({str(path)!r}, b"killed")
     assert subprocess.run([sys.executable, "-c", killed]).returncode == 9
     (part,) = tmp_path.iterdir()
     replace_file(path, b"new")
-    assert part.exists(), "its writer may still be at work"
+    assert part.exists(), "its writer may still be running"
     stranger = tmp_path / ".12345678-abcdef.part"
     stranger.write_bytes(b"of another file")
     for old in (part, stranger):

@@ -1,4 +1,4 @@
-"""Formats beside ONNX: they say what to install, and what is written answers as the model does."""
+"""Formats besides ONNX: they say what to install, and a written file predicts as the model does."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> Non
 
 
 class Method:
-    """An ExecuTorch program as its runtime gives it, of torch's own exported program."""
+    """A fake of the program that ExecuTorch's runtime gives; it runs torch's own exported program."""
 
     def __init__(self, program: Any, shift: float) -> None:
         self._program, self._shift = program, shift
@@ -80,7 +80,7 @@ def test_executorch_is_checked_image_by_image(shift: float, tmp_path: Path, monk
 
 
 class Converted:
-    """What coremltools makes, of torch's own trace: it holds the trace instead of a network."""
+    """A fake of the model that coremltools makes; it contains torch's trace instead of a network."""
 
     def __init__(self, traced: Any, labels: list[str], shift: float) -> None:
         self.user_defined_metadata: dict[str, str] = {}

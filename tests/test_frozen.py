@@ -1,4 +1,4 @@
-"""The rivals on a frozen backbone: each learns classes it can tell apart, task by task, and runs in a protocol."""
+"""The baselines on a frozen backbone: each learns separable classes task by task, and runs in a protocol."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def classes(task: int, n: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
     targets = torch.arange(2 * task, 2 * task + 2).repeat(n // 2)
     centres = 4 + 3 * torch.eye(12, dtype=torch.float64)[targets]
     noise = torch.randn(n, 12, generator=draw, dtype=torch.float64)
-    noise[:, -1] += 3 * noise[:, 0]  # classes lie along no axis
+    noise[:, -1] += 3 * noise[:, 0]  # correlated noise: the classes do not follow the axes
     return (centres + noise).clamp_min(0), targets
 
 
@@ -53,7 +53,7 @@ def test_a_run_has_what_other_runs_have(method: str, data: Any, tmp_path: Path) 
     assert ours.keys() == theirs.keys()
     assert [len(row) for row in ours["matrix"]] == [1, 2]
     assert ours["recipe"]["augmentation"]["rotations"] == ("rotations" in method)
-    assert frozen.run(TINY, method, 0, data, tmp_path, "cpu", QUICK) == ours, "from its file"
+    assert frozen.run(TINY, method, 0, data, tmp_path, "cpu", QUICK) == ours, "read from its file"
     assert len(list(tmp_path.glob("*.json"))) == len(frozen.HEADS) + 1
 
 

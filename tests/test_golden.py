@@ -40,7 +40,7 @@ def test_a_file_of_schema_2_keeps_statistics_and_thresholds() -> None:
     model = load(FOLDER / "schema2" / "closed_form.safetensors").model
     assert model.network.reads_scales
     assert {"mean", "count", "covariance", "frame"} == model.statistics.keys()
-    assert model.statistics["mean"].images[3:] == (60, 0)  # of five images no mean is kept
+    assert model.statistics["mean"].images[3:] == (60, 0)  # no mean of only five images is kept
     assert model.temperature > 0 and len(model.thresholds) == 5
     graph = OnnxClassifier(FOLDER / "schema2" / "closed_form-any.onnx")
     assert graph.thresholds == model.thresholds
@@ -59,7 +59,7 @@ def test_a_model_file_answers_as_recorded(path: Any) -> None:
 def test_an_onnx_file_answers_as_recorded(path: Any) -> None:
     answers = np.load(path.parent / "answers.npz")
     found = OnnxClassifier(path).probabilities(answers["images"])
-    # A quantized graph rounds activations to 256 steps: one step more or less, by processor, moves a probability.
+    # A quantized graph rounds activations to 256 steps; one step of difference between processors moves a probability.
     np.testing.assert_allclose(found, answers[path.name], atol=0.05 if "int8" in path.name else TOLERANCE)
     assert (found.argmax(1) == answers[path.name].argmax(1)).all()
 

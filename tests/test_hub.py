@@ -1,6 +1,6 @@
-"""Folders and repositories of the Hugging Face Hub: what is written, what is loaded, and what is said when it fails.
+"""Folders and repositories of the Hugging Face Hub: what is written, what is loaded, and the errors.
 
-The Hub is a stand-in on this machine, behind the real client, so that no test needs the network.
+The real client talks to a fake Hub on localhost, so that no test needs the network.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REPO = "someone/digits"
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """The stand-in, as the Hub that `huggingface_hub` uses, with a cache and a token of this test."""
+    """The fake Hub, set as the one that `huggingface_hub` uses, with a cache and a token of this test."""
     with Hub() as found:
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, found.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -68,7 +68,7 @@ class TestAFolder:
         learnt.rename({"0": "zero"})
         learnt.save_pretrained(tmp_path)
         assert Model.from_pretrained(tmp_path).classes == ("zero", "1")
-        assert not (tmp_path / "model.onnx").exists(), "it is of the model from before"
+        assert not (tmp_path / "model.onnx").exists(), "it belongs to the earlier model"
         assert "| zero |" in card_of(tmp_path).text
 
     @pytest.mark.slow
@@ -145,7 +145,7 @@ class TestTheCard:
         text = card_of(learnt.save_pretrained(tmp_path)).text
         assert "derived from the images" in text
         assert "No differential privacy is claimed" in text
-        assert str(tmp_path.parent) not in text, "a path of this machine"
+        assert str(tmp_path.parent) not in text, "a local path"
 
     def test_names_are_shown_as_they_are(self, learnt: Learner, tmp_path: Path) -> None:
         learnt.rename({"0": "a|b_[c]*<d>"})
@@ -185,8 +185,8 @@ class TestTheHub:
         hub.files[REPO]["model.onnx"] = b"as a push with onnx= wrote it"
         learnt.rename({"0": "zero"})
         learnt.push_to_hub(REPO, message="Call it zero")
-        assert set(hub.files[REPO]) == {"model.safetensors", "README.md"}, "the ONNX file was of the model from before"
-        assert hub.private[REPO] is False, "it stays as it is"
+        assert set(hub.files[REPO]) == {"model.safetensors", "README.md"}, "the ONNX file belonged to the earlier model"
+        assert hub.private[REPO] is False, "the visibility is unchanged"
         assert hub.messages[1] == "Call it zero"
         assert Model.from_pretrained(REPO).classes == ("zero", "1")
 

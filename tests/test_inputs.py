@@ -1,4 +1,4 @@
-"""Images, targets and loaders of every kind that users have: each is taken as what it is, or refused with what to do."""
+"""Images, targets and loaders of every kind that users have: each is accepted, or refused with an error that says what to do."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TestImages:
         wanted = check_images(floats)
         frozen = X.numpy().copy()
         frozen.flags.writeable = False
-        assert torch.equal(check_images(frozen), X), "and torch says nothing of it"
+        assert torch.equal(check_images(frozen), X), "and torch gives no warning"
         for array in (
             floats.astype(">f8"),
             floats.astype(np.longdouble),

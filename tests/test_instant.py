@@ -1,4 +1,4 @@
-"""Two speeds: a model within seconds that serves while the network is adapted, and the adapted one after it."""
+"""Instant and adapted models: one within seconds, which serves while the network is adapted, then the adapted one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def one_task(_one_task: Learner) -> Learner:
 
 
 class Watch(Callback):
-    """What the learner knows and how its backbone is at each commit; cancels or finishes after the first, if asked to."""
+    """Records the classes and the backbone at each commit; calls the session's method `then` after the first, if given."""
 
     def __init__(self, then: str | None = None) -> None:
         self.then, self.commits = then, list[Commit]()
@@ -64,7 +64,7 @@ def test_the_first_model_answers_for_new_classes(one_task: Learner, train: Batch
     report = one_task.learn_task(train.of(("2", "3")), NAMES, callbacks=[watch], progress=False)
     assert kinds(report.commits) == ["instant"]
     assert one_task.evaluate(test.of(("2", "3")), NAMES).accuracy > 0.5
-    assert one_task.model.learning["last_task"], "the task has ended with it"
+    assert one_task.model.learning["last_task"], "the task has ended with this commit"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""INT8 without data: calibrated on dreams, checked against the float graph, refused when it answers otherwise."""
+"""INT8 without data: calibrated on dreams, checked against the float graph, refused when its answers differ."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def able(train: Batches) -> Learner:
-    """A learner that tells four digits apart, so that its answers are no accident of the last decimal."""
+    """A learner that tells four digits apart, so that its answers do not depend on rounding."""
     learner = quick_learner(
         recipe=QUICK.changed({"schedule.min_steps": 150, "schedule.learning_rate": 0.05, "generator.steps": 40})
     )
@@ -50,14 +50,14 @@ def test_it_answers_nearly_as_the_model_in_a_third_of_the_space(able: Learner, i
     assert report.format == "onnx-int8"
     assert report.float_bytes == pytest.approx(float_bytes, rel=0.01)
     assert report.bytes == path.stat().st_size
-    assert report.bytes < 0.6 * float_bytes, "a resnet8 is little more than its graph; larger networks come to a quarter"
+    assert report.bytes < 0.6 * float_bytes, "the graph is much of a resnet8's file; larger networks shrink to a quarter"
     assert report.agreement["dreams"] >= 0.9 and report.agreement["pictures"] >= 0.9
     assert report.speedup > 0
     as_float, as_int8 = report.accuracy["pictures"]
     assert as_float > 0.8 and abs(as_float - as_int8) < 0.05
     answers = [answer.label for answer in OnnxClassifier(path).predict(known.images.numpy())]
     right = np.mean([label == NAMES[target] for label, target in zip(answers, known.targets.tolist(), strict=True)])
-    assert right == pytest.approx(as_int8), "what was reported is what the file does"
+    assert right == pytest.approx(as_int8), "the file has the reported accuracy"
 
 
 def test_it_rejects_as_the_model(able: Learner, test: Batches, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_the_file_says_what_it_is(able: Learner, int8: Any) -> None:
     ]
     scales = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name.endswith("_scale")}
     assert weights and all(scales[w.name.replace("_quantized", "_scale")].dims[0] == w.dims[0] for w in weights), (
-        "a scale a channel"
+        "one scale per channel"
     )
 
 
@@ -125,7 +125,7 @@ def test_a_graph_that_answers_otherwise_is_not_written(able: Learner, tmp_path: 
 
 
 class Uneven(nn.Module):
-    """Answers by the mean of green over that of blue, beside a mean of red that is ten thousand times as large."""
+    """Answers by the mean of green minus that of blue; its mean of red is ten thousand times as large."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A short run of `tests.kills`, which a person runs longer."""
+"""A short run of `tests.kills`; longer ones are run by hand."""
 
 from __future__ import annotations
 

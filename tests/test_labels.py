@@ -118,7 +118,7 @@ class TestSlips:
 
     def test_outputs_are_found_by_either_form(self) -> None:
         assert outputs_of({7: CAFE_APART, 8: "tea"}, ["tea", CAFE]) == {7: 1, 8: 0}
-        assert outputs_of({7: CAFE_APART}, [CAFE, CAFE_APART]) == {7: 1}, "to the letter first"
+        assert outputs_of({7: CAFE_APART}, [CAFE, CAFE_APART]) == {7: 1}, "an exact match comes first"
         with pytest.raises(ClassError, match=r"does not know 'Tea' \(is 'tea' meant\?\); it knows 'tea'"):
             outputs_of({0: "Tea"}, ["tea"])
         with pytest.raises(ClassError, match="does not know 7"):

@@ -1,4 +1,4 @@
-"""The layout is a promise: imports point down, nothing heavy is loaded early, and nothing here can store samples."""
+"""The package layout: imports point down, no heavy library is loaded early, and no code can pickle samples."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_imports_inside_the_package_point_down() -> None:
         module = path.relative_to(ROOT / "edge_dfcil").parts[0].removesuffix(".py")
         if module in ("__init__", "_moved", "_deprecated"):
             continue
-        assert module in layer, f"{module} has no place in the layers"
+        assert module in layer, f"{module} is in none of the layers"
         for name in imports(path):
             parts = name.split(".")
             if parts[0] == "edge_dfcil" and len(parts) > 1 and parts[1] in layer:

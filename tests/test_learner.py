@@ -1,4 +1,4 @@
-"""What a user of Learner meets: learning, answers, refusals, and a model that nothing bad can change."""
+"""Learner as its users see it: learning, answers, errors, and a model that no failure changes."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class TestLearning:
 
     @pytest.mark.slow
     def test_no_more_of_the_data_is_held_than_the_batch_in_flight(self, learnt: Learner) -> None:
-        """While a batch is being read, of all those before it only the last may still be there."""
+        """While a batch is read, only the one before it may still be in memory."""
         alive: weakref.WeakSet[Any] = weakref.WeakSet()
         most: list[int] = []
 
@@ -374,7 +374,7 @@ class TestAnswers:
         )
         for learner in (plain, mirrored):
             learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
-        assert same_weights(weights(plain), mirrored), "they are learnt alike"
+        assert same_weights(weights(plain), mirrored), "their training is the same"
         images = test.images[:16]
         with torch.no_grad():
             expected = (plain.network(images) + plain.network(images.flip(3))) / 2
@@ -409,7 +409,7 @@ class TestAnswers:
         assert dreams.shape == (10, 3, 16, 16)
         assert dreams.float().std() > 1
         asked = [p.label for p in learnt.predict(learnt.dream(8, ["1"], progress=False))]
-        assert asked.count("1") >= 7, "rounding to whole grey levels may turn one"
+        assert asked.count("1") >= 7, "rounding to whole grey levels may change the class of one"
         with pytest.raises(ClassError, match="'moon'"):
             learnt.dream(1, ["moon"], progress=False)
         learnt.rename({"0": "caf\xe9"})
@@ -419,7 +419,7 @@ class TestAnswers:
 
 
 class Plain(nn.Module):
-    """Somebody else's classifier."""
+    """A classifier that was made without this package."""
 
     def __init__(self, norm: Any = True, classes: Any = 3) -> None:
         super().__init__()
@@ -497,7 +497,7 @@ class TestBackbones:
     @pytest.mark.slow
     @pytest.mark.parametrize(("given", "momentum"), [(0.1, 0.1), (None, 0.01)])
     def test_running_statistics_keep_up_with_a_short_schedule(self, train: Batches, given: float | None, momentum: float) -> None:
-        """torchvision's MobileNetV3 has a momentum of 0.01, which is kept only where the recipe says so."""
+        """torchvision's MobileNetV3 has a momentum of 0.01, which is kept only if the recipe's is None."""
         recipe = QUICK.changed({"schedule.min_steps": 2, "schedule.batchnorm_momentum": given})
         learner = Learner("mobilenet_v3_small", image_size=32, recipe=recipe, device="cpu")
         learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
@@ -515,7 +515,7 @@ class TestBackbones:
         learner.learn_task(a_task(), NAMES, progress=False)
         assert learner.classes == ("2",)
         assert body.training
-        assert all(torch.equal(value, before[name]) for name, value in body.state_dict().items()), "the caller's stays as it was"
+        assert all(torch.equal(value, before[name]) for name, value in body.state_dict().items()), "the caller's is unchanged"
 
     def test_refusals(self) -> None:
         with pytest.raises(BackboneError, match=r"'resnet33'.*resnet32"):

@@ -1,4 +1,4 @@
-"""It remembers: the demo as it ships, on real digits; and real photographs where the data set is there."""
+"""Old classes are remembered: by the demo as shipped, on real digits, and on real photographs if the data set is there."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_demo_remembers_what_finetuning_forgets(tmp_path: Path, test: Batche
 PHOTOS = Path(os.environ.get("EDGE_DFCIL_DATA", "")) / "cifar100.npz"
 
 
-@pytest.mark.skipif(not PHOTOS.is_file(), reason="EDGE_DFCIL_DATA does not name a folder that holds cifar100.npz")
+@pytest.mark.skipif(not PHOTOS.is_file(), reason="EDGE_DFCIL_DATA does not name a folder that contains cifar100.npz")
 def test_photographs_are_remembered_better_than_by_finetuning() -> None:
     from benchmarks.datasets import class_order, load
 

@@ -1,4 +1,4 @@
-"""Short runs of `tests.load`, which a person runs longer."""
+"""Short runs of `tests.load`; longer ones are run by hand."""
 
 from __future__ import annotations
 

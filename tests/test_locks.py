@@ -1,4 +1,4 @@
-"""Two writers of one file: they take turns, the second sees that the file has changed, and a dead one holds nothing."""
+"""Two writers of one file: they take turns, the second sees that the file has changed, and a dead process keeps no lock."""
 
 from __future__ import annotations
 

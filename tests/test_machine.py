@@ -46,8 +46,8 @@ def test_changed_or_new_code_is_dirty(root: Path, name: str) -> None:
 
 
 def test_outside_git_it_is_none_or_as_the_environment_says(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert commit(root / "edge_dfcil") is None, "the repository above is of something else"
+    assert commit(root / "edge_dfcil") is None, "the enclosing repository is not that of the code"
     monkeypatch.setenv("GIT_COMMIT", "abc")
     assert commit(root / "edge_dfcil") == "abc"
     monkeypatch.setenv("PATH", "")
-    assert commit(root) == "abc", "there is no git"
+    assert commit(root) == "abc", "git is not installed"

@@ -1,4 +1,4 @@
-"""The memory budget: planned before, held while, shown after."""
+"""The memory budget: planned before learning, kept during it, reported after it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class TestPlan:
             assert stage.peak_bytes <= sum(stage.items.values())
             assert stage.items["weights"] > 0
         dream, learn, _ = plan.stages
-        assert dream.items["generator"] > 0 and learn.items["generator"] == 0  # its memory is free before it is needed
+        assert dream.items["generator"] > 0 and learn.items["generator"] == 0  # the generator is freed before this stage
         assert learn.items["pool of dreams"] == QUICK.remember.pool * (3 * 16**2 + 4 * (2 + 2))
         assert (
             learn.items["optimiser"]
@@ -104,7 +104,7 @@ class TestPlan:
 
     @pytest.mark.slow
     def test_counts_the_weights_of_a_large_network(self) -> None:
-        """In a process of its own. Weights, gradients and momentum are most of what a network of 45 MB takes."""
+        """In a separate process. Weights, gradients and momentum are most of the memory that a network of 45 MB takes."""
         done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)
         weights, planned, taken = json.loads(done.stdout)
         assert planned > 3 * weights
@@ -127,7 +127,7 @@ print(json.dumps([weights, report.plan.peak_bytes, report.stages[0].peak_bytes])
 
 
 class Announced(Callback):
-    """Counts how often planning was announced, and whether that was before the first stage."""
+    """Records how often planning was announced, and whether that was before the first stage."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -232,7 +232,7 @@ print(json.dumps(found))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's own peak can be read on Linux only")
 @pytest.mark.slow
 def test_the_budget_holds_by_the_kernels_own_count() -> None:
-    """In a process of its own; the meter's peak and the plan are near what the kernel saw."""
+    """In a separate process; the meter's peak is near the kernel's, and the plan is within the budget."""
     done = subprocess.run([sys.executable, "-c", WITHIN, "80MB"], capture_output=True, text=True, check=True)
     for task in json.loads(done.stdout):
         report = task["report"]
@@ -271,7 +271,7 @@ class TestHolding:
     def test_the_pool_is_generated_as_few_at_once_as_the_generator_was_trained(
         self, learnt: Learner, train: Batches, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Where memory ran out with more."""
+        """When memory ran out with more."""
         most: list[int] = []
         dream, noise = Dreamer.dream, Dreamer.noise
 
@@ -297,7 +297,7 @@ class TestHolding:
 
 
 class TestOtherOperations:
-    """What generates, distils, prunes and exports keeps to the budget as learning does."""
+    """Generating, distilling, pruning and exporting keep to the budget as learning does."""
 
     @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's own peak can be read on Linux only")
     @pytest.mark.slow
@@ -356,7 +356,7 @@ work = {
     "distill": lambda: distill(learner, "resnet8", settings=short, progress=False),
     "prune": lambda: prune(learner, Pruning(ratio=0.2, repair=short), timing=False, progress=False),
 }
-import torch_pruning  # its import is not what pruning takes
+import torch_pruning  # imported first, so that its memory is not counted as that of pruning
 found = {}
 for name, operation in work.items():
     Path("/proc/self/clear_refs").write_text("5")
@@ -411,7 +411,7 @@ class TestRecompute:
 @given(st.integers(1, 40), st.integers(0, 40), st.floats(0.1, 10))
 @pytest.mark.slow
 def test_a_pool_keeps_dreams_to_a_255th_of_their_range(front: int, back: int, scale: float) -> None:
-    """Written from both ends, with a gap between that closes."""
+    """The pool is written from both ends, and the gap between them is closed."""
     torch.manual_seed(front * 41 + back)
     network = quick_learner().network.grown(3)
     pool = Pool(front + back + 7, network, torch.device("cpu"))
@@ -426,7 +426,7 @@ def test_a_pool_keeps_dreams_to_a_255th_of_their_range(front: int, back: int, sc
 
 
 class Allocator:
-    """Stands in for CUDA's where there is none: what it reserves, the most of it, and the share that it may."""
+    """A fake of CUDA's allocator: the bytes that it reserves, their peak, and the share of memory that it may use."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reserved = self.most = 0
@@ -456,14 +456,14 @@ def test_on_cuda_it_is_what_the_allocator_reserves_above_the_level(monkeypatch: 
     allocator.take(100)
     allocator.free(30)
     with Meter(device) as meter:
-        assert meter.level == 70, "what was free was given back first"
+        assert meter.level == 70, "the free cache is released first"
         meter.reset()
         allocator.take(50)
         allocator.free(50)
         assert (meter.peak, meter.now) == (50, 0)
         meter.reset()
         allocator.take(20)
-        assert (meter.peak, meter.highest) == (20, 50), "a stage has a peak of its own"
+        assert (meter.peak, meter.highest) == (20, 50), "each stage has its own peak"
         meter.exclude()
         meter.reset()
         assert (meter.level, meter.peak) == (90, 0)
@@ -473,8 +473,8 @@ def test_on_cuda_the_allocator_is_capped_at_the_budget_and_freed_again(monkeypat
     allocator, device = Allocator(monkeypatch), torch.device("cuda")
     allocator.take(100)
     with Meter(device) as meter, suppress(torch.OutOfMemoryError), capped(meter, device, budget=400):
-        assert allocator.shares == [0.5], "the level and the budget, of all that the device has"
+        assert allocator.shares == [0.5], "level plus budget, as a share of the device's memory"
         raise torch.OutOfMemoryError
     assert allocator.shares == [0.5, 1.0]
     with Meter(device) as meter, capped(meter, device, budget=None), capped(meter, torch.device("cpu"), budget=400):
-        assert len(allocator.shares) == 2, "no budget, no cap; nor where there is no such allocator"
+        assert len(allocator.shares) == 2, "no cap without a budget, and none on a device without this allocator"

@@ -1,4 +1,4 @@
-"""Every method that comes with the package passes the one suite, and its loss is the published one."""
+"""Every method of the package passes the common suite, and its loss is the published one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_published_methods_are_there() -> None:
 
 
 class Hoarder(Finetune):
-    """What the sample rule forbids."""
+    """Keeps images, which the sample rule forbids."""
 
     name = "hoarder"
 
@@ -41,7 +41,7 @@ class Hoarder(Finetune):
 
 
 class SecretHoarder(Finetune):
-    """The same, where walking the learner's attributes does not find it."""
+    """The same, in a place that a walk through the learner's attributes does not reach."""
 
     name = "secret_hoarder"
 
@@ -85,7 +85,7 @@ def test_distillation_gives_new_classes_probability_zero() -> None:
 
 @pytest.mark.slow
 def test_a_class_that_is_refreshed_is_remembered_too(learnt: Learner, train: Batches) -> None:
-    """Its new images add to what is remembered of it, and do not replace that."""
+    """New images of a class add to what is remembered of it, and do not replace that."""
     seen: dict[str, list[int]] = {}
 
     class Watch(ABD):

@@ -1,4 +1,4 @@
-"""Model: it serves alone, can be copied, and class surgery gives a new one."""
+"""Model: it serves without a learner, can be copied, and class surgery gives a new model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_copies_answer_alike_and_learn_on(call: Any, lda: Any, test: Batches, tr
 def test_forget_removes_rows_and_statistics(lda: Any, test: Batches, tmp_path: Path) -> None:
     model = lda.model.forget(["1", "3"])
     assert model.classes == ("0", "2", "4") and model.tasks == (("0", "2"), ("4",))
-    assert lda.classes == ("0", "1", "2", "3", "4"), "the model itself stays as it is"
+    assert lda.classes == ("0", "1", "2", "3", "4"), "the model itself is unchanged"
     assert model.network.head.weight.shape == (3, 64)
     assert torch.equal(model.statistics["mean"].values, lda.model.statistics["mean"].values[[0, 2, 4]])
     assert torch.equal(model.statistics["covariance"].values, lda.model.statistics["covariance"].values)
@@ -82,7 +82,7 @@ def test_rename(lda: Any, test: Batches) -> None:
     for wrong in ({"9": "nine"}, {"0": "1"}, {"0": " "}):
         with pytest.raises(ClassError):
             lda.model.rename(wrong)
-    assert lda.model.rename({"0": "1", "1": "0"}).classes == ("1", "0", "2", "3", "4"), "names may be exchanged"
+    assert lda.model.rename({"0": "1", "1": "0"}).classes == ("1", "0", "2", "3", "4"), "names may be swapped"
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_a_merged_class_is_measured_on_the_images_of_its_parts(lda: Any, test: B
     assert sum(found.confusion[1]) == sum(int((targets != 0).sum()) for _, targets in whole)
     before = lda.model.evaluate(whole, {0: "0", 1: "1", 3: "3"})
     parts = [before.confusion[row][column] for row in (1, 3) for column in (1, 3)]
-    assert found.confusion[1][1] >= sum(parts), "one part taken for the other is right now"
+    assert found.confusion[1][1] >= sum(parts), "confusing one part with the other now counts as correct"
     with pytest.raises(ClassError, match="appears twice"):
         Learner.of(lda.model).learn_task(whole, {0: "a", 1: "b", 3: "b"}, progress=False)
 
@@ -196,7 +196,7 @@ class TestStatistics:
         few = train.of(("2",))
         learner.learn_task([(few.images[:6], few.targets[:6])], NAMES, progress=False)
         other = copy.deepcopy(learner)
-        wrong = train.of(("0",)).images[:2]  # two bad pictures do not outweigh the six before
+        wrong = train.of(("0",)).images[:2]  # two bad pictures do not outweigh the six earlier ones
         learner.learn_task([(wrong, torch.full((2,), 2))], NAMES, relearn=True, progress=False)
         found, before = (one.evaluate(test.of(("0", "2")), NAMES).per_class for one in (learner, other))
         assert found["2"] > before["2"] - 0.3 and found["0"] > before["0"] - 0.3
@@ -269,5 +269,5 @@ def test_a_covariance_is_stored_in_a_quarter_of_its_size_and_nearly_as_it_was(fe
     once = statistics.rounded(kept)
     found, deviations = once["covariance"].values, covariance.diagonal().sqrt()
     assert ((found - covariance).abs() <= 2e-5 * torch.outer(deviations, deviations)).all()
-    assert torch.equal(statistics.rounded(once)["covariance"].values, found), "what a file holds stays as it is"
+    assert torch.equal(statistics.rounded(once)["covariance"].values, found), "rounding twice changes nothing more"
     assert sum(tensor.nbytes for tensor in statistics.packed(once).values()) == features * (features - 1) + 4 * features

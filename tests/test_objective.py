@@ -156,10 +156,10 @@ def test_generator_sizes(size: int, side: int, doublings: int) -> None:
 
 @pytest.mark.parametrize("at_once", [16, 6])
 def test_the_gradients_of_a_split_batch_are_those_of_the_whole(learnt: Learner, at_once: int) -> None:
-    """But for the generator's own BatchNorm, which is taken out of the comparison here.
+    """Except for the generator's own BatchNorm, which is in eval mode here.
 
-    To 1e-4 of the largest value of each gradient (rounding leaves 4e-6): a value that cancels to almost nothing has no
-    digits of its own.
+    The tolerance is 1e-4 of the largest value of each gradient (rounding leaves 4e-6): a value that cancels to almost zero
+    has no accurate digits.
     """
     teacher, recipe = learnt.network.frozen(), QUICK.changed({"generator.batch": 16})
     dreamer = Dreamer(teacher, torch.arange(2), recipe)

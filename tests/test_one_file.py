@@ -1,4 +1,4 @@
-"""The method in one file is the package's: same losses and gradients for the same weights and images."""
+"""The method in one file equals that of the package: the same losses and gradients for the same weights and images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def assert_same(
         assert loss.item() == pytest.approx(theirs[name].item(), rel=1e-4, abs=1e-6), name
     largest = max(gradient.abs().max() for gradient in our_gradients)
     for one, other in zip(our_gradients, their_gradients, strict=True):
-        # Some gradients are zero but for rounding, such as those of a bias before BatchNorm.
+        # Some gradients are zero except for rounding, such as those of a bias before BatchNorm.
         assert (one - other).abs().max() <= 1e-3 * one.abs().max() + 1e-5 * largest
 
 

@@ -1,4 +1,4 @@
-"""Picture files as cameras, scanners and tools leave them: each is read as it is shown, or named and counted."""
+"""Picture files as cameras, scanners and tools write them: each is read as a viewer shows it, or named and counted."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def count(folder: Path, **settings: Any) -> int:
 
 
 def dataset(opened: PictureFolder) -> Any:
-    """With `classes`, `samples` and a length, which torch's type of a loader's data set does not have."""
+    """The data set, with `classes`, `samples` and a length, which torch's type of a loader's data set lacks."""
     return opened.loader.dataset
 
 
@@ -149,7 +149,7 @@ def test_other_modes_and_the_first_frame(tmp_path: Path, name: str) -> None:
 class TestExif:
     @staticmethod
     def photo(tag: int, kind: int, number: int) -> bytes:
-        """Red 24 x 16, to be turned by 90 degrees, and with one more tag of any type."""
+        """A red photo of 24 x 16, to be turned by 90 degrees, with one more tag of any type."""
         jpeg = BytesIO()
         Image.new("RGB", (24, 16), "red").save(jpeg, "JPEG")
         entries = struct.pack("<HHHII", 2, 0x112, 3, 1, 6) + struct.pack("<HHII", tag, kind, number, 50) + bytes(4)
@@ -165,7 +165,7 @@ class TestExif:
         path.write_bytes(self.photo(tag, kind, number))
         seen = read_picture(path)
         assert seen.size in ((16, 24), (24, 16))
-        assert tag == 0x112 or seen.size == (16, 24), "the orientation beside it holds"
+        assert tag == 0x112 or seen.size == (16, 24), "the orientation is applied in spite of the other tag"
 
     def test_the_orientation_of_a_tiff_is_applied_once(self, tmp_path: Path) -> None:
         exif = Image.Exif()
@@ -188,7 +188,7 @@ class TestMemory:
         assert images.unique().tolist() == [77]
 
     def test_cutting_keeps_what_was_seen(self) -> None:
-        """Against scaling the whole picture, as the middle of it would be."""
+        """Compared with the middle of the whole picture after scaling."""
         wide = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 90), (24, 540), mode="bilinear")
         whole = torch.nn.functional.interpolate(wide, (16, 360), mode="bilinear", antialias=True)[..., 172:188]
         assert (fit(wide, 16) - whole).abs().max() < 0.02
@@ -261,10 +261,10 @@ def pixels_of(picture: Image.Image) -> bytes:
 
 
 class TestColours:
-    """Pictures are read in the colours that their ICC profile says."""
+    """Pictures are converted by their ICC profile."""
 
     def test_a_wide_gamut_is_converted(self, tmp_path: Path) -> None:
-        """The reddest red of sRGB, as Display P3 has it; greys are the same in both."""
+        """The pure red of sRGB in the values of Display P3; greys are the same in both."""
         for name in ("x.png", "x.jpg", "x.webp", "x.tif"):
             seen = read_picture(saved(tmp_path / name, Image.new("RGB", (16, 16), (234, 51, 35)), icc_profile=P3))
             assert seen.getpixel((8, 8)) == pytest.approx((255, 0, 0), abs=8)  # JPEG and WebP lose a little
@@ -273,7 +273,7 @@ class TestColours:
 
     @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
     def test_srgb_stays_as_it_is_to_the_bit(self, tmp_path: Path, mode: str) -> None:
-        """Also where its curve or its primaries are rounded, as in many a maker's."""
+        """Also where its curve or its primaries are rounded, as in the profiles of many vendors."""
         pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
         picture = Image.fromarray(pixels).convert("RGB").convert(mode)
         plain = pixels_of(read_picture(saved(tmp_path / "plain.png", picture)))
@@ -325,18 +325,18 @@ class TestColours:
         assert pixels_of(to_rgb(once)) == pixels_of(once)
         with Image.open(path) as opened:
             assert pixels_of(to_rgb(opened)) == pixels_of(once)
-            assert opened.info["icc_profile"] == P3 and pixels_of(opened) == pixels.tobytes(), "the caller's is left alone"
+            assert opened.info["icc_profile"] == P3 and pixels_of(opened) == pixels.tobytes(), "the caller's picture is unchanged"
         (batch,) = batches([path], 16, 1)
         assert np.array_equal(batch, read_pictures([path], 16).numpy()), "without torch it is the same picture"
 
     def test_without_colour_management_profiles_are_ignored(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As where Pillow was built without Little CMS."""
+        """As with a Pillow that was built without Little CMS."""
 
         def missing(*arguments: Any) -> Any:
             raise ImportError("The _imagingcms C module is not installed")
 
         monkeypatch.setattr(ImageCms, "ImageCmsProfile", missing)
-        profile = with_primaries(P3, {"rXYZ": (0.5, 0.25, 0.0)})  # one that is not remembered from another test
+        profile = with_primaries(P3, {"rXYZ": (0.5, 0.25, 0.0)})  # one that is not cached from another test
         seen = read_picture(saved(tmp_path / "x.png", Image.new("RGB", (8, 8), (234, 51, 35)), icc_profile=profile))
         assert seen.getpixel((4, 4)) == (234, 51, 35)
 
@@ -389,7 +389,7 @@ class TestHeif:
             assert seen.shape == (64, 32, 3)
             assert seen[10].mean() > 240
             assert seen[-10].mean() < 15
-        assert ".heic" not in Image.registered_extensions(), "Pillow is the host application's"
+        assert ".heic" not in Image.registered_extensions(), "the host application's Pillow is unchanged"
 
     def test_without_the_plugin_they_are_counted(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)

@@ -1,4 +1,4 @@
-"""DeepInversion's terms by hand, and dreams whose pixels are optimised: of the classes asked for, nearer to the statistics."""
+"""DeepInversion's terms by hand, and dreams by the pixel: they have the requested classes and approach the statistics."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_total_variation_and_l2_by_hand() -> None:
 def test_competition_is_one_where_both_agree_and_falls_to_one_less_ln_two(seed: int) -> None:
     o = 5 * torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
     assert objective.competition(o, o).item() == pytest.approx(1, abs=1e-6)
-    assert objective.competition(o, o + 7).item() == pytest.approx(1, abs=1e-5), "a softmax does not see a shift"
+    assert objective.competition(o, o + 7).item() == pytest.approx(1, abs=1e-5), "a softmax does not change with a shift"
     other = o.roll(1, 1)
     assert 1 - math.log(2) - 1e-6 <= objective.competition(o, other).item() <= 1
     assert objective.competition(o, other) == pytest.approx(objective.competition(other, o).item(), abs=1e-6)
@@ -91,7 +91,7 @@ def test_pixels_come_to_be_of_the_classes_asked_for_with_the_statistics_of_real_
 
 
 def test_adaptive_pixels_find_where_the_student_differs(able: Learner, train: Batches) -> None:
-    """A student that has learnt nothing: with the adaptive term the dreams are further from its answers."""
+    """An untrained student: with the adaptive term the teacher and the student differ more on the dreams."""
     teacher = able.network.frozen()
     student = quick_learner(seed=5).network.grown(3).frozen()
     found = {}

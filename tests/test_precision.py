@@ -22,7 +22,7 @@ from edge_dfcil.results import Computing, TaskReport
 from tests.conftest import NAMES, QUICK, quick_learner, same_weights, weights
 
 FIRST, SECOND = ("0", "1"), ("2", "3")
-BATCHES = 3  # of a task
+BATCHES = 3  # in each task
 FASTER = {"float32, 1 thread": 0.5, "float32, contiguous, 1 thread": 0.2}
 FEW = QUICK.changed({"schedule.min_steps": 0, "generator.steps": 3, "refine.min_steps": 0, "remember.pool": 64})
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _two_threads(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The app has two threads, which every test must leave so. They are counted and not started: networks this small are
+    """The app has two threads, and must have two after every test. They are only counted, not started: networks this small are
     slower with them."""
     threads = [2]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
@@ -48,8 +48,8 @@ def learnt(learnt: Learner) -> Learner:
 
 
 class FakeClock:
-    """Steps take what the test says: seconds by the way they are computed in, others as long as in float32. They are not made,
-    unless `steps`."""
+    """Gives the times that the test sets: `seconds` for each way of computing, 1 s for any other. Steps are executed only if
+    `steps` is true."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], least: int = 1) -> None:
         self.seconds, self.timed, self.steps = seconds, list[str](), False
@@ -66,7 +66,7 @@ class FakeClock:
 
 
 class Watch(Callback):
-    """How each stage computes, and how many threads it does so with."""
+    """Records the number of threads and the memory format of each stage."""
 
     def __init__(self) -> None:
         self.seen: dict[str, tuple[int, torch.memory_format]] = {}
@@ -125,13 +125,13 @@ def test_a_device_without_bf16_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingError, match="cannot be used on cuda"):
         devices.usual(cuda, "bfloat16")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert devices.usual(cuda).precision == "bfloat16", "as before this was a setting"
+    assert devices.usual(cuda).precision == "bfloat16", "as before precision was a setting"
     assert devices.usual(cuda, "float32").precision == "float32"
 
 
 def test_channels_last_on_mps_where_torch_computes_it_right(monkeypatch: pytest.MonkeyPatch) -> None:
     mps = torch.device("mps")
-    assert devices.memory_format(mps) == torch.contiguous_format, "no version is known to"
+    assert devices.memory_format(mps) == torch.contiguous_format, "no version is known to compute it correctly"
     monkeypatch.setattr(devices, "MPS_CHANNELS_LAST", (2, 14))
     for version, expected in (("2.13.1", torch.contiguous_format), ("2.14.0a0+git1", torch.channels_last)):
         monkeypatch.setattr(torch, "__version__", version)
@@ -152,7 +152,7 @@ class TestBfloat16:
     def test_it_learns_and_saves_float32(self, train: Batches, test: Batches, tmp_path: Path) -> None:
         learner = new_learner(precision="bfloat16", recipe=FEW.changed({"schedule.min_steps": 20}))
         report = learn(learner, train)
-        assert chosen(report) == Computing("bfloat16"), "what is asked for is not measured"
+        assert chosen(report) == Computing("bfloat16"), "a requested precision is not measured"
         assert all(math.isfinite(value) for value in report.stages[0].losses.values())
         assert learner.evaluate(test.of(FIRST), NAMES).accuracy > 0.8
         loaded = Learner.load(learner.save(tmp_path / "m"), "cpu")
@@ -228,7 +228,7 @@ class TestChoice:
         assert "computed in bfloat16, contiguous, 1 thread (measured: float32 3 s" in str(report)
         assert json.loads(json.dumps(report.to_dict()))["computing"]["threads"] == 1
         first = next(p for p in learner.network.parameters() if p.dim() == 4 and p.shape[1] > 1)
-        assert first.is_contiguous(memory_format=torch.channels_last), "the model that serves is as it always is"
+        assert first.is_contiguous(memory_format=torch.channels_last), "the serving model keeps its memory format"
 
     def test_a_little_faster_is_not_enough(self, train: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
         slower = {"bfloat16": 0.9, "float32, 1 thread": 0.85, "float32, contiguous": 0.95}
@@ -246,7 +246,7 @@ class TestChoice:
 
     @pytest.mark.slow
     def test_all_training_stages_count_by_their_steps(self, train: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
-        """bf16 is fast at what the generator does, and slow at the rest, which has more steps."""
+        """bf16 is fast for the generator's stage, and slow for the others, which have more steps."""
 
         class Stages(FakeClock):
             def __call__(self, way: Computing, step: Any) -> float:
@@ -302,7 +302,7 @@ class TestChoice:
         monkeypatch.setattr(speed, "SHARE", 0.001)
         report = learn(new_learner(), train, time_budget=3600)
         assert clock.timed == ["float32", "float32", *("bfloat16", "float32") * 2], (
-            "3.2 of 3.6 seconds, and the step that passed them"
+            "3.2 of 3.6 seconds, and the step that exceeded them"
         )
         assert chosen(report) == Computing() and report.fitted is not None
 
@@ -321,7 +321,7 @@ class TestChoice:
         report = learn(new_learner(memory_budget="400MB"), train)
         assert plans == [2, 1] and chosen(report).threads == 1
         assert report.plan is not None and report.peak_bytes <= 400e6
-        assert not any("contiguous" in way for way in clock.timed), "which would take a second copy of the networks"
+        assert not any("contiguous" in way for way in clock.timed), "this would take a second copy of the networks"
 
         def too_little(*args: Any) -> Any:
             if torch.get_num_threads() == 1:
@@ -334,7 +334,7 @@ class TestChoice:
 
 
 class TestLeavesThingsAsTheyWere:
-    """The number of threads, autocast and the memory order are checked after each test; here the way out is not the usual."""
+    """`_two_threads` checks threads, autocast and the memory format after each test; here a task ends early, or is paused."""
 
     @pytest.fixture(autouse=True)
     def _fewer_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,7 +429,7 @@ def test_a_resumed_task_computes_as_before(learnt: Learner, train: Batches, monk
     assert begun.run() is None
     state = json.loads(json.dumps(begun.state_dict()["position"]))
 
-    clock = FakeClock(monkeypatch, {})  # another time something else would have been chosen
+    clock = FakeClock(monkeypatch, {})  # a new measurement would choose another way
     watch = Watch()
     session = fresh.session(few(train, SECOND), NAMES, progress=False, callbacks=[watch])
     session.load_state_dict({"position": state, "tensors": begun.state_dict()["tensors"]})

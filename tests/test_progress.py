@@ -1,4 +1,4 @@
-"""Progress is bars on a terminal, HTML that replaces itself in a notebook, and nothing elsewhere."""
+"""Progress is shown as bars on a terminal, as HTML that is updated in place in a notebook, and not at all elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.conftest import NAMES
 
 
 class ZMQInteractiveShell:
-    """By its name, the shell of a notebook's kernel."""
+    """Has the name of the shell class of a notebook's kernel."""
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_notebook_has_one_display_a_task_with_every_stage(
     bars = dict(re.findall(r"^ *(\w+) \S+ (\d+/\d+) ", last["text/plain"], re.M))
     assert bars == {stage.name: f"{stage.steps}/{stage.steps}" for stage in report.stages}
     assert last["text/html"].startswith("<pre>") and "dream" in last["text/html"]
-    assert capfd.readouterr() == ("", ""), "nothing beside the display"
+    assert capfd.readouterr() == ("", ""), "nothing besides the display"
 
 
 def test_a_notebook_shows_nothing_when_asked_not_to(learnt: Learner, displays: Any) -> None:

@@ -22,7 +22,7 @@ from edge_dfcil.recipe import GROUPS, PRESETS, SETTINGS, Remember, Schedule, dot
 
 EDGE, PAPER = RECIPES["edge"], RECIPES["paper"]
 FOLDER = Path(__file__).parent / "golden"
-# The settings of schema 1, by their flat names, which files and scripts hold.
+# The settings of schema 1 by their flat names, which older files and scripts contain.
 FLAT = json.loads((FOLDER / "recipe_schema1.json").read_text())
 
 
@@ -101,7 +101,7 @@ class TestChanged:
             warnings.simplefilter("error")
             assert EDGE.changed({"epochs": 3, "schedule": "step", "pool": 64}) == expected
         assert EDGE.changed({"schedule": {"epochs": 3, "shape": "step"}, "remember": {"pool": 64}}) == expected
-        assert EDGE.schedule.epochs == 8, "the recipe itself stays"
+        assert EDGE.schedule.epochs == 8, "the recipe itself is unchanged"
 
     @pytest.mark.parametrize(
         ("name", "text", "value"),
@@ -150,7 +150,7 @@ class TestChanged:
 
 class TestPresets:
     def test_a_released_preset_never_changes(self) -> None:
-        """A file may leave out what its preset has, and holds the preset's version: change one by adding a version."""
+        """A file may omit settings of its preset, and names the preset's version: to change a preset, add a version."""
         assert json.loads((FOLDER / "presets.json").read_text()) == {
             f"{name} {version}": recipe.to_dict() for (name, version), recipe in PRESETS.items()
         }
@@ -197,7 +197,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("preset", ["edge", "paper"])
     def test_a_flat_file_that_lacks_a_setting_takes_it_from_the_preset_it_agrees_with(self, preset: str) -> None:
-        """Schema 1; once, the paper's stood in, such as a competition of 10 instead of 1."""
+        """Schema 1. Earlier, the paper's values were used instead, such as a competition of 10 instead of 1."""
         values = {**FLAT[preset], "epochs": 5, "width": 32}
         for name in ("competition", "mirrored_answers", "pixel_steps"):
             del values[name]
@@ -235,7 +235,7 @@ class TestFiles:
 
 
 class TestFlatNames:
-    """For one release: with a warning that names the new name, in the caller's code."""
+    """They work for one release, with a warning that gives the new name and points to the caller's code."""
 
     def test_replace_takes_them(self) -> None:
         changes = {"epochs": 1, "schedule": "step", "dreams": "pixels", "pool": 3, "generator_steps": 7, "flip": False}

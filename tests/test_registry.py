@@ -1,4 +1,4 @@
-"""Export formats: a new one is a function, and no format may write over a model or under a wrong ending."""
+"""Export formats: a new format is one function, and none may overwrite a model or write a file with a wrong ending."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A short run of `tests.rubbish`, and the faults that longer ones found."""
+"""Short runs of `tests.rubbish`, and the faults that longer ones found."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_one_image_in_every_form_is_the_same_image(classifier: Any, tmp_path: Pa
 def test_it_takes_what_the_learner_takes(classifier: Any, learner: Learner, tmp_path: Path) -> None:
     photo = noise(3, 40, 56)
     grey = [photo[0], photo[:1], photo[:1].transpose(1, 2, 0), photo[None, :1]]
-    forms = [form for form in forms_of(photo, tmp_path) if not isinstance(form, Iterator)]  # which can be read once only
+    forms = [form for form in forms_of(photo, tmp_path) if not isinstance(form, Iterator)]  # an iterator can be read only once
     for form in (*forms, *grey, [path_of_grey(tmp_path)], torch.rand(2, 3, 9, 9).bfloat16()):
         expected = [answer for batch in as_images(form, SIDE) for answer in learner.predict(batch, top_k=5)]
         found = classifier.predict(form, top_k=5)
@@ -188,7 +188,7 @@ def test_a_file_whose_name_is_not_text(tmp_path: Path) -> None:
     try:
         path.write_bytes((GOLDEN / "cifar.onnx").read_bytes())
     except OSError:
-        pytest.skip("this file system takes names in UTF-8 alone")
+        pytest.skip("this file system takes only names in UTF-8")
     assert OnnxClassifier(path).classes == ("0", "1", "2", "3", "4")
 
 
@@ -202,7 +202,7 @@ def test_a_file_whose_name_is_not_text(tmp_path: Path) -> None:
     ],
 )
 def test_nothing_is_left_in_the_home_folder(tmp_path: Path, code: str) -> None:
-    """ONNX Runtime would write a device id and a queue of events for its vendor there. A real process, for it does so once."""
+    """ONNX Runtime would write a device id and a queue of telemetry events there, once per process; so each is a new one."""
     unset = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
     environment = {key: value for key, value in os.environ.items() if key not in unset} | {"HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=True)

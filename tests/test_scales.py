@@ -1,4 +1,4 @@
-"""Features of several scales: read from any backbone, kept in copies and files, exported, and worth it for new classes."""
+"""Features of several scales: read from any backbone, kept in copies and files, exported, and better for new classes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_features_are_the_backbones_and_the_pooled_maps() -> None:
             expected += [F.adaptive_avg_pool2d(maps[name], 2).flatten(1), maps[name].std((2, 3), correction=0)]
         assert torch.allclose(network.features(images), torch.cat(expected, 1), atol=1e-3)
         of_before = Network(backbone, 64, 16, layers, spread=False).features(images)
-        assert torch.equal(of_before, torch.cat([expected[0], *expected[1::2]], 1)), "as older files have it"
+        assert torch.equal(of_before, torch.cat([expected[0], *expected[1::2]], 1)), "as in older files"
         assert torch.equal(Network(backbone, 64, 16).features(images), backbone(images))
 
 
@@ -91,7 +91,7 @@ def test_gradients_reach_the_layers_through_them() -> None:
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in network.parameters())
     weights = dict(network.backbone.named_parameters())
     assert weights["stages.0.0.conv1.weight"].grad is not None and weights["stages.2.0.conv1.weight"].grad is not None
-    assert not weights["stages.2.0.conv1.weight"].grad.any(), "it comes after the layer"
+    assert not weights["stages.2.0.conv1.weight"].grad.any(), "it comes after the layer that is read"
 
 
 def test_a_layer_that_is_not_there_is_refused() -> None:
@@ -133,7 +133,7 @@ def test_copies_files_and_exports_answer_alike(scaled: Learner, test: Batches, t
 
 
 def test_a_file_from_before_deviations_answers_as_it_did(scaled: Learner, test: Batches, tmp_path: Path) -> None:
-    """Its settings do not say whether deviations are read, and its covariance is a whole matrix."""
+    """Its settings do not say whether deviations are read, and its covariance is a full matrix."""
     network = Network(build("resnet8"), 64, 16, ["stages.1.0"], spread=False).grown(4).requires_grad_(False).eval()
     network.set_statistics((0.5,) * 3, (0.25,) * 3)
     covariance = torch.eye(network.all_features)
@@ -148,7 +148,7 @@ def test_a_file_from_before_deviations_answers_as_it_did(scaled: Learner, test: 
 
 
 def test_a_copy_reads_its_own_layers(scaled: Learner, test: Batches) -> None:
-    """And not those of the network that it was copied from."""
+    """It does not read those of the network that it was copied from."""
     images = scaled.network.normalize(scaled.network.pixels(test.images[:8]))
     before = scaled.network.features(images)
     other = scaled.network.grown(0)

@@ -1,4 +1,4 @@
-"""Exported files and model files: damage is noticed before anything is answered, and signatures say who wrote them."""
+"""Exported files and model files: damage is detected before any prediction, and signatures identify their author."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def content(exported: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """As the documentation makes them."""
+    """A private and a public key, made with the commands of the documentation."""
     folder = tmp_path_factory.mktemp("keys")
     private, public = folder / "private.pem", folder / "public.pem"
     subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", private], check=True)
@@ -54,13 +54,13 @@ class TestDamage:
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(part=st.integers(0, 2), share=st.floats(0, 1), flipped=st.integers(1, 255))
     def test_any_flipped_byte_is_noticed(self, content: bytes, tmp_path: Path, part: int, share: float, flipped: int) -> None:
-        # A third each: anywhere, among the names and settings at the end, and in the digest itself.
+        # A third of the examples each: anywhere, in the names and settings at the end, and in the digest itself.
         length = (len(content), 2000, 80)[part]
         at = len(content) - 1 - int(share * (length - 1))
         refuses(tmp_path / "m.onnx", content[:at] + bytes([content[at] ^ flipped]) + content[at + 1 :])
 
     def test_every_bit_of_the_digest_counts(self, content: bytes, tmp_path: Path) -> None:
-        # Among them names that are no UTF-8 any more, which ONNX Runtime opens, and names that are other ones.
+        # Some flips make a name invalid UTF-8, which ONNX Runtime opens; others give another valid name.
         for at in range(len(content) - len(DIGEST), len(content)):
             for bit in range(8):
                 refuses(tmp_path / "m.onnx", content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
@@ -124,7 +124,7 @@ class TestSignatures:
         verified = ["openssl", "pkeyutl", "-verify", "-pubin", "-rawin"]
         command = [*verified, "-inkey", str(public), "-in", str(path), "-sigfile", str(signature)]
         assert "Successfully" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        path.write_bytes((GOLDEN / "schema1" / "cifar.onnx").read_bytes())  # another one, which is intact
+        path.write_bytes((GOLDEN / "schema1" / "cifar.onnx").read_bytes())  # another file, which is intact
         with pytest.raises(SignatureError, match="not what the owner"):
             OnnxClassifier(path, public_key=public)
         with pytest.raises(SignatureError, match="not what the owner"):

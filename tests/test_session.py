@@ -1,4 +1,4 @@
-"""Sessions: cancelled, paused, saved and resumed, to the same bits; a checkpoint holds no image."""
+"""Sessions: cancelled, paused, saved and resumed, with bit-identical results; a checkpoint contains no image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECOND = ("2", "3")
 
 
 class Killed(BaseException):
-    """What ends a process leaves no time for an except clause; this is as near as a test comes without one."""
+    """Simulates a killed process, which runs no `except Exception` clause."""
 
 
 class Kill(Callback):
@@ -33,7 +33,7 @@ class Kill(Callback):
 
 
 def begun(train: Batches, method: Any = "abd") -> Learner:
-    """A learner that knows two digits; always the same one."""
+    """A learner that knows two digits; identical at every call."""
     learner = quick_learner(method=method)
     learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
     return learner
@@ -233,13 +233,13 @@ def test_losses_come_by_pass_and_hooks_with_them(train: Batches) -> None:
     watch, learner = Watch(), quick_learner(method="finetune")
     report = learner.learn_task(train.of(("0", "1")), NAMES, callbacks=[watch], progress=False)
     (stage,) = report.stages
-    assert len(stage.history) == len(watch.epochs) == 2, "12 steps of 9 batches"
+    assert len(stage.history) == len(watch.epochs) == 2, "12 steps, 9 batches an epoch"
     assert watch.epochs[-1] == ("learn", 2, {"cross_entropy"})
     assert stage.history[1]["cross_entropy"] < stage.history[0]["cross_entropy"]
 
 
 class TestHost:
-    """Whatever the app has set, a task computes as it must, and leaves it as it was."""
+    """A task computes the same whatever the app has set in torch, and leaves those settings unchanged."""
 
     @pytest.mark.slow
     def test_a_task_learns_the_same_wherever_it_is_called(self, train: Batches) -> None:
@@ -293,7 +293,7 @@ class TestHost:
             return (learner.model.digest(), *found, loaded.embed(images).tolist())
 
         expected = whole()
-        torch.set_default_device("meta")  # where a tensor that is made without a device has no values
+        torch.set_default_device("meta")  # a tensor that is made without a device has no values there
         try:
             assert whole() == expected
         finally:

@@ -1,4 +1,4 @@
-"""The model file: the same to the bit, nothing else inside, and no way to end up with half of one."""
+"""The model file: read back bit for bit, with no undeclared content, and never half written."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def content(_learnt: Learner, tmp_path_factory: pytest.TempPathFactory) -> bytes
 @given(data=st.data())
 def test_any_flipped_byte_is_noticed(content: Any, tmp_path: Path, data: Any) -> None:
     header = 8 + int.from_bytes(content[:8], "little")
-    # Half of the draws fall into the header, which is small but holds all the structure.
+    # Half of the draws fall into the header, which is small but contains all the structure.
     at = data.draw(st.one_of(st.integers(0, header - 1), st.integers(header, len(content) - 1)))
     flipped = bytes([content[at] ^ data.draw(st.integers(1, 255))])
     path = tmp_path / "m"
@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_the_old_file(learnt: Learner, tmp_path: Path) -> Non
     assert "refused:" in done.stdout
     assert "untouched" in done.stdout
     assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path], "nothing is left aside"
+    assert list(tmp_path.iterdir()) == [path], "no temporary file is left"
 
 
 def test_a_checkpoint_is_no_model(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_folder_whose_name_is_not_text(tmp_path: Path) -> None:
     try:
         folder.mkdir()
     except OSError:
-        pytest.skip("this file system takes names in UTF-8 alone")
+        pytest.skip("this file system takes only names in UTF-8")
     path = storage.write(folder / "m", {"a": torch.zeros(2)}, {})
     assert storage.digest_of(path) is not None
     assert list(storage.read(path)[0]) == ["a"]

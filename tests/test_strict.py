@@ -1,4 +1,4 @@
-"""Learning where no class statistics may be kept: the rows of the head are all that is left of a class."""
+"""Learning when no class statistics may be kept: only the rows of the head remain of a class."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROWS = QUICK.changed(
 
 @pytest.fixture(scope="module")
 def _two_tasks(train: Batches) -> list[Learner]:
-    """After the first task, and after the second."""
+    """The learner after the first task, and after the second."""
     learner = quick_learner(recipe=ROWS)
     learner.learn_task(train.of(("0", "1", "2")), NAMES, progress=False)
     first = copy.deepcopy(learner)
@@ -80,7 +80,7 @@ def test_a_few_more_images_of_a_class_refine_its_row(two_tasks: list[Learner], t
 
 @pytest.mark.slow
 def test_rows_that_were_trained_are_remembered_by_generated_images(train: Batches) -> None:
-    """Rows of an adopted classifier do not compare with those computed in closed form."""
+    """Rows of an adopted classifier cannot be compared with those computed in closed form."""
     learner = quick_learner(recipe=ROWS.changed({"refine.head": "trained"}), multiscale=True)
     learner.learn_task(train.of(("0", "1")), NAMES, progress=False)
     learner.recipe = ROWS

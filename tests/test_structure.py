@@ -1,4 +1,4 @@
-"""The picture of the imports: cycles are found wherever they hide, and every part is drawn."""
+"""The diagram of the imports: cycles are found in every form of import, and every part is drawn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from docs import structure
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package of two folders, the upper of which imports the lower."""
-    root = tmp_path / f"toy_{tmp_path.name.replace('-', '_')}"  # another name each time: imports are remembered
+    root = tmp_path / f"toy_{tmp_path.name.replace('-', '_')}"  # another name each time: imports are cached
     for name, text in (("upper", f"from {root.name}.lower import low\n"), ("lower", "")):
         (root / name).mkdir(parents=True)
         (root / name / "__init__.py").write_text(text)

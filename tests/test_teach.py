@@ -74,7 +74,7 @@ def _one_task(ready: Ready) -> Learner:
 
 @pytest.fixture
 def lesson(_one_task: Learner, ready: Ready) -> Iterator[Teacher]:
-    """Of a learner that knows 0 and 1, with their class statistics: each test has its own."""
+    """The teacher of a learner that knows 0 and 1, with their class statistics; each test has its own."""
     found = Teacher(copy.deepcopy(_one_task), ready)
     yield found
     found.close()
@@ -90,12 +90,12 @@ def wait_until(holds: Callable[[], object], seconds: float = 300) -> None:
     """Waits for another thread or the page; the limit only ends a test that hangs."""
     end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "the condition was not met in time"
         time.sleep(0.05)
 
 
 def wait(lesson: Teacher) -> dict[str, Any]:
-    """The state once nothing runs."""
+    """Waits until no job runs, and returns the state."""
     wait_until(lambda: lesson.state()["job"] is None)
     return lesson.state()
 
@@ -105,7 +105,7 @@ def collect(client: TestClient, name: str, contents: list[bytes]) -> None:
         assert client.post("/api/pictures", params={"class": name}, content=content).status_code == 200
 
 
-# Who may ask
+# Which requests are allowed
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:8765", ""])
@@ -163,7 +163,7 @@ def test_without_the_runtime_the_page_knows_it(lesson: Teacher, tmp_path: Path) 
 def test_a_picture_with_too_many_bytes_is_refused(client: TestClient, lesson: Teacher) -> None:
     content = bytes(pictures.MAX_BYTES + 1)
     assert client.post("/api/pictures?class=mug", content=content).status_code == 413
-    parts = (content[i : i + 2**20] for i in range(0, len(content), 2**20))  # its length is not said
+    parts = (content[i : i + 2**20] for i in range(0, len(content), 2**20))  # without a Content-Length
     answer = client.post("/api/predict", content=parts)
     assert answer.status_code == 413 and f"{pictures.MAX_BYTES:,}" in answer.json()["error"]
     assert lesson.state()["draft"] == []
@@ -250,7 +250,7 @@ def test_own_pictures_are_taught_and_nothing_of_them_is_held(client: TestClient,
     assert len(held) == 24 and not any(one() is not None for one in held)
     assert state["draft"] == [] and state["held"]["task"] == {"pictures": 0, "bytes": 0}
     assert not list(lesson.onnx_path.parent.iterdir()), "nothing was written"
-    assert state["history"] == [] and client.post("/api/sample").status_code == 400, "nothing was held back to measure with"
+    assert state["history"] == [] and client.post("/api/sample").status_code == 400, "no picture was held out for measuring"
 
 
 def test_ready_classes_are_taught_and_measured(client: TestClient, lesson: Teacher, ready: Ready) -> None:
@@ -264,7 +264,7 @@ def test_ready_classes_are_taught_and_measured(client: TestClient, lesson: Teach
     assert entry["right"]["2"][0] == round(10 * found.accuracy)
     sample = client.post("/api/sample").json()
     pixels = torch.from_numpy(np.array(Image.open(BytesIO(base64.b64decode(sample["png"]))))).permute(2, 0, 1)
-    assert any(torch.equal(pixels, image) for image in ready.test[sample["name"]]), "one that was held back"
+    assert any(torch.equal(pixels, image) for image in ready.test[sample["name"]]), "one that was held out"
 
 
 def test_a_cancelled_task_leaves_the_model_and_no_picture(client: TestClient, lesson: Teacher) -> None:
@@ -318,7 +318,7 @@ def test_a_failure_of_the_server_itself_ends_the_task(
             raise RuntimeError("a bug")
 
         def cancel(self) -> None:
-            """It has ended."""
+            """Does nothing: it has ended."""
 
     monkeypatch.setattr(lesson.learner, "session", lambda *args, **settings: Broken())
     client.post("/api/teach", json={"ready": ["2"]})
@@ -410,7 +410,7 @@ def test_the_exported_file_answers_as_the_server(client: TestClient, lesson: Tea
     found = OnnxClassifier(tmp_path / "model.onnx").probabilities(np.asarray(Image.open(BytesIO(picture))))[0]
     assert answer["version"] == version and answer["probabilities"] == pytest.approx(found.tolist(), abs=1e-3)
     client.post("/api/forget", json={"name": "0"})
-    assert client.get("/api/model.onnx").status_code == 409, "a file of the model before is not given"
+    assert client.get("/api/model.onnx").status_code == 409, "a file of the earlier model is not served"
 
 
 def test_the_model_file_can_be_loaded(client: TestClient, tmp_path: Path) -> None:
@@ -446,7 +446,7 @@ def test_of_a_folder_every_fifth_picture_is_held_back(tmp_path: Path) -> None:
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG 2.2: of two colours "#rrggbb"."""
+    """The contrast ratio (WCAG 2.2) of two colours "#rrggbb"."""
 
     def luminance(colour: str) -> float:
         levels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -482,11 +482,11 @@ needs_browser = pytest.mark.skipif(
 
 @pytest.fixture
 def page(ready: Ready) -> Iterator[Any]:
-    """The page of a learner that has learnt nothing, in a browser with a made-up camera; `page.lesson` is what is behind it."""
+    """The page of a learner that has learnt nothing, in a browser with a fake camera; `page.lesson` is its teacher."""
     sync_api = pytest.importorskip("playwright.sync_api")
     lesson = Teacher(quick_learner(recipe=ENDLESS, precision="float32"), ready)
     camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-    # Playwright keeps an event loop running in this thread, so that nothing here may await.
+    # Playwright keeps an event loop running in this thread, so nothing here may await.
     with in_background(lesson) as url, sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=camera)
         found = browser.new_page(viewport={"width": 360, "height": 800})
@@ -504,7 +504,7 @@ def page(ready: Ready) -> Iterator[Any]:
 
 
 def press(page: Any, selector: str) -> None:
-    """By the keyboard alone."""
+    """Presses a button with the keyboard only."""
     page.wait_for_selector(f"{selector}:enabled")
     page.focus(selector)
     page.keyboard.press("Enter")
@@ -532,7 +532,7 @@ def known(page: Any) -> list[str]:
 
 
 def comparison(page: Any, asked: list[float]) -> Any:
-    """The probabilities that the page compares, `server` and `browser`, once the server's are those that were asked for."""
+    """The probabilities that the page compares, `server` and `browser`, once the server's equal `asked`."""
     found: list[Any] = []
 
     def is_there() -> bool:
@@ -576,10 +576,10 @@ def test_a_visitor_teaches_cancels_forgets_and_predicts(page: Any, ready: Ready,
     press(page, "#teach-button")
     page.wait_for_selector("#known .task:nth-child(2)")
     outcome(page, "done")
-    assert known(page) == ["0", "1", "mug <b>"], "the name is shown as it is"
+    assert known(page) == ["0", "1", "mug <b>"], "the name is shown literally"
     assert page.inner_text("#held-table tr:first-child td") == "0"
 
-    # One that adapts answers after its instant commit, and is cancelled then.
+    # A task that adapts answers after its instant commit, and is then cancelled.
     lesson.learner.recipe = ENDLESS
     page.check("input[value=adapt]")
     page.wait_for_selector("#teach-button:has-text('Teach 2 and 3')")

@@ -1,4 +1,4 @@
-"""The loop itself: a batch in parts teaches what the whole batch teaches."""
+"""The training loop: a batch in micro-batches has the effect of the whole batch."""
 
 from __future__ import annotations
 

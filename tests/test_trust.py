@@ -1,4 +1,4 @@
-"""The command that counts trials: it continues where it was stopped, and adds up what its pieces counted."""
+"""The command that runs the trials: it continues where it was stopped, and sums the counts of its pieces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two wheels: edge-dfcil holds everything, edge-dfcil-runtime those of its files that answer without torch."""
+"""Two wheels: edge-dfcil contains everything, edge-dfcil-runtime only the files that predict without torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GOLDEN = Path(__file__).parent / "golden" / "schema1"
 WHOLE = tomllib.loads((ROOT / "pyproject.toml").read_text())
 RUNTIME = tomllib.loads((ROOT / "exporters" / "pyproject.toml").read_text())
 OF_RUNTIME: list[str] = RUNTIME["tool"]["hatch"]["build"]["only-include"]
-# Outside of Python and of its own files, the runtime imports these; two for pictures given as files, one for signatures.
+# Besides Python's and its own modules, the runtime imports these: two for pictures given as files, one for signatures.
 LIBRARIES = {"numpy", "onnxruntime", "PIL", "pillow_heif", "cryptography"}
 
 # What is listed
@@ -140,7 +140,7 @@ def with_pillow(alone: Environment, wheels: dict[str, Path]) -> Environment:
 
 @pytest.fixture(scope="module")
 def whole(wheels: dict[str, Path]) -> Iterator[Environment]:
-    """edge-dfcil with torch and the other libraries of the tests: to install them would take gigabytes."""
+    """edge-dfcil with torch and the other libraries of the tests: installing them again would take gigabytes."""
     with tempfile.TemporaryDirectory() as folder:
         environment = Environment(Path(folder), "--no-deps", wheels["edge-dfcil"])
         others = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}

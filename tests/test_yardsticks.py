@@ -1,4 +1,4 @@
-"""The benchmarks' own methods: the shared suite less the sample rule, and what each of them is known for."""
+"""The benchmarks' own methods: the shared suite without the sample rule, and what is particular to each method."""
 
 from __future__ import annotations
 
@@ -36,6 +36,21 @@ def test_method(name: str) -> None:
     check_method(lambda: make(name), keeps_no_sample=False, exports=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("replay", "no method is called 'replay'; choose one of .*icarl"),
+        ("dgr-400", "dgr takes no size; pass 'dgr'"),
+        ("upper_bound-400", "upper_bound takes no size"),
+        ("icarl-many", "'many' is no coreset size"),
+        ("rehearsal_jpeg-1MB", "'1MB' is no number of JPEG files"),
+    ],
+)
+def test_an_unknown_name_or_size_is_refused(name: str, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        find(name)
+
+
 @pytest.mark.parametrize("name", CORESETS)
 def test_a_coreset_holds_real_images_of_every_class_and_no_more_than_its_size(name: str, train: Batches) -> None:
     method = make(name)
@@ -59,7 +74,7 @@ def test_jpegs_are_kept_as_they_were_encoded_and_decode_to_nearly_the_images(tra
     learner.learn_task(train.of(("2",)), NAMES, progress=False)
     after = {tuple(file.tolist()) for file in method.kept["bytes"].split(method.kept["sizes"].tolist())}
     assert torch.bincount(method.kept["outputs"]).tolist() == [8, 8, 8]
-    assert len(after & {tuple(file.tolist()) for file in files}) >= 14  # 16 of them, less equal pictures
+    assert len(after & {tuple(file.tolist()) for file in files}) >= 14  # 16, minus equal pictures
     decoded = decode_jpeg(files[0]).float()
     assert min((decoded - image.float()).abs().mean() for image in train.images) < 8
 

@@ -1,7 +1,7 @@
-"""Simple heads on a frozen backbone: the rivals that a method has to beat.
+"""Simple heads on a frozen backbone: the baselines that a method has to beat.
 
-The backbone is trained in the first task, or comes with weights, and is not trained afterwards. Each head keeps statistics of the
-backbone's last features and takes a task in one pass. Their numbers are chosen as the papers choose them.
+The backbone is trained in the first task, or is pretrained, and is not trained afterwards. Each head keeps statistics of the
+backbone's last features and learns a task in one pass. Hyperparameters are chosen as in the papers.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class LDA(Head):
 
 
 class Ridge(Head):
-    """Ridge regression on random features max(0, f P), P ~ N(0, 1); the penalty does best on a fifth of the latest task's images
+    """Ridge regression on random features max(0, f P), P ~ N(0, 1); the penalty is the best for a fifth of the last task's images
     (RanPAC, McDonnell et al., NeurIPS 2023)."""
 
     WIDTH = 2048
@@ -82,7 +82,7 @@ class Ridge(Head):
             self.gram, self.sums = torch.zeros(self.WIDTH, self.WIDTH, dtype=hidden.dtype), hidden.new_zeros(self.WIDTH, 0)
         self.sums = F.pad(self.sums, (0, truth.shape[1] - self.sums.shape[1]))
         held = torch.rand(len(hidden), generator=draw) < 0.2
-        held[0] |= not bool(held.any())  # of ten images, none is drawn in one task of nine
+        held[0] |= not bool(held.any())  # with ten images, none is drawn in one of nine tasks
         gram = self.gram + hidden[~held].T @ hidden[~held]
         sums = self.sums + hidden[~held].T @ truth[~held]
         errors = {
@@ -104,8 +104,8 @@ class Ridge(Head):
 
 
 class FeCAM(Head):
-    """Mahalanobis distances, a covariance for each class: of the square roots of features, shrunk twice and normalised to
-    correlations; distances are of unit vectors (Goswami et al., NeurIPS 2023)."""
+    """Mahalanobis distances with a covariance for each class, which is that of the square roots of features, shrunk twice and
+    normalised to correlations; distances are between unit vectors (Goswami et al., NeurIPS 2023)."""
 
     means: Tensor | None = None
     inverses: Tensor | None = None
@@ -133,7 +133,7 @@ class FeCAM(Head):
 
 
 def _shrunk(covariance: Tensor) -> Tensor:
-    """With its mean variance added to variances and its mean covariance to the others."""
+    """The covariance with its mean variance added to the variances, and its mean covariance to the other entries."""
     n, diagonal = len(covariance), covariance.diagonal()
     others = (covariance.sum() - diagonal.sum()) / max(1, n * (n - 1))
     identity = torch.eye(n, dtype=covariance.dtype)
@@ -145,7 +145,7 @@ VARIANTS: dict[str, dict[str, Any]] = {"": {}, "rotations": {"augmentation.rotat
 
 
 def names() -> list[str]:
-    """Of the methods that `run` runs: each head, on a backbone that is trained in each variant."""
+    """The methods that `run` runs: each head, on a backbone that is trained in each variant."""
     return [f"{head}:{variant}" if variant else head for head in HEADS for variant in VARIANTS]
 
 
@@ -159,9 +159,9 @@ def run(
     changes: dict[str, Any] | None = None,
     in_time: Callable[[float], bool] = lambda seconds: True,
 ) -> dict[str, Any]:
-    """As `accuracy.run`, of one of `names()`. All heads are run on the same backbone, and each leaves its file.
+    """As `accuracy.run`, for one of `names()`. All heads are run on the same backbone, and each writes its file.
 
-    A run cannot be stopped between tasks: `in_time` is asked before the first one alone.
+    A run cannot be stopped between tasks: `in_time` is called only before the first one.
     """
     variant = method.partition(":")[2]
     recipe = find_recipe(protocol.recipe).changed(

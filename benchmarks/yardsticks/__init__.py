@@ -1,6 +1,6 @@
 """Methods that keep what the product promises not to: images, or a generator. They show what that promise costs.
 
-They live under the same contract and the same loop as the product's methods; only the sample rule is lifted.
+They use the same interface and the same training loop as the product's methods; only the sample rule is lifted.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ YARDSTICKS = {kind.name: kind for kind in KINDS}
 def find(name: str) -> str | Yardstick:
     """A method by name: the product's as they are; a yardstick as a new instance.
 
-    A coreset's size may follow: "bic-400" keeps 400 images, "bic-1MB" as many as a megabyte of pixels is; else 2,000 images.
-    Raises `SettingError` for an unknown name or a size that is none.
+    A coreset's size may follow: "bic-400" keeps 400 images, "bic-1MB" one megabyte of pixels; without a size, 2,000 images.
+    Raises `SettingError` for an unknown name or an invalid size.
     """
     if name in product_names():
         return name
@@ -36,6 +36,8 @@ def find(name: str) -> str | Yardstick:
         return made()
     if made is not None and issubclass(made, (CoresetMethod, RehearsalJpeg)) and made is not UpperBound:
         return made(size)
+    if made is not None:
+        raise SettingError(f"{kind} takes no size; pass {kind!r} instead of {name!r}")
     raise SettingError(f"no method is called {name!r}; choose one of {', '.join([*product_names(), *YARDSTICKS])}")
 
 

@@ -13,7 +13,7 @@ class Yardstick(Method):
     Attributes
     ----------
     kept
-        All of them, by name: what a stopped run needs to continue, and what is counted as bytes kept.
+        These tensors, by name: what a stopped run needs to continue, and what is counted as bytes kept.
     """
 
     def __init__(self) -> None:
@@ -21,5 +21,5 @@ class Yardstick(Method):
 
     @property
     def bytes_kept(self) -> int:
-        """Bytes at rest beside the model."""
+        """Bytes at rest, without those of the model."""
         return sum(tensor.nbytes for tensor in self.kept.values())

@@ -1,4 +1,4 @@
-"""BiC, Large Scale Incremental Learning (Wu et al., CVPR 2019): distillation, then a correction of the bias to new classes."""
+"""BiC, Large Scale Incremental Learning (Wu et al., CVPR 2019): distillation, then correction of the bias to new classes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class BiC(CoresetMethod):
         held = torch.zeros(len(images.images), dtype=torch.bool)
         for output in images.outputs.unique().tolist():
             index = torch.nonzero(images.outputs == output).flatten()
-            held[index[torch.randperm(len(index))[:n]]] = len(index) > n  # a class of too few is all learnt from
+            held[index[torch.randperm(len(index))[:n]]] = len(index) > n  # a class of too few images is learnt from whole
         self._held = images.take(torch.nonzero(held).flatten())
         task.batches = images.take(torch.nonzero(~held).flatten())
 

@@ -36,7 +36,7 @@ class Images(RealBatches):
 
     @classmethod
     def of(cls, task: Task) -> Images:
-        """Those that `prepare` has put in the place of a task's batches."""
+        """The images that `prepare` has set as the task's batches."""
         assert isinstance(task.batches, cls)
         return task.batches
 
@@ -59,17 +59,17 @@ class Images(RealBatches):
         return self.batch_size
 
     def plain(self) -> Images:
-        """All of them in order, not augmented."""
+        """All images in order, not augmented."""
         every = copy.copy(self)
         every._in_order = True
         return every
 
     def take(self, index: Tensor) -> Images:
-        """Some of them, by number."""
+        """Some of the images, by index."""
         return Images(self.images[index], self.outputs[index], self.network, self.recipe, self.batch_size)
 
     def features(self) -> Tensor:
-        """Of the network as it is now, (N, F) on the CPU."""
+        """Features (N, F) of the images with the current network, on the CPU."""
         with torch.no_grad():
             return torch.cat([self.network.features(batch.images).float().cpu() for batch in self.plain()])
 
@@ -93,7 +93,7 @@ class CoresetMethod(Yardstick):
     def __init__(self, size: int | str = 2000) -> None:
         super().__init__()
         self.size = size
-        capacity(size, 1)  # refuses what is no size now rather than after a task
+        capacity(size, 1)  # refuses an invalid size now rather than after a task
 
     def prepare(self, task: Task) -> Iterator[Stage]:
         new = read(task)
@@ -112,7 +112,7 @@ class CoresetMethod(Yardstick):
         return Images(self.kept["images"], self.kept["outputs"], task.student, task.recipe, like.batch_size)
 
     def keep(self, images: Images) -> None:
-        """Keeps an even share of each class. Images kept before stand in their order and are cut from the end."""
+        """Keeps an even share of each class. Images kept before retain their order and are cut from the end."""
         quota = capacity(self.size, images.images[0].nbytes) // images.network.n_classes
         features, chosen = images.features(), []
         stored = set(self.kept["outputs"].tolist()) if "outputs" in self.kept else set()
@@ -125,7 +125,7 @@ class CoresetMethod(Yardstick):
         self.kept["images"], self.kept["outputs"] = kept.images.clone(), kept.outputs.clone()
 
     def order(self, features: Tensor) -> Tensor:
-        """In which order a class's images are worth keeping; random unless overridden."""
+        """The order in which a class's images are worth keeping, the best first; random unless overridden."""
         return torch.randperm(len(features))
 
 
@@ -164,7 +164,7 @@ def nearest_to_mean(features: Tensor) -> Tensor:
 
 
 def capacity(size: int | str, bytes_an_image: int) -> int:
-    """How many images a size allows. Raises `SettingError` for text that is none."""
+    """How many images a size allows. Raises `SettingError` for an invalid size."""
     found = re.fullmatch(r"(\d+)(kB|MB|GB|B)?", str(size).strip())
     if not found:
         raise SettingError(f"{size!r} is no coreset size; pass images such as 400, or bytes such as '80kB' or '6MB'")

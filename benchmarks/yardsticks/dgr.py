@@ -1,6 +1,6 @@
 """DGR, Deep Generative Replay (Shin et al., NeurIPS 2017): a VAE learns the images, and replays them to the next task.
 
-It stores no image but keeps its generator, many times the classifier's size, so it is no method of the product.
+It stores no image but keeps its generator, many times the classifier's size, so it is not a method of the product.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edge_dfcil.training.data import Batch
 from edge_dfcil.training.stage import Stage, StageSpec, Terms
 
 LEARNING_RATE = 1e-3  # Adam, of the VAE
-MOST_LOG_VARIANCE = 20.0  # so that its first steps on large images do not run out of numbers
+MOST_LOG_VARIANCE = 20.0  # so that its first steps on large images do not overflow
 
 
 class VAE(nn.Module):
@@ -50,7 +50,7 @@ class VAE(nn.Module):
         return self.decoder(z)[:, :, : self.image_size, : self.image_size]
 
     def loss(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruction (binary cross-entropy) and KL to N(0, I), each summed over an image's parts (N,)."""
+        """Reconstruction (binary cross-entropy) and KL to N(0, I), each summed per image (N,)."""
         mean, log_variance = self.encoder(pixels).chunk(2, 1)
         log_variance = log_variance.clamp(max=MOST_LOG_VARIANCE)
         logits = self.decode(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
@@ -59,14 +59,14 @@ class VAE(nn.Module):
 
 
 class Replay:
-    """What the VAE of the task before makes, named by the teacher: it stands where dreams stand."""
+    """Images from the VAE of the task before, labelled by the teacher; takes the place of dreams."""
 
     def __init__(self, vae: VAE, teacher: Network) -> None:
         self.vae, self.teacher = vae.eval().requires_grad_(False), teacher
 
     @property
     def nbytes(self) -> int:
-        """What is held."""
+        """Bytes of the VAE."""
         return sum(tensor.nbytes for tensor in self.vae.state_dict().values())
 
     @torch.no_grad()
@@ -82,7 +82,7 @@ class DGR(Yardstick):
     def prepare(self, task: Task) -> Iterator[Stage]:
         if task.remembers:
             assert task.teacher is not None
-            task.dreams = Replay(self._vae(task), task.teacher)  # type: ignore[assignment]  # it gives samples alike
+            task.dreams = Replay(self._vae(task), task.teacher)  # type: ignore[assignment]  # it has the same `sample`
         return iter(())
 
     def loss(self, task: Task, batch: Batch) -> Terms:

@@ -1,4 +1,4 @@
-"""E2E, End-to-End Incremental Learning (Castro et al., ECCV 2018): distillation task by task, then a balanced fine-tune."""
+"""E2E, End-to-End Incremental Learning (Castro et al., ECCV 2018): distillation task by task, then balanced fine-tuning."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class E2E(CoresetMethod):
         return {"cross_entropy": F.cross_entropy(logits, batch.targets), "distillation": self.weight(task) * distillation}
 
     def refine(self, task: Task) -> Iterator[Stage]:
-        """Selects first: the fine-tune of the head sees as many images of each new class as of each old one."""
+        """Selects first, so that the head is fine-tuned on as many images of each new class as of each old one."""
         self.keep(Images.of(task))
         if task.remembers:
             yield self._balanced(task)

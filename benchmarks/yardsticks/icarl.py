@@ -18,8 +18,8 @@ from edge_dfcil.training.stage import Stage, Terms
 
 
 class ICaRL(CoresetMethod):
-    """The nearest of unit means m_c to a feature f is the largest m_c . f, so that the model that answers has the means
-    as its head. The trained head is kept apart, and put back to learn the next task with."""
+    """Of unit means m_c, the nearest to a feature f has the largest m_c . f, so the model that answers has the means as its
+    head. The trained head is kept separately, and put back to learn the next task."""
 
     name = "icarl"
 

@@ -1,4 +1,4 @@
-"""Naive rehearsal that keeps JPEG files: what replay takes when somebody cares for its size."""
+"""Naive rehearsal that keeps JPEG files: what replay takes when its size is reduced."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torchvision.io import decode_jpeg, encode_jpeg
 
 from benchmarks.yardsticks.base import Yardstick
 from benchmarks.yardsticks.coreset import Images, read
+from edge_dfcil.errors import SettingError
 from edge_dfcil.methods.task import Task
 from edge_dfcil.training.data import Batch
 from edge_dfcil.training.stage import Stage, Terms
@@ -37,6 +38,8 @@ class RehearsalJpeg(Yardstick):
 
     def __init__(self, size: int | str = 2000) -> None:
         super().__init__()
+        if not str(size).isdecimal():
+            raise SettingError(f"{size!r} is no number of JPEG files; pass one such as 400")
         self.size = int(size)
 
     def prepare(self, task: Task) -> Iterator[Stage]:
@@ -45,7 +48,7 @@ class RehearsalJpeg(Yardstick):
         if self.kept:
             files += list(self.kept["bytes"].split(self.kept["sizes"].tolist()))
             outputs = torch.cat([outputs, self.kept["outputs"]])
-        stored: Tensor = Files(files)  # type: ignore[assignment]  # as far as batches are concerned
+        stored: Tensor = Files(files)  # type: ignore[assignment]  # batches only index it
         task.batches = Images(stored, outputs, task.student, task.recipe, new.batch_size)
         return iter(())
 

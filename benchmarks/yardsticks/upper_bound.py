@@ -24,5 +24,5 @@ class UpperBound(CoresetMethod):
         else:
             backbone.load_state_dict({name: self.kept[f"initial.{name}"] for name in backbone.state_dict()})
             task.student.head.reset_parameters()
-            task.teacher = None  # nothing is remembered: everything is there
+            task.teacher = None  # nothing has to be remembered: all images are there
         return super().prepare(task)

@@ -1,7 +1,7 @@
-"""Fuzzes what reads files, guided by coverage: `python -m tests.attacks.fuzz -max_total_time=300 -max_len=4096`.
+"""Fuzzes the file readers, guided by coverage: `python -m tests.attacks.fuzz -max_total_time=300 -max_len=4096`.
 
-It needs atheris. The first byte chooses: the rest is a recipe, a model file, settings that are written into a model file with a
-right digest, or the draws by which a model file lies under a right digest.
+It needs atheris. The first byte selects what the rest is: a recipe, a model file, settings that are written into a model file
+with a correct digest, or the random draws that falsify a model file under a correct digest.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ ATTACKS: dict[str, Callable[[Path], Path]] = {}
 
 
 def attack(ending: str) -> Callable[[Callable[[Path], None]], Callable[[Path], Path]]:
-    """Registers what writes an attack to a path, by its name and with an ending."""
+    """Registers a function that writes an attack; its name and an ending make the name of the file."""
 
     def register(write: Callable[[Path], None]) -> Callable[[Path], Path]:
         name = write.__name__.replace("_", "-") + ending
@@ -39,7 +39,7 @@ def attack(ending: str) -> Callable[[Callable[[Path], None]], Callable[[Path], P
 
 
 def lying(name: str, **changes: Any) -> None:
-    """A model file with other settings and a right digest."""
+    """Registers a model file with other settings and a correct digest."""
 
     def write(path: Path) -> None:
         tensors, settings = file.read(GOLDEN / "closed_form.safetensors")
@@ -50,7 +50,7 @@ def lying(name: str, **changes: Any) -> None:
 
 
 def header(path: Path, values: dict[str, Any], data: bytes = b"") -> None:
-    """A safetensors file with such a header."""
+    """Writes a safetensors file with this header."""
     text = json.dumps(values).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
@@ -98,7 +98,7 @@ def header_of_a_hundred_megabytes(path: Path) -> None:
 
 
 def with_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
-    """The golden model with one tensor replaced or added, under a right digest."""
+    """Writes the golden model with one tensor replaced or added, and a correct digest."""
     tensors, settings = file.read(GOLDEN / "closed_form.safetensors")
     file.write(path, {**tensors, name: tensor}, settings)
 
@@ -190,7 +190,7 @@ def recipe_with_a_name_twice(path: Path) -> None:
 
 
 def resealed(path: Path, **metadata: str) -> None:
-    """An ONNX file with other metadata and a right digest."""
+    """Writes an ONNX file with other metadata and a correct digest."""
     model = onnx.load(GOLDEN / "closed_form-any.onnx")
     for entry in model.metadata_props:
         entry.value = ({"format": FORMAT} | metadata).get(entry.key, entry.value)
@@ -239,7 +239,7 @@ def another_graph(path: Path) -> None:
 
 
 def make(folder: Path) -> dict[str, Path]:
-    """Every attack, by its name."""
+    """Writes every attack to a folder; the paths by the names of the files."""
     return {name: write(folder) for name, write in ATTACKS.items()}
 
 

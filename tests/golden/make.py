@@ -1,10 +1,10 @@
 """Writes the golden files of a file schema: `python -m tests.golden.make schema2 FOLDER`.
 
-A folder is made once, by the version that introduces a schema, and never again: `schema1` was made at commit 9bb9d52, before
-anything of that version moved; `schema2` has what schema 1 had not: features of several scales, class statistics, a class that is
-known by its row alone, thresholds and a temperature, and an ONNX file that takes images of any size. `tests/test_golden.py` loads
-every folder and compares the answers. Each folder holds model files, ONNX files, and `answers.npz`: the images, and for each file
-the probabilities that it answered.
+Each folder is made once, by the version that introduces its schema, and never changed. `schema1` was made at commit 9bb9d52,
+before any code of that version moved. `schema2` has what schema 1 lacked: features of several scales, class statistics, a class
+that is known only by its row of the head, thresholds and a temperature, and an ONNX file that takes images of any size.
+`tests/test_golden.py` loads every folder and compares the answers. Each folder contains model files, ONNX files, and
+`answers.npz`: the images, and the probabilities that each file gave.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RECIPE = RECIPES["edge"].changed(
 
 
 def own_classifier() -> nn.Sequential:
-    """A plain module, as an app might bring: three blocks and a linear layer."""
+    """A plain module, as an app might have it: three blocks and a linear layer."""
     blocks: list[nn.Module] = []
     for channels_in, channels in ((3, 8), (8, 16), (16, 16)):
         blocks += [nn.Conv2d(channels_in, channels, 3, 2, 1), nn.BatchNorm2d(channels), nn.ReLU()]
