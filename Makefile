@@ -1,4 +1,4 @@
-# Two commands do it all on a machine with python3 and make: each sets up .venv once and then runs.
+# `make demo` and `make test` need only python3 and make: the first call of any target sets up .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -8,35 +8,35 @@ STAMP := .venv/.installed
 demo: $(STAMP)
 	$(BIN)/edge-dfcil demo
 
-# A page that teaches a model in the browser; ARGS="--camera" or ARGS="--folder PATH" for other pictures than digits.
+# A page that teaches a model in the browser; use ARGS="--camera" or ARGS="--folder PATH" for pictures other than digits.
 teach: $(STAMP) runtime
 	$(BIN)/python -m demos.teach $(ARGS)
 
-# What the page answers with in the browser itself. Without npm the page works, and says that this part is off.
+# The runtime with which the browser itself answers. Without npm the page works, and says that this part is off.
 runtime: demos/teach/node_modules/.installed
 demos/teach/node_modules/.installed: demos/teach/package.json
 	@if command -v npm >/dev/null; \
 	then npm install --prefix demos/teach --no-package-lock --no-audit --no-fund --ignore-scripts && touch $@; \
-	else echo 'npm is not installed: the page will work without its answer in the browser' >&2; fi
+	else echo 'npm is not installed: the page works, but does not answer in the browser itself; install npm, then run make runtime' >&2; fi
 
-# Tests compute with one thread each, so two processes keep two cores busy. A file's tests stay together, and files in order:
-# by their number of tests, those with few long ones would come last, when one process has nothing left to do.
+# Tests compute with one thread each, so two processes keep two cores busy. The tests of a file stay together, and files keep
+# their order: ordered by number of tests, files with few long tests would come last, when one process has nothing left to do.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-# Lines that the tests run, of both suites together: each adds to the count, and only `make coverage` judges it.
+# Lines that both suites run: each suite adds to the count, and only `make coverage` applies the limit.
 COVERAGE = --cov --cov-report= --cov-fail-under=0
 
 test: $(STAMP) lint types
 	$(PYTEST) $(if $(CI),$(COVERAGE))
 
-# What takes longer: every torchvision family, kills of real processes, photographs.
+# Tests that take longer: every torchvision family, kills of real processes, photographs.
 test-slow: $(STAMP)
 	$(PYTEST) -m slow $(if $(CI),$(COVERAGE) --cov-append)
 
-# What the tests run of the package, after both suites with CI=1. Lines that only run in processes of their own do not count.
+# The coverage of the package, after both suites with CI=1. Lines that run only in child processes do not count.
 coverage: $(STAMP)
 	$(BIN)/coverage report --skip-covered
 
-# The quick suite with the lowest versions of everything that pyproject.toml allows.
+# The quick suite with the lowest version of each dependency that pyproject.toml allows.
 test-lowest:
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet uv
@@ -51,19 +51,19 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy --num-workers 2
 
-# The site of docs/, into site/; a broken link is an error.
+# Builds the site from docs/ into site/; a broken link is an error.
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
 
-# The pictures and figures of the demo.
+# Makes the pictures and figures of the demo.
 figures: $(STAMP)
 	$(BIN)/python -m demos.figures
 
-# The notebook's outputs.
+# Runs the notebook and stores its outputs.
 notebook: $(STAMP)
 	$(BIN)/jupyter-execute --inplace demos/first_task.ipynb
 
-# The picture of what imports what; fails where there is a cycle.
+# Draws the imports of the package; fails if there is a cycle.
 structure: $(STAMP)
 	$(BIN)/python -m docs.structure
 
@@ -82,8 +82,8 @@ audit:
 	.venv-audit/bin/python -m pip install --quiet 'pip-audit>=2.9'
 	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
-# The published protocol, in pieces of under nine minutes: run it again until it says that all has been run. What is done
-# lies in $(OUT) as small files, which may be moved to another machine in between.
+# The published protocol, in pieces of under nine minutes: repeat the command until it reports that everything has been run.
+# Finished pieces are small files in $(OUT), which may be moved to another machine in between.
 OUT ?= benchmarks/results
 MINUTES ?= 8.5
 paper-gpu: $(STAMP)

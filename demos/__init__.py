@@ -1,1 +1,1 @@
-"""What the package looks like in use, and the method itself in one file."""
+"""Programs that use the package, and the method itself in one file."""

@@ -3,11 +3,11 @@
     python demos/abd_in_one_file.py            needs torch and scikit-learn; about two minutes on one CPU core
 
 It learns scikit-learn's handwritten digits, two a task. Before a task, a generator is trained to invert the classifier
-(section 4 of the paper); its images then stand in for the old digits, which are gone (section 5). `edge_dfcil` is not used
+(section 4 of the paper); its images then replace the old digits, which are not kept (section 5). `edge_dfcil` is not used
 here; its losses and gradients are the same for the same weights and images (tests/test_one_file.py).
 
-The steps do the work of the published code, unneeded work included, in lines marked "waste". The package leaves it out, and
-`python -m benchmarks speed` measures the difference.
+The steps do the same work as the published code, including unneeded work, which is marked "waste". The package leaves it out,
+and `python -m benchmarks speed` measures the difference.
 """
 
 import copy
@@ -20,10 +20,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-# For the digits; the published values for CIFAR-100 in brackets. Without brackets, the value is the published one.
+# Values for the digits, with the published ones for CIFAR-100 in brackets. A value without brackets is the published one.
 SIZE, DEPTH = 16, 8  # pixels a side, layers of the residual network (32, 32)
 LATENT, WIDTH = 64, 32  # of the generator (1000, 128)
-BATCH, EPOCHS, GENERATOR_STEPS = 32, 20, 150  # real images a step, and as many generated ones; a task (128, 250, 10,000)
+BATCH, EPOCHS, GENERATOR_STEPS = 32, 20, 150  # real images per step, as many generated; the others per task (128, 250, 10,000)
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 2e-4  # SGD
 MILESTONES = (0.4, 0.6, 0.8)  # shares of the epochs after which the learning rate is divided by 10
 STATISTICS, SMOOTHNESS, DISTILLATION = 50.0, 1e-3, 0.1  # weights of loss terms
@@ -74,7 +74,7 @@ class Classifier(nn.Module):
 
 
 class Generator(nn.Sequential):
-    """Noise (N, latent) to normalised images (N, 3, S, S): a map of 8 x 8 is doubled until it is as large."""
+    """Noise (N, latent) to normalised images (N, 3, S, S): a map of 8 x 8 is doubled in size until it has S x S pixels."""
 
     def __init__(self, image_size: int, latent: int, width: int) -> None:
         layers: list[nn.Module] = [nn.Linear(latent, width * 64), nn.Unflatten(1, (width, 8, 8)), nn.BatchNorm2d(width)]
@@ -90,7 +90,7 @@ class Generator(nn.Sequential):
 
 
 class Teacher:
-    """The classifier before a task, in eval mode, and how far its last images were from those that it has learnt from."""
+    """The classifier before a task, in eval mode, and the divergence of its last images from those that it has learnt from."""
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = copy.deepcopy(classifier).eval().requires_grad_(True)  # waste: its weights collect gradients
@@ -111,7 +111,7 @@ class Teacher:
 
 
 def inversion_losses(teacher: Teacher, images: Tensor) -> Losses:
-    """Small where generated images (N, 3, S, S) are as those that the teacher has learnt from (eqs. 1 to 5)."""
+    """Small if generated images (N, 3, S, S) are like those that the teacher has learnt from (eqs. 1 to 5)."""
     o = teacher(images)  # (N, classes)
     p = o.softmax(1).mean(0)
     row = torch.exp(-(torch.arange(-2.0, 3.0, device=o.device) ** 2) / 4)  # a Gaussian of variance 2
@@ -126,14 +126,14 @@ def inversion_losses(teacher: Teacher, images: Tensor) -> Losses:
 
 
 def learning_losses(student: Classifier, teacher: Teacher, images: Tensor, targets: Tensor, dreams: Tensor) -> Losses:
-    """Of B real images of new classes, their targets (B,), and B generated images, which the teacher labels (eqs. 6 to 8)."""
+    """For B real images of new classes, their targets (B,), and B generated images, which the teacher labels (eqs. 6 to 8)."""
     n, n_old, n_seen = len(images), teacher.classifier.head.out_features, student.head.out_features
     rho = n_old / n_seen
     with torch.no_grad():
         labels = teacher(dreams).argmax(1)
         teacher(images)  # waste: nothing uses these logits
         both = torch.cat([images, dreams])
-        before = teacher(both)  # waste: one pass over both gives the labels, too
+        before = teacher(both)  # waste: this pass alone would give the labels, too
     features = student.backbone(both)
     detached = student.backbone(both).detach()  # waste: features.detach() is the same
     all_targets = torch.cat([targets, labels])
@@ -143,7 +143,7 @@ def learning_losses(student: Classifier, teacher: Teacher, images: Tensor, targe
         "local": (1 - rho) * F.cross_entropy(student.head(features[:n])[:, n_old:], targets - n_old),
         # Eq. 8: only the head learns to separate old classes from new ones.
         "head": (weights * F.cross_entropy(student.head(detached), all_targets, reduction="none")).mean(),
-        # Eq. 7: features stay where they were in the directions that the old head looks in.
+        # Eq. 7: keeps features unchanged in the directions that the old head uses.
         "distillation": DISTILLATION * F.mse_loss(teacher.classifier.head(features), before),
     }
 
@@ -177,10 +177,10 @@ def learn(student: Classifier, teacher: Teacher | None, images: Tensor, targets:
 
 def main() -> None:
     pixels, y = map(torch.from_numpy, load_digits(return_X_y=True))
-    x = (pixels.float().view(-1, 1, 8, 8) / 16 - 0.3) / 0.35  # mean and deviation, about
+    x = (pixels.float().view(-1, 1, 8, 8) / 16 - 0.3) / 0.35  # approximate mean and deviation
     x = F.interpolate(x, (SIZE, SIZE), mode="bilinear").expand(-1, 3, -1, -1)
     train, test = train_test_split(range(len(y)), test_size=0.25, stratify=y, random_state=0)
-    for method in ("fine-tuning", "ABD"):  # the first is what is lost without a teacher
+    for method in ("fine-tuning", "ABD"):  # the first shows what is lost without a teacher
         torch.manual_seed(0)
         student = Classifier(ResNet(DEPTH), nn.Linear(64, 2))
         for seen in range(2, 11, 2):

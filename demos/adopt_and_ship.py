@@ -1,10 +1,10 @@
-"""Adopts a classifier that you have, teaches it a class that it does not know, and ships it: ONNX in floats and in INT8.
+"""Adopts an existing classifier, teaches it classes that it does not know, and exports it to ONNX in floats and in INT8.
 
     python demos/adopt_and_ship.py             about three minutes on two cores
 
-Your classifier would come with weights of its own. So that this runs anywhere, `trained` makes one here: torchvision's ResNet-18,
-trained by plain PyTorch on the digits 0 to 7. From there on no picture of these is used to teach: the learner remembers them by
-images that it generates from the classifier.
+Your classifier would come with its own weights. So that this runs anywhere, `trained` makes one here: torchvision's ResNet-18,
+trained in plain PyTorch on the digits 0 to 7. After that no picture of these digits is used for learning: the learner remembers
+them through images that it generates from the classifier.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from edge_dfcil.demo import NAMES, Batches, digits
 from exporters import OnnxClassifier
 
 SIZE = 16
-MEAN, STD = (0.3, 0.3, 0.3), (0.35, 0.35, 0.35)  # of digits, about
+MEAN, STD = (0.3, 0.3, 0.3), (0.35, 0.35, 0.35)  # of digits, approximately
 OLD, NEW = NAMES[:8], NAMES[8:]
 RECIPE = RECIPES["frozen"].changed(
     {
@@ -39,7 +39,7 @@ RECIPE = RECIPES["frozen"].changed(
 
 
 def normalized(images: Tensor) -> Tensor:
-    """uint8 images (N, 3, H, W) as the classifier takes them, (N, 3, 16, 16)."""
+    """uint8 images (N, 3, H, W) as input of the classifier: float32, normalised, (N, 3, 16, 16)."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return (F.interpolate(images.float() / 255, (SIZE, SIZE), mode="bilinear") - mean) / std
 
@@ -72,13 +72,13 @@ def run(out: Path, recipe: Recipe = RECIPE, epochs: int = 4, say: Callable[[str]
     reports = [learner.export(out / "digits.onnx")]
     try:
         reports += [learner.export(out / "digits.int8.onnx", "int8", force=True)]
-    except ExportError as error:  # its answers are not the model's: the floats are shipped alone
+    except ExportError as error:  # its answers differ from the model's: only the float file is shipped
         say(f"no INT8 file: {error}")
-    for report in reports:  # each is answered as an app would: NumPy and ONNX Runtime, no torch
+    for report in reports:  # each file answers as in an app: with NumPy and ONNX Runtime, without torch
         answers = OnnxClassifier(report.path).predict([*test.images.numpy()])
         right = [answer.label == NAMES[target] for answer, target in zip(answers, test.targets.tolist(), strict=True)]
         found[report.format] = sum(right) / len(right)
-        agreement = f", answers as the model for {report.agreement['dreams']:.1%} of dreams" if report.agreement else ""
+        agreement = f", same answer as the model for {report.agreement['dreams']:.1%} of dreams" if report.agreement else ""
         say(f"{report.path}: {report.bytes / 1e6:.1f} MB{agreement}")
     for name, accuracy in found.items():
         say(f"{name}: {accuracy:.1%} of all ten digits")

@@ -2,9 +2,9 @@
 
     python demos/camera.py             about a minute on two cores
 
-Handwritten digits stand for products, and `frames` for a camera (`cv2.VideoCapture`). Five products are known. Then a person
-shows a sixth one and names it. No frame waits for that: the model from before answers until, within a second or so, the instant
-commit knows the product; that one answers while the network is adapted; and then the adapted one does.
+Handwritten digits represent products, and `frames` simulates a camera (`cv2.VideoCapture`). Five products are known. Then a
+person shows a sixth one and names it. No frame waits for the learning. The previous model answers for about a second, until the
+instant commit; the model of that commit answers while the network is adapted, and then the adapted model answers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from edge_dfcil import RECIPES, Callback, Commit, Learner, Recipe
 from edge_dfcil.demo import NAMES, Batches, digits
 
 KNOWN, PRODUCT = ("0", "1", "2", "3", "4"), "5"
-SHOTS = 60  # pictures of the product that the person takes; they are gone when it is learnt
+SHOTS = 60  # pictures of the product that the person takes; they are discarded once it is learnt
 RECIPE = RECIPES["frozen"].changed(
     {
         "augmentation.flip": False,
@@ -35,7 +35,7 @@ RECIPE = RECIPES["frozen"].changed(
 
 
 def frames(test: Batches) -> Iterator[tuple[Tensor, str]]:
-    """What the camera sees, without end: images (1, 3, H, W), uint8, each with the product that it shows."""
+    """An endless stream of what the camera sees: images (1, 3, H, W), uint8, each with the product that it shows."""
     seen = test.of((*KNOWN, PRODUCT))
     for index in itertools.cycle(torch.randperm(len(seen.images)).tolist()):
         yield seen.images[index : index + 1], NAMES[int(seen.targets[index])]
@@ -43,15 +43,15 @@ def frames(test: Batches) -> Iterator[tuple[Tensor, str]]:
 
 @dataclass
 class Answers(Callback):
-    """How many frames were answered, and how many rightly, by the model of each commit."""
+    """How many frames the model of each commit answered, and how many of them correctly."""
 
     say: Callable[[str], None]
     model: str = "before"  # the model that answers
     frames: dict[str, int] = field(default_factory=lambda: {"before": 0})
-    right: dict[str, list[bool]] = field(default_factory=dict)  # of the new product alone, by model
+    right: dict[str, list[bool]] = field(default_factory=dict)  # for the new product only, by model
 
     def on_commit(self, commit: Commit) -> None:
-        self.say(f"frame {sum(self.frames.values())}: {commit}; from here on that model answers")
+        self.say(f"frame {sum(self.frames.values())}: {commit}; the new model answers now")
         self.model = commit.kind
 
     def add(self, product: str, label: str | None) -> None:
@@ -61,11 +61,11 @@ class Answers(Callback):
 
 
 def run(recipe: Recipe = RECIPE, pause: float = 0.05, after: int = 50, say: Callable[[str], None] = print) -> Answers:
-    """Learns the product while frames are answered, every `pause` seconds, and `after` frames more. Returns the answers."""
+    """Learns the product and answers a frame every `pause` seconds meanwhile, then `after` more. Returns the answers."""
     train, test = digits()
     learner = Learner("resnet8", image_size=16, recipe=recipe)
     learner.learn_task(train.of(KNOWN), NAMES)
-    say(f"it knows {', '.join(learner.classes)}")
+    say(f"known products: {', '.join(learner.classes)}")
 
     answers, camera = Answers(say), frames(test)
     shots = train.of((PRODUCT,))
@@ -81,7 +81,7 @@ def run(recipe: Recipe = RECIPE, pause: float = 0.05, after: int = 50, say: Call
     learning.join()
     for model, count in answers.frames.items():
         right = answers.right.get(model, [])
-        say(f"{model}: {count} frames were answered; {sum(right)} of {len(right)} of the new product were named right")
+        say(f"{model}: {count} frames were answered; of the new product {sum(right)} of {len(right)} were named correctly")
     return answers
 
 

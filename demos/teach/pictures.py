@@ -1,4 +1,4 @@
-"""Pictures that the page sends, decoded within limits, and the pictures that the server brings along."""
+"""Pictures that the page sends, decoded within limits, and the ready pictures of the server."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from exporters.decoding import to_rgb
 
 MAX_BYTES = 16 * 2**20  # of one picture
 MAX_PIXELS = 2**25  # of one picture: 33 megapixels, decoded in about 130 MB
-TOO_MANY = f"the picture has too many pixels, and {MAX_PIXELS:,} are the most; scale it down"
+TOO_MANY = f"the picture has too many pixels, at most {MAX_PIXELS:,} are allowed; scale it down"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-HELD_BACK = 5  # of a folder's pictures of a class every fifth is held back, to measure with
-MAX_HELD_BACK = 40  # of a class: measuring happens after every commit and has to be quick
-MAX_OF_FOLDER = 500  # of a class: a folder's pictures stay in memory
+HELD_BACK = 5  # every fifth picture of a class in a folder is held back for measuring
+MAX_HELD_BACK = 40  # per class: measuring happens after every commit and has to be quick
+MAX_OF_FOLDER = 500  # per class: a folder's pictures stay in memory
 
 
 def decode(content: bytes) -> Image.Image:
     """An uploaded picture as upright RGB.
 
-    Raises `DataError` for what is no picture of `FORMATS`, is damaged, or has more than `MAX_PIXELS` pixels.
+    Raises `DataError` for content that is not a picture in one of `FORMATS`, is damaged, or has more than `MAX_PIXELS` pixels.
     """
     try:
         with warnings.catch_warnings():
@@ -43,7 +43,7 @@ def decode(content: bytes) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:  # beyond Pillow's own limit
         raise DataError(TOO_MANY) from error
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+    except Exception as error:  # Pillow's decoders raise exceptions of many types for damaged files
         kinds = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
         raise DataError(f"this is not a picture that can be read; send a whole {kinds} file") from error
 
@@ -55,12 +55,12 @@ def square(content: bytes, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Ready:
-    """Labelled pictures that the page offers to teach, and measures with. They belong to the demo, not to a task.
+    """Labelled pictures that the page offers for teaching, and measures with. They belong to the demo, not to a task.
 
     Attributes
     ----------
     title
-        Where they are from, as the page shows it.
+        The source of the pictures, as the page shows it.
     train, test
         By class name: uint8 images (N, 3, S, S) to teach, and others to measure with.
     """

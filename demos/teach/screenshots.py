@@ -1,6 +1,6 @@
 """Takes the page's pictures: `python -m demos.teach.screenshots` writes docs/teach-wide.png and docs/teach-narrow.png.
 
-It teaches real digits for about a minute in Debian's Chromium without a window, driven by Playwright.
+It teaches real digits for about a minute in Debian's headless Chromium, driven by Playwright.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from demos.teach.serving import in_background
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 LONG = 300_000  # milliseconds that a step may take on a slow machine
-TALLEST = 2200  # pixels of a picture: what is below of a narrow page is cut off
-COLOURS = 96  # of a file: flat areas and text need no more
+TALLEST = 2200  # pixels of a picture: the rest of a narrow page is cut off
+COLOURS = 96  # in a file: flat areas and text need no more
 Scheme = Literal["light", "dark"]
 
 
 def teach_some(page: Page) -> None:
-    """Two tasks, a picture that both answer, and dreams."""
+    """Two tasks, a picture that the server and the browser classify, and dreams."""
     for number in (1, 2):
         page.click("#teach-button")
         page.wait_for_selector(f"#known .task:nth-child({number})", timeout=LONG)
@@ -51,7 +51,7 @@ def shoot(page: Page, path: Path, width: int, scheme: Scheme) -> None:
 def main(folder: Path = DOCS) -> int:
     chromium = shutil.which("chromium")
     if chromium is None:
-        print("Chromium is not installed: apt-get install chromium", file=sys.stderr)
+        print("Chromium is not installed; install it: apt-get install chromium", file=sys.stderr)
         return 1
     with in_background(make_teacher(None, False, None)) as url, sync_playwright() as playwright:
         page = playwright.chromium.launch(executable_path=chromium).new_page(viewport={"width": 1200, "height": 900})

@@ -1,8 +1,8 @@
-"""What keeps other pages and other machines out: the checks of Host and Origin, and the headers of every answer.
+"""Protection against other pages and other machines: the checks of Host and Origin, and the headers of every response.
 
-The server listens on 127.0.0.1, but any page that is open in the same browser can send requests there. A name of its own that
-resolves to 127.0.0.1 (DNS rebinding) is refused by the Host header; a request from another page by the Origin header, which
-browsers send with every request that changes something, and pages cannot set.
+The server listens on 127.0.0.1, but any page that is open in the same browser can send requests there. A foreign name
+that resolves to 127.0.0.1 (DNS rebinding) is refused by the Host header. A request from another page is refused by the Origin
+header, which browsers send with every request that changes something, and which pages cannot set.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HOSTS = ["127.0.0.1", "localhost"]
-# Everything from this server alone: 'wasm-unsafe-eval' lets onnxruntime-web compile its WebAssembly, and no text as a script.
+# Everything from this server only: 'wasm-unsafe-eval' lets onnxruntime-web compile WebAssembly, but not run text as a script.
 POLICY = "; ".join(
     [
         "default-src 'none'",
@@ -47,17 +47,17 @@ async def read_body(request: Request, limit: int) -> bytes:
     """The body of a request. Raises `TooLarge` as soon as it is known to have more than `limit` bytes."""
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > limit:
-        raise TooLarge(f"{int(length):,} bytes came, and {limit:,} are the most; send a smaller file")
+        raise TooLarge(f"the request has {int(length):,} bytes, at most {limit:,} are allowed; send a smaller file")
     content = bytearray()
     async for chunk in request.stream():
         content += chunk
         if len(content) > limit:
-            raise TooLarge(f"more than {limit:,} bytes came, which are the most; send a smaller file")
+            raise TooLarge(f"the request has more than the {limit:,} bytes that are allowed; send a smaller file")
     return bytes(content)
 
 
 class SameOrigin:
-    """Refuses whatever may change something and does not come from a page of this server."""
+    """Refuses requests that may change something and do not come from a page of this server."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -74,7 +74,7 @@ class SameOrigin:
 
 
 class WithHeaders:
-    """Adds `HEADERS` to every answer, refusals included."""
+    """Adds `HEADERS` to every response, refusals included."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

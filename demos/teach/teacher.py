@@ -1,4 +1,4 @@
-"""What the page does, without the web: one learner, the task that is being collected, and one long operation at a time."""
+"""The actions of the page, without HTTP: one learner, the task that is being collected, and one long operation at a time."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ logger = logging.getLogger("edge_dfcil.teach")
 MAX_CLASSES = 20  # of one task
 MAX_PICTURES = 600  # of one task, of the page's own classes
 MAX_NAME = 60  # characters
-DREAMS_FOR_ONE = 4  # generated for each that is shown: some classes come out rarely
+DREAMS_FOR_ONE = 4  # generated for each one that is shown: some classes are generated rarely
 BATCH = 32
 
 
 class Busy(Exception):
-    """Something long runs already."""
+    """A long operation is already running."""
 
 
 @dataclass
 class Job:
-    """The long operation that runs now, as the page shows it.
+    """The long operation that is running, as the page shows it.
 
     Attributes
     ----------
     kind
         "teach", "dream" or "export".
     names
-        The classes that it is about.
+        The classes that it handles.
     stage, step, steps
-        Where it is; "" before the first stage, 0 steps where their number is not known.
+        The current stage and step, and the number of steps: "" before the first stage, 0 steps if the number is not known.
     done
         Stages that have ended.
     commits
@@ -71,7 +71,7 @@ class Job:
 
 
 class Watch(Callback):
-    """Writes a session's progress to a job, and ends the session once the job is cancelled."""
+    """Writes a session's progress to a job, and ends the session when the job is cancelled."""
 
     def __init__(self, job: Job, changed: Callable[[], None], committed: Callable[[str], None]) -> None:
         self._job, self._changed, self._committed = job, changed, committed
@@ -86,7 +86,7 @@ class Watch(Callback):
 
     def on_step_end(self, stage: Any, step: int, losses: Mapping[str, Tensor], images: int) -> None:
         if self._job.cancelled.is_set():
-            raise Cancelled("it was cancelled; the model is that of the last commit")
+            raise Cancelled("cancelled; the model is that of the last commit")
         self._job.step = step
         self._changed()
 
@@ -102,13 +102,13 @@ class Watch(Callback):
 class Teacher:
     """A learner as the page uses it. Its methods may be called from any thread.
 
-    Pictures of the page's own classes are held, scaled to the model's size, until their task has been learnt, is cancelled or is
-    discarded. Nothing else is held of them: not the file, not its name.
+    Pictures of the page's own classes are kept, scaled to the model's size, until their task has been learnt, is cancelled or is
+    discarded. Nothing else of them is kept: neither the file nor its name.
 
     Parameters
     ----------
     learner
-        What is taught.
+        The learner that is taught.
     ready
         Pictures that come with the server.
     """
@@ -120,19 +120,19 @@ class Teacher:
         self._lock = threading.RLock()
         self._draft: dict[str, list[Tensor]] = {}
         self._job: Job | None = None
-        self._session: Any = None  # of the job, where it is a task
+        self._session: Any = None  # of the job, if it is a task
         self._outcome: dict[str, str] | None = None
-        self._seen, self._version = learner.model, 0  # a number that changes whenever the model answers otherwise
+        self._seen, self._version = learner.model, 0  # a number that changes whenever the model's answers change
         self._measured = Measured(self._ready.test)
         self._folder = tempfile.TemporaryDirectory(prefix="edge-dfcil-teach-", ignore_cleanup_errors=True)
-        self._exported: int | None = None  # the version of the model that the ONNX file is of
+        self._exported: int | None = None  # the version of the model in the ONNX file
 
-    # What the page shows
+    # The state that the page shows
 
     def state(self) -> dict[str, Any]:
-        """All that the page shows, as JSON takes it."""
+        """Everything that the page shows, as a JSON object."""
         with self._lock:
-            # Before the model: whoever reads of a commit must find its classes.
+            # Before the model: a reader that sees a commit must also find its classes.
             job = self._job.to_dict() if self._job is not None else None
             model, version = self._current()
             known = model.classes
@@ -166,15 +166,16 @@ class Teacher:
     # Collecting a task
 
     def add_picture(self, name: str, content: bytes) -> int:
-        """Adds a picture to a class of the task that is being collected, and returns how many it has now.
+        """Adds a picture to a class of the task that is being collected, and returns how many pictures the class has now.
 
-        Raises `DataError` for what is no picture and for more than a task takes, `ClassError` for a name that cannot be used.
+        Raises `DataError` if it is not a picture or exceeds the limits of a task, `ClassError` for a name that cannot be used,
+        `Busy` while something runs.
         """
         name = _clean(name)
         if name in self.learner.classes:
-            raise ClassError(f"{name!r} is known already; choose another name, or forget that class first")
+            raise ClassError(f"{name!r} is already known; choose another name, or forget that class first")
         if name in self._ready.train:
-            raise ClassError(f"{name!r} names a class whose pictures are ready; choose another name")
+            raise ClassError(f"{name!r} is the name of a class with ready pictures; choose another name")
         image = square(content, self.learner.image_size)
         with self._lock:
             self._check_idle()
@@ -188,11 +189,11 @@ class Teacher:
         return count
 
     def discard(self, name: str) -> None:
-        """Throws away a collected class. Raises `ClassError` when there is none of that name."""
+        """Discards a collected class. Raises `ClassError` if there is none of that name, `Busy` while something runs."""
         with self._lock:
             self._check_idle()
             if self._draft.pop(name, None) is None:
-                raise ClassError(f"no pictures of {name!r} are collected")
+                raise ClassError(f"no pictures of {name!r} have been collected; add some first")
         self.feed.notify()
 
     # Teaching
@@ -200,14 +201,14 @@ class Teacher:
     def teach(self, ready: Sequence[str] = (), adapt: bool = False) -> None:
         """Starts to learn the collected classes and some ready ones as one task, in a thread of its own.
 
-        `adapt` trains the network after an instant commit; else a later task is one pass over its pictures. Raises `DataError`
-        when there is no class, `ClassError` for a name that is not ready, `Busy` while something else runs. What goes wrong
-        later is the state's `outcome`.
+        `adapt` trains the network after an instant commit; otherwise a later task is one pass over its pictures. Raises
+        `DataError` if there is no class, `ClassError` for a name that is not ready, `Busy` while something else runs. A later
+        error is stored in the state's `outcome`.
         """
         with self._lock:
             self._check_idle()
             if missing := [name for name in ready if name not in self._ready.train]:
-                raise ClassError(f"no pictures of {missing[0]!r} are ready")
+                raise ClassError(f"no pictures of {missing[0]!r} are ready; choose a ready class, or add pictures of your own")
             images = {name: torch.stack(own) for name, own in self._draft.items()}
             images |= {name: self._ready.train[name] for name in ready}
             if not images:
@@ -223,7 +224,7 @@ class Teacher:
 
     @property
     def _can_adapt(self) -> bool:
-        """Whether the recipe leaves a choice: with a head in closed form the network may stay as it is."""
+        """Whether adapting is optional in the recipe: with a closed-form head the network need not be trained."""
         return self.learner.recipe.refine.head == "lda"
 
     def _set_adapting(self, adapt: bool) -> None:
@@ -239,7 +240,7 @@ class Teacher:
                 seconds = ", ".join(f"{commit.kind} after {commit.seconds:.1f} s" for commit in report.commits)
                 self._outcome = {"kind": "done", "text": f"Learnt {', '.join(job.names)} ({seconds})."}
         finally:
-            # After an error the pictures stay for another try; after a commit and after a cancel they are gone.
+            # After an error the pictures are kept for another try; after a commit or a cancel they are discarded.
             keep_draft = self._outcome is not None and self._outcome["kind"] == "error" and not job.commits
             with self._lock:
                 if not keep_draft:
@@ -250,7 +251,7 @@ class Teacher:
         self._model_changed(kind if len(self.learner.tasks) > 1 else "learnt")
 
     def cancel(self) -> None:
-        """Ends what runs, at its next step. A commit that has been made stays. Nothing happens when nothing runs."""
+        """Ends the running operation at its next step. Commits already made are kept. Does nothing if nothing runs."""
         with self._lock:
             if self._job is not None:
                 self._job.cancelled.set()
@@ -261,7 +262,7 @@ class Teacher:
     # Using and changing the model
 
     def predict(self, content: bytes) -> dict[str, Any]:
-        """The answer for a picture: `probabilities` of `classes`, `label` (None: it is of no known class), and `version`."""
+        """The answer for a picture: `probabilities` of `classes`, `label` (None: of no known class), and `version`."""
         picture = decode(content)
         model, version = self._current()
         prediction = model.predict(picture, reject=bool(model.thresholds))[0]
@@ -273,11 +274,11 @@ class Teacher:
         }
 
     def sample(self) -> tuple[str, bytes]:
-        """A picture, as PNG, that was held back of a class that is known, and the class's name."""
+        """The name of a known class, and a held-back picture of it, as PNG. Raises `DataError` if there is none."""
         return self._measured.sample()
 
     def forget(self, name: str) -> None:
-        """Raises `ClassError` for a name that is not known, and for the last class; `Busy` while something runs."""
+        """Forgets a class. Raises `ClassError` for an unknown name and for the last class, `Busy` while something runs."""
         with self._lock:
             self._check_idle()
             self.learner.forget(name)
@@ -285,7 +286,7 @@ class Teacher:
         self._model_changed(f"forgot {name}")
 
     def rename(self, old: str, new: str) -> None:
-        """Raises `ClassError` for a name that is not known or cannot be used, `Busy` while something runs."""
+        """Renames a class. Raises `ClassError` for a name that is unknown or cannot be used, `Busy` while something runs."""
         with self._lock:
             self._check_idle()
             new = _clean(new)
@@ -294,13 +295,13 @@ class Teacher:
         self.feed.notify()
 
     def dream(self, per_class: int) -> list[dict[str, Any]]:
-        """Generated images of each class: `name`, and `images`, each as base64 of uint8 RGB (S, S, 3). Nothing of them is kept.
+        """Generated images of each class: `name`, and `images`, each as base64 of uint8 RGB (S, S, 3). None is kept.
 
-        A class of which the generator rarely makes an image has fewer, or none. Raises `NotLearnedError` before the first task,
+        A class that the generator rarely produces has fewer images, or none. Raises `NotLearnedError` before the first task,
         `Cancelled`, `Busy` while something else runs.
         """
         with self._running(Job("dream", self.learner.classes)) as job:
-            learner = self.learner.with_model(self.learner.model)  # not the one that a task would be learnt by
+            learner = self.learner.with_model(self.learner.model)  # a separate learner, which learns no task
             watch = Watch(job, self.feed.notify, lambda kind: None)
             n = DREAMS_FOR_ONE * per_class * max(1, len(learner.classes))
             images = learner.dream(n, callbacks=[watch], progress=False)
@@ -313,7 +314,7 @@ class Teacher:
     # Files
 
     def export(self) -> int:
-        """Writes the ONNX file of the current model, if it is not written yet, and returns the model's version.
+        """Writes the ONNX file of the current model, unless it exists already, and returns the model's version.
 
         It takes pictures of any size and has been checked against the model. Raises `NotLearnedError`, `ExportError` and `Busy`.
         """
@@ -330,15 +331,15 @@ class Teacher:
 
     @property
     def is_exported(self) -> bool:
-        """Whether the ONNX file is that of the current model."""
+        """Whether the ONNX file belongs to the current model."""
         return self._exported == self._current()[1]
 
     def saved(self) -> Path:
-        """The current model, written as a model file. Raises `ModelFileError` when that fails."""
+        """Writes the current model to a model file, and returns its path. Raises `ModelFileError` if that fails."""
         return self.learner.model.save(Path(self._folder.name) / "model.safetensors")
 
     def close(self) -> None:
-        """Ends what runs and removes the files."""
+        """Ends the running operation and removes the files."""
         self.cancel()
         self._folder.cleanup()
 
@@ -370,7 +371,7 @@ class Teacher:
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
-        """Keeps what goes wrong as the sentence that the page shows."""
+        """Stores the message of an error as the sentence that the page shows."""
         try:
             yield
         except Cancelled as error:
@@ -381,7 +382,7 @@ class Teacher:
             logger.exception("a task has failed")
             self._outcome = {
                 "kind": "error",
-                "text": "the task has failed; the server's log says why. The model is that of the last commit",
+                "text": "the task has failed; the cause is in the server's log. The model is that of the last commit",
             }
 
     def _current(self) -> tuple[Model, int]:
@@ -397,7 +398,7 @@ class Teacher:
 
 
 def _clean(name: str) -> str:
-    """A class name without spaces at its ends and with single ones inside. Raises `ClassError` for one that cannot be used."""
+    """A class name with single spaces inside and none at its ends. Raises `ClassError` for a name that cannot be used."""
     name = " ".join(name.split())
     if not name or len(name) > MAX_NAME or not name.isprintable():
         raise ClassError(f"{name[:MAX_NAME]!r} cannot name a class; use 1 to {MAX_NAME} characters that can be printed")
@@ -405,7 +406,7 @@ def _clean(name: str) -> str:
 
 
 def _batches(images: Mapping[str, Tensor]) -> Batches:
-    """All images with the place of their class's name as target, in shuffled batches."""
+    """All images in shuffled batches, with the position of their class's name as target."""
     targets = [torch.full((len(own),), place) for place, own in enumerate(images.values())]
     return Batches(torch.cat(list(images.values())), torch.cat(targets), BATCH)
 
@@ -415,7 +416,7 @@ def _pixels(image: Tensor) -> str:
 
 
 def _size(pictures: Iterable[Sequence[Tensor] | Tensor]) -> dict[str, int]:
-    """How many pictures these are, of classes, and their bytes."""
+    """The number of the pictures of all classes, and their bytes."""
     found = list(pictures)
     bytes_ = sum(image.numel() for images in found for image in images)
     return {"pictures": sum(map(len, found)), "bytes": bytes_}

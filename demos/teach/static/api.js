@@ -1,4 +1,4 @@
-// Requests to the server. What it refuses becomes an Error with its sentence.
+// Requests to the server. A refusal becomes an Error with the server's message.
 
 async function asked(path, options) {
   let response;
@@ -21,7 +21,7 @@ export async function post(path, values = {}) {
   return response.json();
 }
 
-/** Sends one picture as it is. */
+/** Sends one picture unchanged. */
 export async function send(path, blob) {
   const headers = { "Content-Type": "application/octet-stream" };
   return (await asked(path, { method: "POST", headers, body: blob })).json();
@@ -30,7 +30,7 @@ export async function send(path, blob) {
 export const getJson = async (path) => (await asked(path)).json();
 export const getBytes = async (path) => new Uint8Array(await (await asked(path)).arrayBuffer());
 
-/** Calls `changed` with the server's state now, and whenever it has changed; the connection is made again when it breaks. */
+/** Calls `changed` with the server's state immediately and after every change; a broken connection is made again. */
 export function follow(changed, broken) {
   const events = new EventSource("/api/events");
   events.onmessage = (event) => changed(JSON.parse(event.data));

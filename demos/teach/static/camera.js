@@ -5,7 +5,7 @@ import { $, plural, showing } from "./dom.js";
 const BURST = 20;
 const PAUSE = 200; // milliseconds between the pictures of a burst
 
-let take = null; // who gets the pictures
+let take = null; // the function that gets the pictures
 let taken = 0;
 let stream = null;
 
@@ -21,7 +21,7 @@ export async function openCamera(receive, single) {
   ready(false);
   $("camera-dialog").showModal();
   await showing($("camera-problem"), async () => {
-    if (!navigator.mediaDevices) throw new Error("this browser gives no camera to this page; open it at 127.0.0.1 or localhost");
+    if (!navigator.mediaDevices) throw new Error("the browser gives this page no camera; open it at 127.0.0.1 or localhost");
     try {
       stream = await navigator.mediaDevices.getUserMedia({ video: { width: 640, height: 480 } });
     } catch (error) {
@@ -33,7 +33,7 @@ export async function openCamera(receive, single) {
   });
 }
 
-/** Whether there is a picture to take. */
+/** Enables the buttons if the camera is running. */
 function ready(plays) {
   $("camera-one").disabled = $("camera-many").disabled = !plays;
 }

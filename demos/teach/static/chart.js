@@ -1,4 +1,4 @@
-// Accuracy by task: a row a task, a point a commit, all rows on the same scale from 0 to 100 %.
+// Accuracy by task: one row per task, one point per commit, all rows on the same scale from 0 to 100 %.
 
 import { $, listed, make } from "./dom.js";
 
@@ -35,7 +35,7 @@ const percent = (value) => (value === null ? "not taught" : `${(100 * value).toF
 
 let shown = null; // the state that is drawn
 
-/** Text keeps its size: the chart is drawn again, as wide as there is room. */
+/** Draws the chart again at the available width, so that the text keeps its size. */
 export function startChart() {
   new ResizeObserver(() => shown && showChart(shown)).observe($("chart"));
 }
@@ -47,7 +47,7 @@ export function showChart(state) {
   if (!history.length) {
     $("chart").replaceChildren();
     $("chart-note").textContent = state.classes.length
-      ? "Nothing is measured: of your own pictures none is held back. Try some, and say what they are: the right answers are counted."
+      ? "None of your own pictures is held back to measure with. Try some, and select their true class: right answers are counted."
       : "";
     return;
   }
@@ -55,8 +55,8 @@ export function showChart(state) {
   $("chart").replaceChildren(drawn(rows, history), table(rows, history));
   const pictures = Object.values(history.at(-1).right).reduce((sum, [, n]) => sum + n, 0);
   $("chart-note").textContent =
-    `Right answers on ${pictures} pictures held back from ${state.ready.title}, which are never learnt from; all known classes compete. ` +
-    "A row goes from 0 to 100 %, with a point for each change of the model.";
+    `Right answers on ${pictures} pictures held back from ${state.ready.title}, which are never used for learning; all known classes compete. ` +
+    "Each row shows 0 to 100 %, with a point for each change of the model.";
 }
 
 function drawn(rows, history) {
@@ -92,5 +92,5 @@ function table(rows, history) {
   const head = make("tr", {}, make("th", {}, "Classes"), ...history.map((entry) => make("th", {}, label(entry.label))));
   const body = rows.map(({ name, points }) => make("tr", {}, make("th", {}, name), ...points.map((one) => make("td", {}, percent(one)))));
   const whole = make("table", {}, make("caption", {}, "Accuracy by task"), head, ...body);
-  return make("div", { className: "visually-hidden" }, whole); // a table itself cannot be made that small
+  return make("div", { className: "visually-hidden" }, whole); // a table cannot be made that small without the div
 }

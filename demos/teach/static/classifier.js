@@ -1,4 +1,4 @@
-// The exported ONNX file in this browser: onnxruntime-web, WebAssembly, one thread, everything from this server.
+// Runs the exported ONNX file in this browser: onnxruntime-web, WebAssembly, one thread, all files from this server.
 
 import { getBytes, post } from "./api.js";
 import { planes } from "./pictures.js";
@@ -10,12 +10,12 @@ async function load() {
   if (runtime === null) {
     runtime = await import("/runtime/ort.wasm.min.mjs");
     runtime.env.wasm.wasmPaths = `${location.origin}/runtime/`;
-    runtime.env.wasm.numThreads = 1; // more need headers that forbid nothing here, and a worker for a millisecond of work
+    runtime.env.wasm.numThreads = 1; // more threads need cross-origin isolation headers and a worker, for a millisecond of work
   }
   return runtime;
 }
 
-/** The file of the model's current version, exported by the server if it has not been. */
+/** A session of the model's current version, which the server exports if necessary. */
 async function session() {
   const { version } = await post("/api/export");
   if (loaded.version !== version) {

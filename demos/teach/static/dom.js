@@ -13,14 +13,14 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-/** A span of some width of its parent, 0 to 1. */
+/** A span that fills a share of its parent's width, 0 to 1. */
 export function filled(share) {
   const span = make("span");
   span.style.width = `${100 * share}%`;
   return span;
 }
 
-/** Runs `work` and shows what it raises in `place`, as a sentence. Returns whether it went well. */
+/** Runs `work` and shows an error that it throws in `place`, as a sentence. Returns whether it succeeded. */
 export async function showing(place, work) {
   place.textContent = "";
   try {
@@ -40,7 +40,7 @@ export function sentence(text) {
 
 export const whole = (number) => number.toLocaleString("en");
 
-/** Bytes for reading: "714 kB". */
+/** Bytes in readable form: "714 kB". */
 export function size(bytes) {
   if (bytes < 1000) return `${bytes} bytes`;
   const [unit, divisor] = bytes < 1e6 ? ["kB", 1e3] : ["MB", 1e6];

@@ -1,4 +1,4 @@
-// What the model dreams of each class: generated when asked for, and held by this page alone.
+// Dreams of each class: generated on request, and kept only by this page.
 
 import { bytesOf, post } from "./api.js";
 import { $, make, plural, showing } from "./dom.js";
@@ -6,7 +6,7 @@ import { fromRgb } from "./pictures.js";
 
 const PER_CLASS = 8;
 
-let version = null; // of the model that the images are of
+let version = null; // of the model that generated the images
 
 export function startDreams() {
   $("dream-button").addEventListener("click", () =>
@@ -21,14 +21,14 @@ function show({ size, dreams }) {
       const canvases = images.map((pixels) => fromRgb(bytesOf(pixels), size));
       const pictures = make("div", { className: "images", role: "img" }, ...canvases);
       pictures.setAttribute("aria-label", `${plural(canvases.length, "generated image")} of ${name}`);
-      const none = make("p", { className: "soft" }, "None came out that the model takes for this class.");
+      const none = make("p", { className: "soft" }, "No generated image was classified as this class.");
       return make("figure", {}, make("figcaption", {}, name), canvases.length ? pictures : none);
     }),
   );
 }
 
 export function showDreams(state) {
-  if (version !== null && version !== state.version) $("dreams").replaceChildren(); // of a model that is gone
+  if (version !== null && version !== state.version) $("dreams").replaceChildren(); // they are of a model that has been replaced
   version = state.version;
   const { job } = state;
   $("dream-cancel").hidden = job?.kind !== "dream";

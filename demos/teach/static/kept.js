@@ -20,8 +20,8 @@ export function showKept(state) {
       return make("tr", {}, make("th", { scope: "row" }, role, source), make("td", {}, whole(tensors)), make("td", {}, whole(bytes)));
     }),
   );
-  $("kept-note").textContent = "That is all: no picture, no feature of one, no generator and no generated image.";
-  const rows = [["of the task that you collect, until it has been taught", held.task]];
+  $("kept-note").textContent = "Nothing else is kept: no picture, no feature of a picture, no generator and no generated image.";
+  const rows = [["of the task that is being collected, until it has been taught", held.task]];
   if (held.ready.pictures) rows.push([`that came with the page (${state.ready.title})`, held.ready]);
   $("held-table").tBodies[0].replaceChildren(
     ...rows.map(([name, { pictures, bytes }]) =>

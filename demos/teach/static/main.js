@@ -1,4 +1,4 @@
-// The page: one state of the server, shown by parts that each know their own.
+// The page: the server's state, shown by parts that each use some of its fields.
 
 import { follow, getJson } from "./api.js";
 import { startCamera } from "./camera.js";
@@ -10,7 +10,7 @@ import { showKnown, startKnown } from "./known.js";
 import { showTeaching, startTeaching } from "./teach.js";
 import { showTrying, startTrying } from "./try.js";
 
-/** Calls `show` only when the named parts of the state have changed, so that nothing loses its focus for nothing. */
+/** Calls `show` only when the named parts of the state have changed, so that elements do not lose focus without reason. */
 function whenChanged(names, show) {
   let before = null;
   return (state) => {
@@ -46,7 +46,7 @@ async function start() {
       for (const show of PARTS) show({ ...state, runtime });
       document.body.dataset.ready = "true";
     },
-    () => void ($("model-line").textContent = "The server does not answer"),
+    () => void ($("model-line").textContent = "The server does not answer; start it again with make teach"),
   );
 }
 

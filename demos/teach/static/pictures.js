@@ -1,8 +1,8 @@
-// Pictures in the browser: decoded once, drawn, and read as the pixels that a model takes.
+// Pictures in the browser: decoded once, drawn, and read as pixels for the model.
 
-const MOST_PIXELS = 2 ** 21; // of what is answered: a network sees a hundredth of that
+const MOST_PIXELS = 2 ** 21; // of a picture to classify: a network sees a hundredth of that
 
-/** A file or blob on a canvas, upright and on white, scaled down only where it is very large. Raises when it cannot be read. */
+/** A file or blob on a canvas, upright and on white, scaled down only if it is very large. Throws if it cannot be read. */
 export async function decoded(blob) {
   let bitmap;
   try {
@@ -23,7 +23,7 @@ export async function decoded(blob) {
   return canvas;
 }
 
-/** The canvas as a PNG: the same pixels, to the bit. */
+/** The canvas as a PNG, which has exactly the same pixels. */
 export const png = (canvas) => new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
 
 /** The canvas as uint8 (3, H, W). */
@@ -38,7 +38,7 @@ export function planes(canvas) {
   return found;
 }
 
-/** Shows a canvas's picture on another one, whose size it takes. */
+/** Shows the picture of a canvas on `target`, which gets the same size. */
 export function copyTo(target, source) {
   target.width = source.width;
   target.height = source.height;

@@ -9,18 +9,18 @@ const SUGGESTED = 2; // ready classes that are chosen by default
 const MOST_THUMBNAILS = 12;
 const STAGES = {
   plan: "Measuring how fast this machine is",
-  instant: "A first answer, from class means",
+  instant: "A first model, from class means",
   dream: "Dreaming of the classes it knows",
   learn: "Training the network",
   refine: "Refining the head",
-  lda: "The head, in closed form",
+  lda: "Computing the head in closed form",
 };
-const COMMITS = { instant: "It answers for the new classes", adapted: "It answers with the adapted network" };
+const COMMITS = { instant: "The model now knows the new classes", adapted: "The adapted network answers now" };
 
 let chosen = new Set(); // ready classes
-let offered = ""; // what the choice was made from: it is made again after every task
+let offered = ""; // the options of the current choice, which is reset after every task
 let state = null;
-const thumbnails = new Map(); // of collected classes, in this page alone
+const thumbnails = new Map(); // of collected classes, only in this page
 
 export function startTeaching() {
   takesFiles($("teach-drop"), $("teach-files"), $("teach-input"), (files) => add(files));
@@ -75,7 +75,7 @@ async function upload(name, blob) {
   }
 }
 
-/** Shows the part of the state that belongs here. */
+/** Shows the part of the state that this module uses. */
 export function showTeaching(now) {
   state = now;
   const names = state.ready.classes.map(({ name }) => name);
@@ -140,13 +140,13 @@ function showProgress() {
   if (job?.kind === "teach") $("stages").replaceChildren(...stageItems(job));
   $("outcome").className = `outcome ${outcome?.kind ?? ""}`;
   const text = job?.kind === "teach" ? announced(job) : outcome ? sentence(outcome.text) : "";
-  if ($("outcome").textContent !== text) $("outcome").textContent = text; // so that a screen reader hears each once
+  if ($("outcome").textContent !== text) $("outcome").textContent = text; // so that a screen reader reads each text once
 }
 
-/** What is said aloud while a task is learnt: its milestones, not each step. */
+/** The text for screen readers while a task is learnt: its milestones, not each step. */
 function announced(job) {
-  if (job.cancelling) return "Cancelling: the step that runs now is the last.";
-  if (job.commits.includes("instant")) return `It answers for ${listed(job.names)} now; the network is being adapted.`;
+  if (job.cancelling) return "Cancelling after the current step.";
+  if (job.commits.includes("instant")) return `The model now knows ${listed(job.names)}; the network is being adapted.`;
   return `Teaching ${listed(job.names)}.`;
 }
 

@@ -1,4 +1,4 @@
-// One picture, answered by the server and by this browser from the same pixels.
+// One picture, classified by the server and by this browser from the same pixels.
 
 import { bytesOf, post, send } from "./api.js";
 import { openCamera } from "./camera.js";
@@ -9,11 +9,11 @@ import { copyTo, decoded, png } from "./pictures.js";
 const SHOWN = 5; // classes
 
 let state = null;
-let picture = null; // the canvas that is answered
+let picture = null; // the canvas that is classified
 let answered = null; // the server's answer
-let asking = 0; // the number of the last question: an answer to an earlier one is not shown
-let comparing = 0; // the question that the browser answers now; 0: none
-let truth = ""; // what the picture really is, where that is known
+let asking = 0; // the number of the last request: an answer to an earlier request is not shown
+let comparing = 0; // the number of the request that the browser is answering; 0: none
+let truth = ""; // the true class of the picture, if known
 let counted = false; // whether this picture is in the tally
 let tally = { version: null, right: 0, n: 0 };
 
@@ -47,7 +47,7 @@ async function take(read, named = () => "") {
   });
 }
 
-/** Asks both. The server answers while a task is learnt; the browser's file is made when nothing else runs. */
+/** Asks both. The server answers while a task is learnt; the browser's file is exported when nothing else runs. */
 async function ask() {
   const question = ++asking;
   const answer = await send("/api/predict", await png(picture));
@@ -66,11 +66,11 @@ async function askBrowser(question) {
   $("browser-answer").replaceChildren();
   $("answer").dataset.compared = "";
   if (!state.runtime) {
-    return note("It is off, because onnxruntime-web is not installed. With npm: npm install --prefix demos/teach, then reload.");
+    return note("This part is off, because onnxruntime-web is not installed. Install npm, run make runtime, and reload the page.");
   }
-  if (state.job !== null) return note("It answers when nothing else runs: its file is exported from the model then.");
+  if (state.job !== null) return note("The browser answers when nothing else runs: the model is exported then.");
   comparing = question;
-  note(state.exported ? "Loading" : "The server exports the model for it");
+  note(state.exported ? "Loading" : "The server is exporting the model");
   try {
     const { version, probabilities } = await classify(picture);
     if (question !== asking) return;
@@ -78,10 +78,10 @@ async function askBrowser(question) {
     note("");
     showBars($("browser-answer"), answered.classes, probabilities);
     const difference = Math.max(...probabilities.map((value, place) => Math.abs(value - answered.probabilities[place])));
-    $("agreement").textContent = `Both had the same pixels; their probabilities differ by ${shown(difference)}.`;
+    $("agreement").textContent = `Both used the same pixels; their probabilities differ by ${shown(difference)}.`;
     $("answer").dataset.compared = JSON.stringify({ server: answered.probabilities, browser: probabilities });
   } catch (error) {
-    if (question === asking) note(`It cannot answer: ${error.message}.`);
+    if (question === asking) note(`The browser cannot answer: ${error.message}.`);
   } finally {
     if (comparing === question) comparing = 0;
   }
@@ -93,8 +93,8 @@ const note = (text) => void ($("browser-note").textContent = text);
 function showVerdict() {
   const best = answered.probabilities.indexOf(Math.max(...answered.probabilities));
   const score = `${(100 * answered.probabilities[best]).toFixed(1)} %`;
-  const name = answered.label ?? "None of its classes";
-  const detail = answered.label === null ? `nearest is ${answered.classes[best]}, below its threshold` : score;
+  const name = answered.label ?? "None of the known classes";
+  const detail = answered.label === null ? `the most probable one is ${answered.classes[best]}, below its threshold` : score;
   $("verdict").replaceChildren(name, make("span", { className: "soft" }, detail));
 }
 
@@ -111,11 +111,11 @@ function showBars(list, classes, probabilities) {
 
 function showTruth() {
   const names = answered.classes;
-  $("truth").replaceChildren(make("option", { value: "" }, "not said"), ...names.map((name) => make("option", { value: name }, name)));
+  $("truth").replaceChildren(make("option", { value: "" }, "not selected"), ...names.map((name) => make("option", { value: name }, name)));
   $("truth").value = names.includes(truth) ? truth : "";
 }
 
-/** Counts the picture once, when what it is has been said; the pictures themselves are not kept. */
+/** Counts the picture once, when its true class has been selected; the pictures themselves are not kept. */
 function count() {
   if (answered === null || counted || !truth || !answered.classes.includes(truth)) return;
   if (tally.version !== answered.version) tally = { version: answered.version, right: 0, n: 0 };
@@ -132,7 +132,7 @@ function showTally() {
     : "";
 }
 
-/** Shows the part of the state that belongs here. */
+/** Shows the part of the state that this module uses. */
 export function showTrying(now) {
   const before = state;
   state = now;
@@ -143,9 +143,9 @@ export function showTrying(now) {
   const changed = before !== null && before.version !== state.version;
   if (picture === null) return;
   if (changed) {
-    counted = true; // it was counted for the model before, or not at all
+    counted = true; // it was counted for the previous model, or not at all
     ask().catch((error) => void ($("try-problem").textContent = error.message));
   } else if (before?.job && !state.job && answered !== null && comparing !== asking && !$("answer").dataset.compared) {
-    askBrowser(asking); // what it waited for has ended
+    askBrowser(asking); // the operation that it waited for has ended
   }
 }
