@@ -52,7 +52,7 @@ class ReportsErrors(click.Group):
 
 @click.group(cls=ReportsErrors, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Accuracy, speed and memory of the package and of rivals, and the tables of results."""
+    """Accuracy, speed and memory of the package and of baselines, and the tables of results."""
 
 
 @main.command("accuracy")

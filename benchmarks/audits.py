@@ -101,10 +101,10 @@ def describe(folder: Path) -> str:
             nearest.append([name, recipe, seeds, one["space"], str(sum(near["generated"] for near in all_near)), share])
     if not rows:
         return ""
-    head = ["protocol", "recipe", "seeds", "attack", "AUC", "by task", "found at 1 % false, %", "at 0.1 %, %"]
+    head = ["protocol", "recipe", "seeds", "attack", "AUC", "by task", "true positives at 1 % false positives, %", "at 0.1 %, %"]
     near = ["protocol", "recipe", "seeds", "compared by", "generated images", "nearest to a training image, %"]
     note = (
-        "All training images of all tasks against all test images of the same classes, after the last task. AUC: of a training "
-        "image and a test image, how often the attack finds the first; 0.5 is chance. `strict` keeps no class statistics."
+        "All training images of all tasks against all test images of the same classes, after the last task. AUC: how often the "
+        "attack tells the training image of a pair from the test image; 0.5 is chance. `strict` keeps no class statistics."
     )
     return f"{note}\n\n{tables.table(head, rows)}\n\n{tables.table(near, nearest)}"

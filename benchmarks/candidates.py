@@ -1,4 +1,4 @@
-"""Is the adapted model of a task better than its instant one, and is the choice between them right?"""
+"""Whether the adapted model of a task is better than its instant one, and whether the choice between them is right."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def describe(found: dict[str, Any]) -> str:
         for network in found["networks"]
         for images, way, report in (
             *(("training", way, report) for way, report in network["ways"].items()),
-            ("generated", "every way", network["generated"]),
+            *([("generated", "every way", network["generated"])] if "generated" in network else []),
         )
     ]
     head = [

@@ -18,8 +18,8 @@ def describe(found: dict[str, Any]) -> str:
     """The findings as Markdown."""
     done = found["cells"]
     parts = [
-        f"Each run in a process of its own, or in one for each task where it says so ({found['machine']['processor']}, "
-        f"{found['machine']['threads']} threads, torch {found['versions']['torch']}). Bytes are above what the process held when "
+        f"Each run is a separate process, or one process per task where stated ({found['machine']['processor']}, "
+        f"{found['machine']['threads']} threads, torch {found['versions']['torch']}). Bytes are counted from when "
         "`learn_task` was called; peaks are the kernel's own count, the highest of both tasks and of all seeds.",
         *(part for part in (_budgets(done), _accuracy(done), _replay(done), _growth(done)) if part),
     ]
@@ -39,7 +39,7 @@ def has_replay(found: dict[str, Any]) -> bool:
 
 def plot(found: dict[str, Any], figure: Any) -> None:
     """Bytes at rest, and peak bytes while learning, by image size; a line for each method."""
-    sizes = {"kept between tasks, MB (model included)": _at_rest, "most while learning, MB (no budget)": _highest}
+    sizes = {"kept between tasks, MB (model included)": _at_rest, "peak while learning, MB (no budget)": _highest}
     for axes, (title, size_of) in zip(figure.subplots(1, 2), sizes.items(), strict=True):
         for method in METHODS:
             runs = {cell.image_size: one for cell, one in _of(found["cells"], "replay", method=method).items()}
@@ -60,7 +60,7 @@ def _of(done: dict[str, Any], kind: str, **wanted: Any) -> Runs:
 
 def _by_network(done: dict[str, Any]) -> Iterator[tuple[str, dict[str | None, Runs]]]:
     """The rows of the tables of budgets: a name, and its runs by budget."""
-    for kind, more in (("budget", ""), ("restarted", ", a process a task")):
+    for kind, more in (("budget", ""), ("restarted", ", a process per task")):
         for backbone, size in NETWORKS:
             runs = {budget: _of(done, kind, backbone=backbone, image_size=size, budget=budget) for budget in BUDGETS}
             yield f"{backbone}, {size} px{more}", runs
@@ -113,7 +113,7 @@ def _section(title: str, note: str, content: str) -> str:
 def _budgets(done: dict[str, Any]) -> str:
     head = [
         "network", "budget", "planned, MB", "reached, MB", "highest, MB", "within", "micro-batch (dream/learn/refine)",
-        "seconds a step over none", "accuracy after two tasks, %", "the same without a budget, %",
+        "step time relative to no budget", "accuracy after two tasks, %", "the same without a budget, %",
     ]  # fmt: skip
     note = (
         "Two tasks of 2 classes, 128 images each, six epochs, batches of 64. Planned is what the plan expects of the largest "
@@ -147,7 +147,7 @@ def _budget_row(runs: Runs, free: Runs, budget: int | None) -> list[str]:
 
 
 def _accuracy(done: dict[str, Any]) -> str:
-    head = ["budget", "accuracy after two tasks, %", "each seed", "measured peak, MB", "seconds a step over none"]
+    head = ["budget", "accuracy after two tasks, %", "each seed", "measured peak, MB", "step time relative to no budget"]
     note = "resnet32, two tasks of 10 classes of CIFAR-100, all images, batches of 64, recipe `edge` with four epochs."
     rows, free = [], _of(done, "accuracy", budget=None)
     for budget in ("128MB", None):
@@ -159,7 +159,7 @@ def _accuracy(done: dict[str, Any]) -> str:
 
 
 def _replay(done: dict[str, Any]) -> str:
-    head = ["images", "method", "model, MB", "kept beside it, MB", "peak while learning, MB"]
+    head = ["images", "method", "model, MB", "kept in addition, MB", "peak while learning, MB"]
     note = (
         f"Replay keeps {STORED:,} images, as pixels or as JPEG of quality {QUALITY} (crops of scikit-learn's two photographs); "
         "a second task of 2 classes, 32 images each, no budget."
@@ -168,7 +168,7 @@ def _replay(done: dict[str, Any]) -> str:
     for cell, one in _of(done, "replay").items():
         sizes = (one["kept"]["model"], one["kept"]["more"], _highest(one))
         rows.append([f"{cell.image_size} px, {cell.backbone}", cell.method, *(f"{size / 1e6:.1f}" for size in sizes)])
-    return _section("Beside replay", note, table(head, rows))
+    return _section("Compared with replay", note, table(head, rows))
 
 
 def _growth(done: dict[str, Any]) -> str:
@@ -198,13 +198,13 @@ def _budgets_in_short(done: dict[str, Any]) -> str:
             rows.append([name, *row])
     if not rows:
         return ""
-    head = ["most that learning added, MB (seconds a step over none)", *(budget or "none" for budget in BUDGETS)]
+    head = ["peak added by learning, MB (step time relative to no budget)", *(budget or "none" for budget in BUDGETS)]
     note = (
-        f"The most of two tasks, of all seeds, and of the planning too, by the kernel's count: within the budget in {sum(kept)} "
+        f"The peak of both tasks and all seeds, planning included, by the kernel's count: within the budget in {sum(kept)} "
         f"of the {len(kept)} runs that were not refused."
     )
     if alone:
-        note += " Without a ratio: its run without a budget was of another day."
+        note += " Without a ratio: its run without a budget was made on another day."
     return f"{table(head, rows)}\n\n{note}"
 
 
@@ -225,7 +225,7 @@ def _accuracy_in_short(done: dict[str, Any]) -> str:
         return ""
     return (
         f"Two tasks of 10 classes of CIFAR-100, resnet32: {_accuracy_of(runs)} % under 128 MB and {_accuracy_of(free)} % without "
-        f"a budget ({len(runs)} seeds), at {_slower(runs, free)} times its time a step."
+        f"a budget ({len(runs)} seeds), at {_slower(runs, free)} times the time per step."
     )
 
 

@@ -59,7 +59,7 @@ def photographs(folder: Path) -> str:
     # Changed recipes have an equals sign in their names; ablations are of the published method.
     ablations = {name.replace(":", ".") for name in ABLATIONS}
     methods = {name: results for name, results in found[SHOWN].items() if name not in ablations and "=" not in name}
-    head = ["method", "final accuracy, %", "seeds", "kept between tasks, MB", "of that beside the smallest model, MB"]
+    head = ["method", "final accuracy, %", "seeds", "kept between tasks, MB", "more than the smallest model, MB"]
     rows = []
     model = min(mean(r["bytes_kept"] for r in results) for results in methods.values()) / 1e6
     for name, results in methods.items():
@@ -71,7 +71,7 @@ def photographs(folder: Path) -> str:
     parts = [tables.table(head, rows), picture, note, *_all_classes(found)]
     if timed := report.measured_all(folder, speed.FILE):
         parts.append(
-            "At equal mathematics, a classifier step of ABD and a generator step beside the published ones, which are those of "
+            "A classifier step and a generator step of ABD, compared with the published ones of the same mathematics in "
             "[demos/abd_in_one_file.py](../../demos/abd_in_one_file.py) "
             f"({timed[0]['setting']['backbone']}): {'; '.join(map(_speed, timed))}."
         )
@@ -90,7 +90,7 @@ def pretrained(folder: Path) -> str:
 
 
 def compared(folder: Path) -> str:
-    """The README's table: the same rivals where we do well and where we do not, and what methods reach that keep images."""
+    """The README's table: the same baselines where we do well and where we do not, and what methods reach that keep images."""
     found = report.read(folder)
     rows = []
     for (name, ours), text in COMPARED.items():
@@ -101,13 +101,13 @@ def compared(folder: Path) -> str:
         for name, text in BESIDE.items()
         if (results := found.get(SHOWN, {}).get(name))
     ]
-    note = f"\nFrom scratch, beside the last row: {', '.join(beside)}.\n" if beside else ""
+    note = f"\nFor comparison with the last row: {', '.join(beside)}.\n" if beside else ""
     return f"{tables.table(HEAD, rows)}\n{note}" if rows else ""
 
 
 def _of_equal_seeds(methods: dict[str, Results], ours: str) -> dict[str, Results]:
-    """Our runs and those of the rivals, of the seeds that all have; empty where there are none."""
-    chosen = {method: methods.get(method, []) for method in (ours, *RIVALS)}
+    """Our runs and those of the baselines, of the seeds that all have; empty where there are none."""
+    chosen = {method: methods.get(method, []) for method in (ours, *BASELINES)}
     seeds = set.intersection(*({r["seed"] for r in results} for results in chosen.values()))
     return {method: [r for r in results if r["seed"] in seeds] for method, results in chosen.items()} if seeds else {}
 
@@ -119,8 +119,8 @@ def _figures(methods: dict[str, Results]) -> list[str]:
     return [images, ", ".join(sorted(str(r["seed"]) for r in ours)), *map(report.final, methods.values())]
 
 
-RIVALS = {"frozen_lda": "LDA", "ridge": "ridge (RanPAC)", "fecam": "FeCAM"}
-HEAD = ["final accuracy, %", "images a class", "seeds", "edge-dfcil", *RIVALS.values()]
+BASELINES = {"frozen_lda": "LDA", "ridge": "ridge (RanPAC)", "fecam": "FeCAM"}
+HEAD = ["final accuracy, %", "images per class", "seeds", "edge-dfcil", *BASELINES.values()]
 PRETRAINED = {
     "pretrained-signs": "ten hand signs (nothing like them in ImageNet)",
     "pretrained-signs-20": "the same, few images",
@@ -145,8 +145,12 @@ BESIDE = {
 
 def _speed(timed: dict[str, Any]) -> str:
     machine = timed["machine"]
-    where = f"{machine['threads']} CPU threads" if machine["device"] == "cpu" else f"an {machine['device']}"
+    where = _threads(machine) if machine["device"] == "cpu" else f"an {machine['device']}"
     return f"{timed['classifier_step_ratio']:.1f} and {timed['generator_step_ratio']:.1f} times as fast on {where}"
+
+
+def _threads(machine: dict[str, Any]) -> str:
+    return f"{machine['threads']} CPU thread{'s' if machine['threads'] != 1 else ''}"
 
 
 def _all_classes(found: dict[str, dict[str, Results]]) -> list[str]:
@@ -159,15 +163,15 @@ def _all_classes(found: dict[str, dict[str, Results]]) -> list[str]:
     answered = ""
     if _settings(results).get(MIRRORED):
         # Better answers are not better learning, so the text says which part of the figure they may be.
-        answered = " It answers by the mean over an image and its mirror image, at twice the work an answer"
+        answered = " It answers by the mean over an image and its mirror image, with twice the work per answer"
         plainly = [report.final(other) for other in runs.values() if other is not results and _trained_alike(other, results)]
-        answered += f"; answered by the image alone, another run of the same setting has {plainly[0]} %." if plainly else "."
+        answered += f"; with the image alone, another run of the same setting has {plainly[0]} %." if plainly else "."
     minutes = mean(sum(r["seconds"]) for r in results) / 60
     # Chosen by the accuracy that is shown, so the text says from how many.
     chosen = f", the best of {len(runs)} settings tried" if len(runs) > 1 else ""
     return [
         f"All 100 classes in five tasks of 20, `resnet32` (`{ALL_CLASSES}`, row `{name}`{chosen}): {report.final(results)} % "
-        f"after {minutes:.0f} minutes on {results[0]['machine']['threads']} CPU threads.{answered} "
+        f"after {minutes:.0f} minutes on {_threads(results[0]['machine'])}.{answered} "
         f"Published for ABD: {PUBLISHED} %, for which the published code would take about {PUBLISHED_HOURS} hours on such a "
         f"machine.",
     ]

@@ -94,8 +94,8 @@ def write(folder: Path) -> str:
     """README.md and the pictures of a folder of results; returns the text."""
     parts = [
         "# Results",
-        "Made by `python -m benchmarks report` from the JSON files here. No figure is typed in. A star marks what was run with "
-        "an older version of its recipe.",
+        "Made by `python -m benchmarks report` from the JSON files here. No figure is entered by hand. A star marks runs with an "
+        "older version of their recipe.",
     ]
     found = read(folder)
     for protocol, methods in found.items():
@@ -167,11 +167,11 @@ def few_images(found: dict[str, dict[str, Results]]) -> str:
         for method in dict.fromkeys(method for number in sorted(runs) for method in runs[number] if number != own):
             cells = [runs.get(number, {}).get(method) for number in numbers]
             rows.append([preset, method, *(marked(results) if results else "" for results in cells)])
-    head = ["final accuracy, %, by images of a class", "method", *map(str, numbers)]
+    head = ["final accuracy, %, by images per class", "method", *map(str, numbers)]
     seeds = sorted({r["seed"] for runs in presets.values() for methods in runs.values() for rs in methods.values() for r in rs})
     note = (
-        f"Mean over seeds {', '.join(map(str, seeds))}, ± standard deviation. The rivals keep the mean of every class; ours "
-        "keeps none of fewer than ten images, and knows such a class by its row of the head."
+        f"Mean over seeds {', '.join(map(str, seeds))}, ± standard deviation. The baselines keep the mean of every class. "
+        "Ours keeps no mean of fewer than ten images; such a class has its row of the head alone."
     )
     return f"{tables.table(head, rows)}\n\n{note}" if rows else ""
 
@@ -185,8 +185,8 @@ def imbalanced(found: dict[str, dict[str, Results]]) -> str:
             seeds = ", ".join(str(r["seed"]) for r in results)
             each = " / ".join(f"{value:.1f}" for value in by_task(results))
             rows.append([preset, _images(results[0]), method, seeds, each, marked(results)])
-    head = ["preset", "images of a class", "method", "seeds", "after each task, %", "final, %"]
-    note = "Test images are as many of every class. Sizes fall geometrically, in an order drawn by the seed."
+    head = ["preset", "images per class", "method", "seeds", "after each task, %", "final, %"]
+    note = "Every class has the same number of test images. Training sets shrink geometrically, in an order drawn by the seed."
     return f"{tables.table(head, rows)}\n\n{note}" if rows else ""
 
 

@@ -32,20 +32,20 @@ def describe(found: dict[str, Any], long: dict[str, Any] | None = None, folder: 
         parts += [_taught_for_longer(long), _students(long)]
     parts += [_pruned(found), _quantised(found), _adopted(found)]
     if "dreams" in found:
-        parts += ["Real photographs beside dreams of the same classes:", f"![real and generated]({folder}{PAGE})"]
+        parts += ["Real photographs and dreams of the same classes:", f"![real and generated]({folder}{PAGE})"]
     return "\n\n".join(part for part in parts if part)
 
 
 def _taught_for_longer(found: dict[str, Any]) -> str:
     """Where the rows of the large setting were made; its students are trained from scratch."""
     at_once = f", {found['at_once']} rows at a time" if "at_once" in found else ""
-    text = f"Students that begin with nothing, taught for longer (on {found['machine']['device']}{at_once})."
+    text = f"Students trained from scratch for longer (on {found['machine']['device']}{at_once})."
     if "competition tried" in found:
         weights = [
             f"with {tried['with']}, " + ", ".join(f"{weight}: {percent(share)}" for weight, share in tried["accuracy"].items())
             for tried in found["competition tried"]
         ]
-        text += f" Weights of the competition tried in shorter lessons (weight: accuracy, %): {'; '.join(weights)}."
+        text += f" Weights of the competition tried in shorter runs (weight: accuracy, %): {'; '.join(weights)}."
     return text
 
 

@@ -1,8 +1,8 @@
 """INT8: static quantization of an exported graph by ONNX Runtime, calibrated on images, checked against the float graph.
 
-Activations get a scale a tensor (QDQ form). Weights get one a channel, or what else of `ATTEMPTS` answers as the float graph.
-Weights use seven of their eight bits: x86 CPUs without VNNI add products in 16 bits, which eight would overflow, and an exported
-file must give the same answers everywhere.
+Activations get one scale per tensor (QDQ form). Weights get one per channel, or are quantized by the first of `ATTEMPTS` that
+answers as the float graph. They use seven of their eight bits: x86 CPUs without VNNI add products in 16 bits, which eight bits
+would overflow, and an exported file must give the same answers everywhere.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from exporters.errors import ExportError
 from exporters.telemetry import runtime_library
 from exporters.timing import session
 
-AGREEMENT = 0.9  # share of images, of each set it is checked on, whose answer must be that of the float graph
+AGREEMENT = 0.9  # share of the images of each set to check on for which the answer must be that of the float graph
 LOSS = 0.01  # of accuracy, at most, on sets whose answers are known
-# Images that a graph sees together. Calibration holds the activations of all layers for so many pixels: 50 MB for
-# mobilenet_v3_small, whose quantization takes about 150 MB beside torch, however many images there are.
+# Images that a graph sees together. Calibration keeps the activations of all layers for this many pixels: 50 MB for
+# mobilenet_v3_small, whose quantization takes about 150 MB in addition to torch, for any number of images.
 BATCH, BATCH_PIXELS = 32, 2**17
 
 Images = npt.NDArray[np.uint8]
@@ -35,39 +35,40 @@ ImageSet = Images | Iterable[Images]
 
 @dataclass(frozen=True)
 class Attempt:
-    """A way to quantize: a scale for each channel of a weight or one for the tensor, and whether the head stays floats."""
+    """A way to quantize: weights per channel or per tensor, and whether the head stays in floats."""
 
     per_channel: bool = True
     float_head: bool = False
 
     def __str__(self) -> str:
-        return f"a scale a {'channel' if self.per_channel else 'tensor'}{', the head in floats' if self.float_head else ''}"
+        return f"per-{'channel' if self.per_channel else 'tensor'} scales{', float head' if self.float_head else ''}"
 
 
-# The first that passes the checks is written. The head is what follows the last convolution, pooling included: one linear layer
-# over features of very different variances, such as those of several scales, loses the small ones in a common scale.
+# The first that passes the checks is written. The head is everything after the last convolution, including pooling: with a common
+# scale, a linear layer over features of very different variances, such as those of several scales, loses the small ones.
 ATTEMPTS = (Attempt(), Attempt(per_channel=False), Attempt(float_head=True), Attempt(per_channel=False, float_head=True))
 
 
 @dataclass(frozen=True)
 class Int8:
-    """What a graph is quantized with. A set of images is an array (N, 3, S, S), uint8, or an iterable of such arrays, which is
-    read batch by batch, and not kept. Its `len`, if it has one, is the number of its images. Sets to check on are read again
-    for every attempt.
+    """The images and options for a quantization. A set of images is an array (N, 3, S, S), uint8, or an iterable of such arrays,
+    which is read batch by batch, and not kept. Its `len`, if it has one, is the number of its images. Sets to check on are read
+    again for every attempt.
 
     Attributes
     ----------
     calibration
         Images from which the ranges of activations are taken.
     checks
-        Images that both graphs are run on, by the name of their set.
+        Sets of images on which both graphs are run, by name.
     targets
-        The right outputs (N,) of those sets that have them.
+        The right outputs (N,), for those sets that have them.
     widening
-        Factor by which the ranges read from `calibration` are widened: above 1 where the images to come reach further than
-        those, below which what they exceed the ranges by would be cut off.
+        Factor for the ranges read from `calibration`: above 1 if activations of later images will exceed these ranges, where
+        they would be clipped.
     force
-        Whether a file is written that is not faster than floats on this machine. It is smaller, and may be faster on others.
+        Whether a file is written even if it is not faster than floats on this machine. It is smaller, and may be faster on
+        others.
     attempts
         Ways to quantize, in the order in which they are tried.
     """
@@ -82,12 +83,12 @@ class Int8:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How the INT8 graph answers beside the float graph, by set of images.
+    """The answers of the INT8 graph compared with those of the float graph, by set of images.
 
     Attributes
     ----------
     images
-        Their number.
+        The number of images.
     agreement
         Share of images with the same answer.
     accuracy
@@ -125,11 +126,11 @@ def count(images: ImageSet) -> int | None:
 def quantize(
     graph: bytes, setting: Int8, advance: Callable[[int], None] = lambda images: None
 ) -> tuple[bytes, Attempt, Comparison]:
-    """The graph in INT8 by the first of `setting.attempts` that answers as the graph does on every set of images to check on.
+    """The graph in INT8, by the first of `setting.attempts` that answers as the float graph on every set to check on.
 
-    `advance` is called with the number of images of every batch that has been read, except that the checks are counted once;
-    what it raises passes through. Raises `ExportError` when ONNX Runtime cannot quantize the graph, when a set is empty, and when
-    no attempt passes, with the figures of each.
+    `advance` is called after every batch with its number of images; images to check on count only in the first attempt. What it
+    raises passes through. Raises `ExportError` when ONNX Runtime cannot quantize the graph, when a set is empty, and when no
+    attempt passes, with the figures of each.
     """
     runtime_library()
     from onnxruntime import quantization
@@ -150,8 +151,8 @@ def quantize(
                 return quantized, attempt, found
             reasons.append(f"{attempt}: {reason}")
     raise ExportError(
-        f"no INT8 graph answers as the model does. {'; '.join(reasons)}. Nothing was written. Calibrate on images like those to "
-        "come, or export floats"
+        f"no INT8 graph answers as the model does. {'; '.join(reasons)}. Nothing was written. Calibrate on images like those "
+        "that it will see, or export floats"
     )
 
 
@@ -164,7 +165,7 @@ def _quantized(graph: bytes, prepared: Path, first: Images, ranges: dict[str, An
         quantization.quantize_static(
             str(prepared),
             str(quantized),
-            _OneBatch(first),  # has to be given, but every range is
+            _OneBatch(first),  # required, but not used: every range is given
             quant_format=quantization.QuantFormat.QDQ,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
@@ -178,7 +179,7 @@ def _quantized(graph: bytes, prepared: Path, first: Images, ranges: dict[str, An
 
 
 def _pool(graph: Path) -> None:
-    """Means of whole maps as pooling: ONNX Runtime has an integer kernel for that, and takes six times as long for means."""
+    """Turns means of whole maps into pooling: ONNX Runtime has an integer kernel for it, and means take six times as long."""
     import onnx
 
     model = onnx.load(str(graph))
@@ -197,12 +198,12 @@ def _pool(graph: Path) -> None:
 
 
 def _of_the_head(graph: Path) -> list[str]:
-    """The nodes behind which no convolution follows."""
+    """The nodes that no convolution follows."""
     import onnx
 
-    leads: set[str] = set()  # tensors that a convolution comes of
+    leads: set[str] = set()  # tensors from which a convolution is computed
     found = []
-    for node in reversed(onnx.load(str(graph)).graph.node):  # sorted: what a node takes is made before it
+    for node in reversed(onnx.load(str(graph)).graph.node):  # in topological order: the inputs of a node come before it
         if node.op_type == "Conv" or leads.intersection(node.output):
             leads.update(node.input)
         else:
@@ -218,7 +219,7 @@ def _of_probabilities(graph: Path) -> list[str]:
 
 
 def _labelled_as(graph: Any, quantized: Any) -> bytes:
-    """The quantized graph with the metadata of the float one, which opset and IR version it keeps."""
+    """The quantized graph with the metadata of the float one, and no later IR version."""
     del quantized.metadata_props[:]
     quantized.metadata_props.extend(graph.metadata_props)
     quantized.ir_version = min(quantized.ir_version, graph.ir_version)
@@ -254,7 +255,7 @@ def _batches(images: ImageSet) -> Iterator[Images]:
     for chunk in [images] if isinstance(images, np.ndarray) else images:
         array = np.asarray(chunk)
         if array.ndim != 4 or array.dtype != np.uint8:
-            raise ExportError(f"images of shape {array.shape} and dtype {array.dtype} came; pass (N, 3, S, S), uint8")
+            raise ExportError(f"got images of shape {array.shape} and dtype {array.dtype}; pass (N, 3, S, S), uint8")
         at_once = max(1, min(BATCH, BATCH_PIXELS // max(1, array.shape[2] * array.shape[3])))
         for start in range(0, len(array), at_once):
             yield array[start : start + at_once]
@@ -275,16 +276,16 @@ class _OneBatch:
 def _onnxruntime() -> Iterator[None]:
     """Turns what ONNX Runtime raises into `ExportError`, and drops what its quantizer logs from this thread.
 
-    It advises on the root logger what has been done already. The level and the handlers of the root logger serve the whole
-    process, so they stay as they are; and a handler is put in while there is none, because `logging.warning` would add one
-    permanently.
+    The quantizer logs advice to the root logger that has already been followed. The level and the handlers of the root logger
+    are for the whole process, so they are not changed. If it has no handler, one is added temporarily, because
+    `logging.warning` would add one permanently.
     """
     root, thread = logging.getLogger(), threading.get_ident()
 
     def is_other(record: logging.LogRecord) -> bool:
         return record.thread != thread or "onnxruntime" not in Path(record.pathname).parts
 
-    stand_in = logging.lastResort if not root.handlers else None  # what answers for a root logger without handlers
+    stand_in = logging.lastResort if not root.handlers else None  # what logging uses if the root logger has no handlers
     root.addFilter(is_other)
     if stand_in is not None:
         root.addHandler(stand_in)
@@ -325,6 +326,6 @@ def compare(graph: bytes, quantized: bytes, setting: Int8, advance: Callable[[in
 
 def _accuracies(name: str, targets: npt.NDArray[np.int64], *answers: npt.NDArray[np.int64]) -> tuple[float, float]:
     if len(targets) != len(answers[0]):
-        raise ExportError(f"{len(answers[0])} {name} came with {len(targets)} targets; each image needs one")
+        raise ExportError(f"got {len(answers[0])} {name} with {len(targets)} targets; each image needs one")
     as_float, as_int8 = (float((found == targets).mean()) for found in answers)
     return as_float, as_int8

@@ -384,7 +384,7 @@ def test_the_memory_benchmark_runs_each_cell_in_a_process_and_tells(tmp_path: Pa
     full, short = memory_tables.describe(found), memory_tables.summary(found)
     assert "| resnet32, 32 px | 16MB | refused: 'learn' needs" in full
     assert "| resnet32, 32 px | refused |" in short and "(1.00) |" in short
-    assert "| resnet32, 32 px, a process a task | none |" in full
+    assert "| resnet32, 32 px, a process per task | none |" in full
 
 
 def test_a_task_that_failed_and_a_run_above_its_budget_are_told() -> None:

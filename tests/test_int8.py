@@ -144,7 +144,7 @@ def test_a_head_over_features_of_very_different_sizes_stays_floats(tmp_path: Pat
     images = np.broadcast_to(colours, (128, 3, 16, 16)).astype(np.uint8)
     path = tmp_path / "m.onnx"
     report = export(Uneven(), path, classes=["green", "blue"], image_size=16, int8=Int8(images, {"pictures": images}, force=True))
-    assert report.quantization == "a scale a channel, the head in floats"
+    assert report.quantization == "per-channel scales, float head"
     assert report.agreement["pictures"] >= 0.9
     quantized = {node.op_type: node.input for node in onnx.load(path).graph.node}
     assert quantized["Conv"][1].endswith("_DequantizeLinear_Output") and not quantized["Gemm"][1].endswith("Output")
@@ -172,7 +172,7 @@ def test_a_file_that_is_not_faster_is_not_written_unless_forced(tmp_path: Path, 
 
 
 def test_what_it_refuses(able: Learner, learnt: Learner, train: Batches, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="no form of quantization"):
+    with pytest.raises(ExportError, match="not a form of quantization"):
         learnt.export(tmp_path / "x.onnx", "int4")
     with pytest.raises(ExportError, match="for quantize='int8'"):
         learnt.export(tmp_path / "x.onnx", calibration=train)
