@@ -1,6 +1,6 @@
 """edge_dfcil: teach a deployed image classifier new classes on the device, without keeping a sample.
 
-Names are imported when they are first used, so that `import edge_dfcil` costs nothing and loads no torch.
+Names are imported when they are first used, so that `import edge_dfcil` is fast and does not import torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The flat names that a recipe's settings had before there were groups: accepted for one release, with a warning.
 
-Model files of schema 1 hold these names and stay readable forever, so the table stays when the warnings are removed.
+Model files of schema 1 contain these names and must remain readable, so the table is kept when the warnings are removed.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ NAMES = {
 
 
 def warn(dotted: Iterable[str], message: str) -> None:
-    """Warns of old names, in the code of the caller: neither here nor in `dataclasses`."""
+    """Warns of old names, at the line of the caller's code, not of this module or of `dataclasses`."""
     frame: FrameType | None = sys._getframe()
     level = 0
     while frame is not None and frame.f_globals.get("__name__") in (__name__, "edge_dfcil.recipe", "dataclasses"):
         frame, level = frame.f_back, level + 1
     new = ", ".join(f"'{name}'" for name in dotted)
-    warnings.warn(f"{message} {new}; the old names go with the next release", DeprecationWarning, stacklevel=level + 1)
+    warnings.warn(f"{message} {new}; the next release removes the old names", DeprecationWarning, stacklevel=level + 1)

@@ -1,6 +1,6 @@
-"""Modules that have moved answer at their old names for one release, with a warning that names the new place.
+"""Modules that have moved can be imported by their old names for one release, with a warning that gives the new name.
 
-The old names lie in `edge_dfcil/_deprecated`, a file each, which is part of the package's search path.
+`edge_dfcil/_deprecated`, which is part of the package's search path, has one file for each old name.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import warnings
 
 
 def forward(old: str, *new: str) -> None:
-    """Makes the module `old` show the public and private names of the modules `new`, and warns whoever imports it."""
+    """Copies the public and private names of the modules `new` into the module `old`, and warns its importer."""
     warnings.warn(
-        f"{old} has moved to {' and '.join(new)}; the old name goes with the next release", DeprecationWarning, stacklevel=2
+        f"{old} has moved to {' and '.join(new)}; the next release removes the old name", DeprecationWarning, stacklevel=2
     )
     module = sys.modules[old]
     for name in reversed(new):

@@ -16,7 +16,7 @@ from edge_dfcil.results import Evaluation
 if TYPE_CHECKING:
     from exporters import ExportReport
 
-_MARKDOWN = re.compile(r"([\\`*_\[\]<>|&~$])")  # what would not be shown as it is, in a cell of a table
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>|&~$])")  # characters with a meaning in a Markdown table cell
 
 
 def model_card(
@@ -28,11 +28,11 @@ def model_card(
     description: str | None = None,
     license: str | None = None,
 ) -> str:
-    """Markdown with the Hub's metadata as YAML. `name` is what `from_pretrained` takes; `description` is Markdown of the user's.
+    """Markdown with the Hub's metadata as YAML. `name` is what `from_pretrained` takes; `description` is Markdown by the user.
 
     Raises `SettingError` without `huggingface_hub`.
     """
-    client()  # says what to install
+    client()  # raises an error that says what to install
     from huggingface_hub import ModelCardData
 
     about = ModelCardData(
@@ -80,7 +80,7 @@ def _use(model: Model, name: str, exported: ExportReport | None) -> Iterator[str
     own = model.backbone is None
     argument = json.dumps(name) + (", backbone=module" if own else "")
     if own:
-        yield f"Its backbone has no registered name: `module` is its {_shown(model.architecture)}, built again.\n"
+        yield f"Its backbone has no registered name: `module` is a newly built {_shown(model.architecture)}.\n"
     yield from (
         "```python",
         "from edge_dfcil import Model",
@@ -97,7 +97,7 @@ def _use(model: Model, name: str, exported: ExportReport | None) -> Iterator[str
         yield from (
             "",
             f"`model.onnx` is the same classifier with its preprocessing, from {sizes} (uint8) to probabilities. When",
-            f"it was written, none of its probabilities was further than {exported.max_difference:.1g} from the model's.",
+            f"it was written, all of its probabilities were within {exported.max_difference:.1g} of the model's.",
         )
 
 
@@ -116,8 +116,8 @@ def _made(model: Model) -> Iterator[str]:
 
 def _kept(model: Model) -> Iterator[str]:
     kept = account(model.tensors(), model.settings())
-    yield "No image, no feature of one, no generator and no generated image is in it. Beside names and settings, the"
-    yield "model file holds these tensors:"
+    yield "The model file contains no image, no feature of an image, no generator and no generated image. In addition to"
+    yield "names and settings, it contains these tensors:"
     yield from _table(
         ["kept", "tensors", "bytes", "derived from images"],
         (
@@ -130,14 +130,14 @@ def _kept(model: Model) -> Iterator[str]:
 
 def _limits(model: Model) -> Iterator[str]:
     yield (
-        "Weights and statistics are derived from the images that it learnt from. Who holds the model can generate images like "
-        "them. No differential privacy is claimed."
+        "Weights and statistics are derived from the images that it learnt from. Anyone who has the model can generate similar "
+        "images. No differential privacy is claimed."
     )
     if model.thresholds:
-        yield "It names one of its classes for every image; `predict(images, reject=True)` answers None for images of none."
+        yield "It names one of its classes for every image; `predict(images, reject=True)` answers None if none of them fits."
     else:
-        yield "It names one of its classes for every image, also of something else: it has no thresholds to reject by."
-    yield "Other cameras, light and places than those of its images may lower its accuracy; measure it on images of yours."
+        yield "It names one of its classes for every image, even of something else: it has no thresholds for rejection."
+    yield "Its accuracy may be lower with other cameras, light or places than in its images; measure it on your own images."
 
 
 def _table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:

@@ -1,8 +1,9 @@
 """A complete run on real data: handwritten digits, two classes a task, five tasks.
 
-Public API only. ABD beside fine-tuning (the lower bound) and one network trained on all classes together (the upper).
+It uses only the public API, and compares ABD with fine-tuning (the lower bound) and with one network trained on all classes
+together (the upper bound).
 
-`digits.npz` holds "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak, 1998, UCI Machine Learning Repository,
+`digits.npz` contains "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak, 1998, UCI Machine Learning Repository,
 CC BY 4.0), its 1,797 test images as scikit-learn has them: 8 x 8 pixels of 0 to 16, here in the order of a stratified split.
 """
 
@@ -23,11 +24,11 @@ from torch import Tensor
 from edge_dfcil import RECIPES, Learner, Recipe, SettingError
 
 DIGITS = Path(__file__).with_name("digits.npz")
-TO_LEARN = 1347  # the others are to measure with
+TO_LEARN = 1347  # the others are for evaluation
 SIZE = 16  # the digits are 8x8; twice that gives the generator a map to start from
 TASKS = tuple((f"{2 * t}", f"{2 * t + 1}") for t in range(5))
 NAMES = tuple(name for task in TASKS for name in task)
-# Digits must not be mirrored, and are grey; a generator half as wide is wide enough for 16 pixels.
+# Digits must not be mirrored, and are grey; half the default width of the generator is enough for 16 pixels.
 RECIPE = RECIPES["frozen"].changed(
     {
         "generator.width": 32,
@@ -52,13 +53,13 @@ class Batches:
             yield self.images[index], self.targets[index]
 
     def of(self, names: tuple[str, ...]) -> Batches:
-        """Those of some classes."""
+        """The images of some classes."""
         chosen = torch.isin(self.targets, torch.tensor([NAMES.index(name) for name in names]))
         return replace(self, images=self.images[chosen], targets=self.targets[chosen])
 
 
 def digits() -> tuple[Batches, Batches]:
-    """1,347 digits to learn from and 450 to measure with, as uint8 images (N, 3, 16, 16)."""
+    """1,347 digits to learn from and 450 to evaluate on, as uint8 images (N, 3, 16, 16)."""
     with np.load(DIGITS) as data:
         grey, targets = torch.tensor(data["images"]), torch.tensor(data["targets"]).long()  # (N, 8, 8) of 0 to 16, and (N,)
     images = F.interpolate(grey[:, None].float() / 16, (SIZE, SIZE), mode="bilinear")
@@ -69,7 +70,7 @@ def digits() -> tuple[Batches, Batches]:
 def run(
     out: Path, *, device: str = "auto", seed: int = 0, recipe: Recipe = RECIPE, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Runs the demo and leaves its plot, model file, ONNX file and figures in `out`.
+    """Runs the demo and writes its plot, model file, ONNX file and figures to the folder `out`.
 
     Raises `SettingError` when matplotlib, which draws the plot, is not installed.
     """
@@ -109,7 +110,7 @@ def run(
         **answer,
         "accuracy_after_task": curves,
         "commits_of_task": commits,
-        "model": Path(model).name,  # in the folder of the figures, wherever that is moved
+        "model": Path(model).name,  # relative to demo.json, so that the folder can be moved
         "onnx": Path(onnx).name,
         "plot": plot.name,
         "seed": seed,

@@ -22,16 +22,16 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 def find_device(device: str | torch.device) -> torch.device:
-    """The device of that name; "auto" takes CUDA, then MPS, then the CPU. Raises `SettingError` if it is not there.
+    """The device of that name; "auto" takes CUDA, then MPS, then the CPU. Raises `SettingError` if it cannot be used.
 
-    An accelerator comes with its number, "cuda:0" for "cuda": some of torch's calls take no other.
+    An accelerator is returned with its index, "cuda:0" for "cuda": some of torch's functions require it.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         found = torch.empty(1, device=device).device
         if found.type == "meta":
-            raise TypeError("its tensors hold no numbers")
+            raise TypeError("its tensors have no values")
         return found
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         first_line = str(error).splitlines()[0]
@@ -40,7 +40,7 @@ def find_device(device: str | torch.device) -> torch.device:
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 # The first version of torch whose BatchNorm computes the backward pass of channels-last tensors correctly on MPS; None: no
-# release is known to (pytorch issue 175189; the fix in pull request 188371 could not be tried as of torch 2.15).
+# such release is known (pytorch issue 175189; the fix in pull request 188371 was untested as of torch 2.15).
 MPS_CHANNELS_LAST: tuple[int, int] | None = None
 
 _computing: ContextVar[Computing | None] = ContextVar("edge_dfcil.computing", default=None)
@@ -54,7 +54,7 @@ def check_precision(precision: Any) -> str:
 
 
 def usual(device: torch.device, precision: str = "auto") -> Computing:
-    """How a device computes when nothing has been measured: with "auto" in bf16 on CUDA cards that have it, else in float32.
+    """How a device computes by default, without measurement: with "auto" in bf16 on CUDA devices that support it, else float32.
 
     Raises `SettingError` for a device that cannot compute in the precision.
     """
@@ -68,10 +68,11 @@ def usual(device: torch.device, precision: str = "auto") -> Computing:
 
 @contextmanager
 def computing(how: Computing | None) -> Iterator[None]:
-    """Inside, `autocast`, `memory_format` and torch's number of threads are as chosen; None: as the device usually has them.
+    """Inside, `autocast`, `memory_format` and torch's number of threads are as in `how`; None: the
+    device's defaults.
 
-    It holds for the calling thread only, except for the number of threads, which belongs to the process. Everything is restored
-    afterwards. A thread that uses torch for the first time inside keeps the number of threads that it finds.
+    This applies to the calling thread only, except for the number of threads, which is a setting of the process. Everything is
+    restored afterwards. A thread that first uses torch inside this context keeps the number of threads set there.
     """
     threads, token = torch.get_num_threads(), _computing.set(how)
     try:
@@ -86,10 +87,10 @@ def computing(how: Computing | None) -> Iterator[None]:
 
 @contextmanager
 def autocast(device: torch.device) -> Iterator[None]:
-    """bf16 where that was chosen, or else where it is usual: full precision on MPS, and on a CPU that has not been measured.
+    """Autocast to bf16 where it was chosen or is the default; float32 on MPS, and on a CPU that has not been measured.
 
-    The copies of weights that autocast keeps are dropped at the end, also inside an autocast region of the caller, where torch
-    would keep them.
+    Autocast's cached weight copies are dropped at the end, also inside an autocast region of the caller, where torch would keep
+    them.
     """
     how = _computing.get() or usual(device)
     if how.precision == "float32":
@@ -103,9 +104,9 @@ def autocast(device: torch.device) -> Iterator[None]:
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """The order of an image's values in memory: channels last, which most kernels prefer, unless it was measured to be slower.
+    """The memory format of images: channels last, which is faster with most kernels, unless it was measured to be slower.
 
-    Not on MPS below `MPS_CHANNELS_LAST`: BatchNorm's backward of channels-last tensors is wrong there, without an error.
+    Contiguous on MPS before `MPS_CHANNELS_LAST`: BatchNorm's backward pass of channels-last tensors is silently wrong there.
     """
     how = _computing.get()
     return torch.contiguous_format if how is not None and not how.channels_last else _usual_format(device)
@@ -123,7 +124,7 @@ def _torch_version() -> tuple[int, int]:
 
 
 def reordered(network: Net, device: torch.device) -> Net:
-    """A network in the order of `memory_format`: itself where that is the usual one, which it has, else a copy."""
+    """A network in the current `memory_format`: itself if that is the default format, which it already has, else a copy."""
     order = memory_format(device)
     if order == _usual_format(device):
         return network
@@ -131,12 +132,12 @@ def reordered(network: Net, device: torch.device) -> Net:
     return found
 
 
-MAX_SEED = 2**53  # a task's seed is this times 1009 and more; torch takes seeds up to 2**64, and JSON keeps this one exactly
+MAX_SEED = 2**53  # a task's seed is at least 1009 times this; torch takes seeds up to 2**64, and JSON keeps this one exactly
 
 
 def check_seed(seed: Any) -> int:
     """The seed as an int. Raises `SettingError` for anything but a whole number from 0 to 2**53."""
-    expected = f"it is a whole number from 0 to {MAX_SEED} (2**53)"
+    expected = f"it must be a whole number from 0 to {MAX_SEED} (2**53)"
     if isinstance(seed, bool):
         raise SettingError(f"seed={seed}; {expected}")
     try:
@@ -149,7 +150,7 @@ def check_seed(seed: Any) -> int:
 
 
 def seed_all(seed: int, device: torch.device) -> None:
-    """Seeds the CPU's generator and the device's. torch.manual_seed would seed the devices that are not ours as well."""
+    """Seeds the generators of the CPU and of this device. torch.manual_seed would seed all other devices as well."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -160,7 +161,7 @@ def seed_all(seed: int, device: torch.device) -> None:
 
 @contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Every draw inside follows `seed`, if there is one; the caller's random state is restored afterwards."""
+    """Random numbers inside follow `seed`, unless it is None; the caller's random state is restored afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         mps_state = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng does not know MPS
         if seed is not None:
@@ -183,7 +184,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """The inverse of `random_state`. A state that was taken on another kind of device sets what both have."""
+    """The inverse of `random_state`. From a state of another kind of device, it sets only the generators that both have."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -193,13 +194,13 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 
 @contextmanager
 def own_context(device: torch.device) -> Iterator[None]:
-    """Computes as the package expects, whatever the caller has set: gradients on, no inference mode, no autocast, float32
-    and the CPU by default. The caller's settings and random state are restored afterwards."""
+    """Inside, torch is set as the package expects, regardless of the caller: gradients on, no inference mode, no autocast,
+    float32 and the CPU by default. The caller's settings and random state are restored afterwards."""
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        # An outer region keeps low-precision copies of the weights until it ends: each step would see the first ones.
+        # An outer autocast region caches low-precision weights until it ends: each step would use the first step's weights.
         stack.enter_context(plain_precision(device))
         torch.set_default_dtype(torch.float32)
         stack.callback(torch.set_default_dtype, dtype)
@@ -210,9 +211,9 @@ def own_context(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def cpu_by_default() -> Iterator[None]:
-    """New tensors are made on the CPU, whatever `torch.set_default_device` the caller has called. Decorates functions too."""
+    """New tensors are made on the CPU, even if the caller used `torch.set_default_device`. Decorates functions too."""
     if torch.get_default_device().type == "cpu":
-        yield  # without torch's context, which costs time at every call
+        yield  # without torch's context, which slows down every call
     else:
         with torch.device("cpu"):
             yield
@@ -220,7 +221,7 @@ def cpu_by_default() -> Iterator[None]:
 
 @contextmanager
 def plain_precision(device: torch.device) -> Iterator[None]:
-    """Switches off an autocast region of the caller, so that answers do not depend on where they are asked for."""
+    """Switches off an autocast region of the caller, so that answers do not depend on where `predict` is called."""
     with ExitStack() as stack:
         for kind in dict.fromkeys(("cpu", device.type)):
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -228,12 +229,12 @@ def plain_precision(device: torch.device) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory has run out: torch has a class for it on accelerators, and a message on the CPU."""
+    """Whether an error means out of memory: torch has a class for it on accelerators, and only a message on the CPU."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device, so that a time that is read afterwards is right."""
+    """Waits for the device, so that timing is right."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -244,12 +245,12 @@ _guarded = False
 
 
 def guard_forks() -> None:
-    """From here on, a child that this process forks computes with one thread. Call it before torch first computes.
+    """After this call, child processes forked by this one compute with one thread. Call it before torch first computes.
 
     On Linux, torch's OpenMP threads do not survive a fork, and a child that uses more than one waits for them forever
-    (pytorch issue 49555): a server that loads a model and forks its workers would hang in the first answer. With one thread
-    it computes in the calling thread. Workers that start their own Python (`spawn`) keep all threads. Calling it again does
-    nothing. CUDA cannot be used in a forked child at all; torch says so.
+    (pytorch issue 49555): a server that loads a model and forks its workers would hang in the first answer. With one
+    thread, torch computes in the calling thread. Workers that start their own Python (`spawn`) keep all threads. Calling it
+    again does nothing. CUDA cannot be used in a forked child; torch raises an error.
     """
     global _guarded
     if sys.platform.startswith("linux") and not _guarded:

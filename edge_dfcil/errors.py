@@ -15,12 +15,12 @@
     └── ExportError       an artefact that could not be made, or disagrees with its model
 
 Five of them are raised by the runtime too, so `exporters.errors` defines them.
-Whatever is raised, the learner's model is the last committed one, and so is the file on disk.
+After any error, the learner's model and the file on disk are the last committed ones.
 """
 
 from edge_dfcil._version import __version__
 
-# `exporters` is also in the wheel edge-dfcil-runtime: installed over this one, or removed, it leaves other files or none.
+# The wheel edge-dfcil-runtime contains `exporters` too: installing it replaces these files, and removing it deletes them.
 try:
     from exporters._version import __version__ as _found
 except ModuleNotFoundError:
@@ -47,7 +47,7 @@ class ClassError(EdgeDfcilError, ValueError):
 
 
 class NotLearnedError(EdgeDfcilError, RuntimeError):
-    """The learner has learnt no task yet, so it has no answer to give."""
+    """The learner has learnt no task yet, so it cannot answer."""
 
 
 class DivergedError(EdgeDfcilError, ArithmeticError):
@@ -67,4 +67,4 @@ class ModelFileError(EdgeDfcilError, OSError):
 
 
 class HubError(EdgeDfcilError, OSError):
-    """The Hugging Face Hub did not give or take a model; nothing here was changed."""
+    """The Hugging Face Hub did not give or take a model; nothing local was changed."""

@@ -33,10 +33,10 @@ from exporters import ExportReport, Int8, registry
 from exporters.onnx import check_input
 from exporters.values import is_one_of
 
-BATCH = 32  # images that are in memory together
+BATCH = 32  # images in memory together
 MIN_CALIBRATION = 1024  # generated images for an INT8 export, at least: half to calibrate on, half to check
-# Activations of real images reach further than those of generated ones. Chosen on training images of a resnet32 (the answers of
-# 1.0, 1.1, 1.25 and 1.5 times the range agreed with the float ones for 96.3, 98.5, 98.9 and 98.8 %).
+# Factor for the ranges: activations of real images exceed those of generated ones. Chosen on training images of a resnet32 (with
+# 1.0, 1.1, 1.25 and 1.5 times the range, 96.3, 98.5, 98.9 and 98.8 % of the answers agreed with the float model).
 WIDENING = 1.25
 
 
@@ -61,26 +61,26 @@ class Exporting(PlainWork):
     Parameters
     ----------
     path, format
-        Where to, and as what: "onnx" or another registered format; None goes by the path's ending.
+        The file to write, and its format: "onnx" or another registered one; None chooses by the ending of the path.
     source
         The file of the model, which must not be overwritten.
     quantize
-        None for floats; "int8" for a static quantization (QDQ, a scale a channel), calibrated on generated images and checked
+        None for floats; "int8" for static quantization (QDQ, per-channel weights), calibrated on generated images and checked
         on others. The file is a quarter of the size; generating images takes time.
     input
-        Of an ONNX file: "fixed" takes squares of `image_size` pixels, which the app scales and crops. "any" takes images of every
+        For ONNX files: "fixed" takes squares of `image_size` pixels, which the app scales and crops. "any" takes images of every
         size, and scales and crops them in the graph as `predict` does; it is checked with images of many sizes.
     calibration
-        A loader, as for `learn_task`, to calibrate on instead. Nothing of it is kept.
+        A loader, as for `learn_task`, to calibrate on instead of generated images. Nothing of it is kept.
     evaluation
         A loader of known classes, on which the INT8 file is checked as well: it may lose one point of accuracy. The report has
         both accuracies.
     classes
-        Names by target value for `evaluation`; None takes its data set's.
+        Names by target value for `evaluation`; None takes those of its data set.
     force
-        Whether an INT8 file is written that is not faster than floats on this machine.
+        Whether an INT8 file is written even if it is not faster than floats on this machine.
     unchecked
-        Whether a file is written that nothing on this machine can read, and so compare with the model: Core ML outside macOS.
+        Whether a file is written even if it cannot be compared with the model on this machine: Core ML outside macOS.
     """
 
     def __init__(
@@ -101,14 +101,16 @@ class Exporting(PlainWork):
         unchecked: bool = False,
     ) -> None:
         if quantize is not None and not is_one_of(quantize, ("int8",)):
-            raise ExportError(f"quantize={quantize!a:.80} is no form of quantization; pass None or 'int8'")
+            raise ExportError(f"quantize={quantize!a:.80} is not a form of quantization; pass None or 'int8'")
         if quantize is None and (calibration is not None or evaluation is not None):
             raise ExportError("calibration and evaluation are for quantize='int8'; a float file is checked without them")
         if quantize is None and force:
             raise ExportError("force is for quantize='int8': it writes a file that is not faster than floats")
         check_input(input)
         model.check_answering()
-        registry.find_exporter(path, format)
+        registry.find_exporter(path, format).check_options(
+            [*(["int8"] if quantize else []), *(["input"] if input != "fixed" else []), *(["unchecked"] if unchecked else [])]
+        )
         registry.check_target(path, source)
         self._model, self._recipe, self._path, self._format, self._source = model, recipe, path, format, source
         self._input = input
@@ -121,7 +123,7 @@ class Exporting(PlainWork):
         for name, loader in (("calibration", self._calibration), ("evaluation", self._evaluation)):
             with devices.seeded(None, session.device):  # a loader that shuffles draws random numbers
                 if loader is not None and next(read(loader), None) is None:
-                    raise DataError(f"the loader for the {name} gave no image")
+                    raise DataError(f"the loader for the {name} gave no image; pass one with images, or none at all")
 
     def stages(self, session: Session[Any]) -> Iterator[Stage]:
         if self._dreaming is not None:
@@ -143,7 +145,7 @@ class Exporting(PlainWork):
         model, options = self._model, dict[str, Any]()
         if self._dreaming is not None:
             options = {"int8": self._int8(self._dreaming.pool), "on_batch": lambda done, total: session.check()}
-        # Formats need not know the options that they do not have.
+        # Options are passed only if they are set, because other formats do not have them.
         if self._input != "fixed":
             options |= {"input": self._input, "fit": lambda images, size: fit(torch.from_numpy(images), size).numpy()}
         if self._unchecked:
@@ -163,14 +165,14 @@ class Exporting(PlainWork):
         )
 
     def _int8(self, pool: Pool) -> Int8:
-        """Images to quantize with: generated ones, half to calibrate on and half to check, and the images that were given. All
-        of them are read batch by batch."""
+        """Images for the quantization: generated ones, half to calibrate on and half to check with, and those of the caller. All
+        are read batch by batch."""
         model, checks, targets = self._model, dict[str, Any](), dict[str, Any]()
         if self._evaluation is not None:
             found = [target for _, batch in read(self._evaluation) for target in batch]
             targets["pictures"] = np.array(labels.outputs_of_targets(found, self._evaluation, self._classes, model.classes))
             checks["pictures"] = Pictures(model, self._evaluation)
-        # In turns, so that both halves have every class.
+        # Alternately, so that both halves have every class.
         order = pool.labels.argsort(stable=True)
         checks["dreams"] = Generated(model, pool, order[1::2])
         if self._calibration is not None:
@@ -180,8 +182,8 @@ class Exporting(PlainWork):
 
 
 class Merged(nn.Module):
-    """A model's network with an output a class: uint8 images (N, 3, S, S) to the logarithm of its probabilities (N, C), at the
-    model's temperature."""
+    """A model's network with one output per class: uint8 images (N, 3, S, S) to logits (N, C), whose softmax gives the
+    probabilities at the model's temperature."""
 
     groups: Tensor | None
 
@@ -200,10 +202,10 @@ class Merged(nn.Module):
 
 
 class Generated:
-    """Generated images (n, 3, S, S), uint8, batch by batch; `views` of each, with the brightness, contrast and place of real
-    images in training, when a recipe is given.
+    """Generated images (n, 3, S, S), uint8, batch by batch: `views` of each image, which are augmented as real images are in
+    training if a recipe is given.
 
-    Generated images have the mean and the spread of real activations, but not their tails, and ranges are made of those.
+    Activations of generated images have the mean and the spread of real ones, but not their tails, which determine the ranges.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ _LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
 
 
 class FromHub:
-    """Loads by `load` what lies in a folder or on the Hub."""
+    """Adds `from_pretrained`, which passes a file from a folder or from the Hub to `load`."""
 
     load: Any
 
@@ -42,12 +42,12 @@ class FromHub:
         Parameters
         ----------
         path_or_repo
-            A path, or "owner/name" where there is no such path. A download is kept in the cache of `huggingface_hub`, and
-            answers when the Hub cannot be reached.
+            A path, or "owner/name" if no such path exists. A download is kept in the cache of `huggingface_hub`, which is used
+            when the Hub cannot be reached.
         revision
             A branch, tag or commit of the repository; None takes its main branch.
         token
-            None takes HF_TOKEN, or the token of `hf auth login`, where the repository needs one.
+            None takes HF_TOKEN, or the token of `hf auth login`, if the repository needs one.
         options
             Those of `load`.
         """
@@ -63,7 +63,7 @@ def model_file(path_or_repo: str | Path, *, revision: str | None = None, token: 
     if path.exists() or path.suffix == ".safetensors" or not isinstance(path_or_repo, str) or not _REPO.fullmatch(path_or_repo):
         return path
     hub = client(token)
-    with errors_of(f"{path_or_repo} is no path here, and was not loaded from the Hugging Face Hub"):
+    with errors_of(f"{path_or_repo} is not a local path, and was not loaded from the Hugging Face Hub"):
         return Path(hub.hf_hub_download(path_or_repo, MODEL_FILE, revision=revision))
 
 
@@ -78,7 +78,7 @@ def client(token: str | None = None) -> HfApi:
 
 
 def check_token(hub: HfApi) -> None:
-    """Raises `HubError` when there is no token, which everything that writes needs."""
+    """Raises `HubError` when there is no token, which every write needs."""
     from huggingface_hub import get_token
 
     if not hub.token and get_token() is None:
@@ -87,7 +87,7 @@ def check_token(hub: HfApi) -> None:
 
 @contextlib.contextmanager
 def errors_of(what: str) -> Iterator[None]:
-    """What `huggingface_hub` and its HTTP client raise, as `HubError`: `what` failed, why, and what to do."""
+    """Turns errors of `huggingface_hub` and its HTTP client into a `HubError`: `what` failed, why, and what to do."""
     try:
         yield
     except _failures() as error:
@@ -97,20 +97,20 @@ def errors_of(what: str) -> Iterator[None]:
 def _failures() -> tuple[type[Exception], ...]:
     from huggingface_hub import errors
 
-    # Of httpx, or of its successor, by the version of huggingface_hub.
+    # From httpx or its successor, depending on the version of huggingface_hub.
     failed_request: type[Exception] = vars(errors)["HTTPError"]
     return failed_request, errors.HFValidationError, OSError, ValueError
 
 
 def _reason(error: Exception) -> str:
-    """One sentence on why, and what to do. Subclasses stand before the classes that they are of."""
+    """One sentence on why, and what to do. Subclasses come before their base classes."""
     from huggingface_hub import errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     known: list[tuple[type[BaseException], str]] = [
-        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, so that nothing is sent; unset it"),
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, so no request is sent; unset it"),
         (errors.LocalEntryNotFoundError, "the Hub cannot be reached, and the cache has no copy; check the connection, and retry"),
-        (errors.GatedRepoError, "its owner grants access one by one; ask for it on the repository's page"),
+        (errors.GatedRepoError, "its owner grants access on request; ask for it on the repository's page"),
         (errors.RepositoryNotFoundError, f"the Hub shows no such repository; check its name, or, if it is private, {_LOG_IN}"),
         (errors.RevisionNotFoundError, "the repository has no such revision; check revision="),
         (errors.EntryNotFoundError, f"the repository has no {MODEL_FILE}; `push_to_hub` writes one"),
@@ -120,7 +120,7 @@ def _reason(error: Exception) -> str:
         if isinstance(error, kind):
             return reason
     if status in (401, 403):
-        return f"the token may not do this (status {status}); take one with the right to write, and {_LOG_IN}"
+        return f"the token does not permit this (status {status}); take one with write permission, and {_LOG_IN}"
     if status is not None:
         return f"the Hub answered with status {status} ({_one_line(error)})"
     return f"the Hub cannot be reached ({type(error).__name__}: {_one_line(error)}); check the connection, and retry"

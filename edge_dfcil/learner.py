@@ -1,4 +1,4 @@
-"""Learner: the face of the package. It holds the current model, the settings and one writer lock, and forwards."""
+"""Learner: the main class of the package. It has the current model, the settings and one writer lock, and delegates the work."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ class Learner(Serving, RunsSessions, Publishing):
         "frozen" (a backbone is trained in the first task, or not at all when it is pretrained; later tasks are one pass),
         "edge" (trained at every task), "strict" (as "frozen", without class statistics), "paper" (as published), or a `Recipe`.
     memory_budget
-        The most that a long operation may add to the memory held when it is called (the process's resident set; on CUDA and
-        MPS what torch reserves): bytes, or text such as "128MB". What a loader holds is not counted. It is planned first.
+        The most that a long operation may add to the memory in use when it is called (the process's resident set; on CUDA and
+        MPS what torch reserves): bytes, or a string such as "128MB". Memory of a loader is not counted. A plan is made first.
     precision
-        "float32", "bfloat16", or "auto": the usual one, on a CPU what a long task measures to be faster (the report says what).
-        With "float32" nothing is measured, and two runs on a CPU are equal to the bit; with "auto" if both chose the same.
+        "float32", "bfloat16", or "auto": the device's default, or on a CPU the one that a long task measures to be faster. With
+        "float32" nothing is measured, and two runs on a CPU are bit-identical; with "auto" if both chose the same (see report).
     device
         "auto" (CUDA, else MPS, else CPU) or a torch device.
     seed
-        All draws follow it: the same bits on a CPU for the same `precision`, unless another thread draws from torch's generator.
+        Of all draws. CPU runs with the same `precision` are bit-identical, unless another thread draws from torch's generator.
     weights
         Pretrained weights of a backbone by name, such as "DEFAULT"; torchvision or timm loads them.
     multiscale
-        Whether features are of several scales of the backbone, not of its last layer alone. None: where the head is closed-form.
+        Whether features come from several scales of the backbone, not only its last layer. None: if the head is closed-form.
     mean, std
-        What images in [0, 1] are normalised with, per channel. None: what the weights expect, or measured on the first task.
+        Per-channel statistics to normalise images in [0, 1]. None: those that the weights expect, or measured on the first task.
     """
 
     def __init__(
@@ -89,12 +89,12 @@ class Learner(Serving, RunsSessions, Publishing):
 
     def _settle(self, model: Model, method: Method, recipe: Recipe, seed: int = 0, **limits: Any) -> None:
         self.seed, self._method, self._recipe = devices.check_seed(seed), method, recipe
-        self._digests: dict[Path, str | None] = {}  # of the model files that were read or written last, by path
+        self._digests: dict[Path, str | None] = {}  # of model files when they were last read or written, by path
         RunsSessions.__init__(self, **limits)
         self._adopt(model)
 
     def _adopt(self, model: Model) -> None:
-        """Makes a model the current one, with this learner's settings: other threads see the one before, or this one."""
+        """Makes a model the current one, with this learner's settings: other threads see the old model or the new one."""
         learning = dict(model.learning) | {"method": self._method.name, "recipe": self._recipe.to_dict(), "seed": self.seed}
         self._model = model.with_learning(learning, self._recipe.augmentation.mirrored_answers)
 
@@ -147,8 +147,8 @@ class Learner(Serving, RunsSessions, Publishing):
         callbacks: Sequence[Callback] = (),
         progress: bool = True,
     ) -> TaskReport:
-        """Learns the classes of a loader and keeps those known before. All or nothing: until a commit, the model from before
-        answers, and an error or Ctrl-C leaves it so. Parameters and errors are those of `session`; a checkpoint is removed."""
+        """Learns the classes of a loader and keeps those known before. All or nothing: until a commit, and after an error or
+        Ctrl-C, the old model answers. Parameters and errors are those of `session`; a checkpoint is removed at the end."""
         options: Any = {"relearn": relearn, "instant": instant, "time_budget": time_budget, "checkpoint": checkpoint}
         session = self.session(loader, classes, callbacks=callbacks, progress=progress, **options)
         while (report := session.run()) is None:  # a callback has paused it, and nothing here could resume it later
@@ -176,24 +176,24 @@ class Learner(Serving, RunsSessions, Publishing):
         Parameters
         ----------
         loader
-            Anything that can be iterated over again and again (a DataLoader, a list) and yields pairs of images
-            (N, 3, H, W), uint8 or float in [0, 1], and targets (N,), or dicts: the real half of each step. It is checked in
-            one pass before training, and never read after the task has ended.
+            Anything that can be iterated over repeatedly (a DataLoader, a list) and yields pairs of images (N, 3, H, W), uint8
+            or float in [0, 1], and targets (N,), or dicts of these: the real half of each step. It is checked in one pass before
+            training, and never read after the task has ended.
         classes
             Names by target value: a list, or a mapping. None takes `loader.dataset.classes`.
         relearn
-            Whether classes that are known already are refreshed with these images; else they are refused.
+            Whether classes that are already known are refreshed with these images; otherwise they raise `ClassError`.
         instant
-            Whether a task that will train the network first commits rows from class statistics, within seconds, where its
-            method can; `on_commit` says when. They stay if the adapted model is expected to be worse, or the time is up.
+            Whether a task that trains the network first commits head rows from class statistics, within seconds, if its method
+            can; `on_commit` is then called. They stay if the adapted model is expected to be worse, or if time runs out.
         time_budget
-            Seconds, or text such as "10min": the schedule is fitted to the measured speed of a step so that it ends in
-            time, as a whole schedule with fewer steps. The report says what it was fitted to.
+            Seconds, or a string such as "10min": by the measured speed of a step, the schedule gets fewer steps, so that the
+            whole of it ends in time. The report gives the fitted schedule.
         checkpoint
-            A file that is written every few seconds, from which the same call continues after a kill, to the same weights on
-            the same CPU. It holds no image; generated ones are made again. `run()` leaves it: see `clear_checkpoint()`.
+            A file that is written every few seconds. After a kill, the same call continues from it, to the same weights on the
+            same CPU. It contains no image; dreams are generated again. `run()` does not remove it: see `clear_checkpoint()`.
         callbacks, progress
-            Hooks; and whether to show progress on stderr, when that is a terminal or a notebook.
+            Hooks; and whether to show progress on stderr, if it is a terminal, or in a notebook.
         """
         before, seconds = self._model, schedule.parse(time_budget)
 
@@ -277,7 +277,7 @@ class Learner(Serving, RunsSessions, Publishing):
             recipe, seed = Recipe.from_dict(model.learning["recipe"]), devices.check_seed(model.learning["seed"])
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             reason = shown(error)[:300]
-            raise ModelFileError(f"{path} does not say how it was learnt ({reason}); Model.load(path) serves it") from error
+            raise ModelFileError(f"{path} does not say how it was learnt ({reason}); Model.load(path) can open it") from error
         learner = cls.of(model, method=found, recipe=recipe, seed=seed, memory_budget=memory_budget, precision=precision)
         learner._digests[file.resolved(path)] = seen
         return learner

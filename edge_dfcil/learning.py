@@ -35,12 +35,12 @@ from edge_dfcil.training.rehearsal import Generated, Rehearsal
 from edge_dfcil.training.session import Enough, Session
 from edge_dfcil.training.stage import Stage, StageSpec
 
-LEAST_SHARE = 0.05  # of a schedule: with less time than that, a task that has an instant model ends with it
-WORSE = 0.01  # expected error by which an adapted model must be worse than the instant one, for that to stay
+LEAST_SHARE = 0.05  # of a schedule: if there is less time, a task that has an instant model ends with that model
+WORSE = 0.01  # the instant model stays if the expected error of the adapted one is larger by more than this
 
 
 def is_worse(first: float | None, last: float | None) -> bool:
-    """Whether an adapted model is dropped for the instant one, by the expected errors of the two; not where one is unknown."""
+    """Whether the instant model stays instead of the adapted one, by their expected errors; False if one is unknown."""
     return first is not None and last is not None and last > first + WORSE
 
 
@@ -66,7 +66,7 @@ class Assignment:
         self.new = tuple(name for name in names.values() if name not in model.classes)
         self.tasks = (*model.tasks, self.new) if self.new else model.tasks
         outputs = [*model.outputs, *self.new]
-        self.outputs = {target: outputs.index(name) for target, name in names.items()}  # a merged class is taught its first
+        self.outputs = {target: outputs.index(name) for target, name in names.items()}  # a merged class learns its first output
 
     def on(self, model: Model) -> Assignment:
         """The same for another model of the same classes."""
@@ -75,7 +75,7 @@ class Assignment:
         return other
 
     def task(self) -> Task:
-        """The task on networks of its own, which may be thrown away."""
+        """The task with its own copies of the networks, which may be discarded."""
         device, scanned = self.model.device, self.scanned
         before = devices.reordered(self.model.network, device)
         student = before.grown(len(self.new))
@@ -120,11 +120,11 @@ class Assignment:
             first = self.task()
             first.make_short(whole, rehearsal.STEPS, rehearsal.POOL)
             stages = itertools.chain(method.instant(first), stages)
-            networks.append(first.student)  # it serves while the task runs
+            networks.append(first.student)  # it answers while the task runs
         return Rehearsal(stages, networks, task.student, generated, task.micro_batches)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What distinguishes this task from others: everything but the images, of which only the numbers are known."""
+        """What distinguishes this task from others: everything but the images, which are represented by their numbers."""
         return {
             "method": self.method.name,
             "recipe": self.recipe.to_dict(),
@@ -136,7 +136,7 @@ class Assignment:
 
 
 def task_id(fingerprint: Mapping[str, Any]) -> str:
-    """A short name of a task, by which a model file says which task it ended with."""
+    """A short identifier of a task. A model file records that of its last task."""
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -172,7 +172,7 @@ class Learning:
         self.task: Task | None = None
         self.plan: MemoryPlan | None = None
         self.first: Task | None = None  # that of the instant model, if there is one
-        self._last: Model = model  # that was committed
+        self._last: Model = model  # the last that was committed
         self._commits: list[Commit] = []
         self._has_begun = self._adapted = self._complete = False
         self._left_out = 0
@@ -232,14 +232,14 @@ class Learning:
         self._complete = True
 
     def _instant_stages(self, session: Session[Any]) -> Iterator[Stage]:
-        """The stages of an instant model, which is committed and serves while the task runs; none if the method has none."""
+        """The stages of an instant model, which is committed and answers while the task runs; none if the method has none."""
         random, task = devices.random_state(session.device), self.assignment.task()
         task.recipe, task.compared = task.recipe.changed(self._changes()), True
         for stage in self._held(session, self.method.instant(task), task):
             self._begin(session)
             yield stage
             self.first = task
-        devices.set_random_state(random, session.device)  # the rest is learnt as without an instant model
+        devices.set_random_state(random, session.device)  # the task continues as without an instant model
         if self.first is not None:
             self._put(session, task, self.model.learning)
             session.has_result = True
@@ -260,7 +260,7 @@ class Learning:
         if self._plan_only:
             return None
         self._computes.close()
-        # By this a file says which task it ended with; a file of an instant commit does not say it yet.
+        # A model file records the last task that ended; one saved after an instant commit does not record this task yet.
         ended = dict(self.model.learning) | {"last_task": task_id(self.fingerprint())}
         if self._complete and not self._first_is_better():
             assert self.task is not None
@@ -290,7 +290,7 @@ class Learning:
         return report
 
     def _first_is_better(self) -> bool:
-        """Whether the instant model stays, because the adapted one is expected to answer less well."""
+        """Whether the instant model stays, because the adapted one is expected to be less accurate."""
         first, last = (None if task is None else task.expected_error for task in (self.first, self.task))
         return is_worse(first, last)
 
@@ -312,7 +312,7 @@ class Learning:
     # Decisions
 
     def _plan(self, session: Session[Any]) -> None:
-        """Plans the memory, on copies and with a random state of its own."""
+        """Plans the memory, on copies and with a separate random state."""
         if self._budget is None and not self._plan_only:
             return
         session.announce_plan()
@@ -320,7 +320,7 @@ class Learning:
             self.plan = plan_memory(self.assignment, self._budget, self._meter, self._checks(session), self._smaller())
 
     def _decide(self, session: Session[Any]) -> None:
-        """Measures which setting computes fastest, and fits the schedule."""
+        """Measures the fastest computing setting, and fits the schedule."""
         check = self._checks(session)
         with devices.seeded(None, session.device):
             measures = self._precision == "auto" and speed.is_worth_measuring(self.assignment.task, self.method, session.device)

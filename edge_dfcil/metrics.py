@@ -1,4 +1,4 @@
-"""Figures of class-incremental learning, from counts and per-task accuracies."""
+"""Metrics of class-incremental learning, from counts and per-task accuracies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def evaluation(
 ) -> Evaluation:
     """An `Evaluation` from image counts [true][predicted]. Raises `DataError` when there are none."""
     if not any(count for row in confusion for count in row):
-        raise DataError("no image was counted, so that there is no accuracy; evaluate on at least one")
+        raise DataError("no image was counted, so there is no accuracy; evaluate on at least one image")
     right = {name: confusion[i][i] for i, name in enumerate(classes)}
     n = {name: sum(confusion[i]) for i, name in enumerate(classes)}
     per_task = []
@@ -36,15 +36,15 @@ def evaluation(
 
 
 class CalibrationError:
-    """Expected calibration error over bins of probability of equal width (Guo et al., ICML 2017), added up answer by answer."""
+    """Expected calibration error over bins of probability of equal width (Guo et al., ICML 2017), one answer at a time."""
 
     def __init__(self, bins: int = 15) -> None:
         self._bins = bins
-        self._lead = [0.0] * bins  # sum of probability less right answers
+        self._lead = [0.0] * bins  # sum of probabilities minus the number of right answers
         self._n = 0
 
     def add(self, probability: float, right: bool) -> None:
-        """An answer of this probability, in [0, 1]."""
+        """Adds an answer with this probability, in [0, 1]."""
         # Bins are open below and closed above.
         self._lead[min(max(math.ceil(probability * self._bins) - 1, 0), self._bins - 1)] += probability - right
         self._n += 1
@@ -56,12 +56,12 @@ class CalibrationError:
 
 
 def average_incremental_accuracy(accuracies: Sequence[float]) -> float:
-    """Mean over tasks of the accuracy on all classes seen by then (Rebuffi et al., CVPR 2017)."""
+    """Mean over tasks of the accuracy on all classes seen so far (Rebuffi et al., CVPR 2017)."""
     return sum(accuracies) / len(accuracies)
 
 
 def forgetting(matrix: Sequence[Sequence[float]]) -> float:
-    """Mean over tasks but the last of the best accuracy a task ever had less its final one (Chaudhry et al., ECCV 2018).
+    """Mean, over all tasks but the last, of a task's best accuracy minus its final one (Chaudhry et al., ECCV 2018).
 
     ``matrix[i][j]`` is the accuracy on task j after task i, for j up to i. 0 for a single task.
     """

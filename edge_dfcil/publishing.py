@@ -19,7 +19,7 @@ CARD_FILE = "README.md"
 
 
 class Publishing(FromHub):
-    """The half of `Learner` that publishes its current model. What is written is of one model, whichever thread commits."""
+    """The part of `Learner` that publishes its current model. All files are of one model, even if another thread commits."""
 
     _model: Model
     with_model: Any
@@ -41,13 +41,13 @@ class Publishing(FromHub):
         Parameters
         ----------
         folder
-            It is made if it is not there. Files of these names are replaced, and a `model.onnx` of an earlier call is removed.
+            It is created if it does not exist. Files of these names are replaced; a `model.onnx` of an earlier call is removed.
         onnx
             "fixed" or "any" adds `model.onnx`, as `export(input=...)` writes it.
         evaluation
             What `evaluate` measured of this model, for the card.
         description, license
-            Markdown of yours at the top of the card, and the license of the model as the Hub names it ("apache-2.0").
+            Your Markdown at the top of the card, and the license of the model as the Hub names it ("apache-2.0").
         """
         learner, folder = self._publishable(evaluation), Path(folder)
         exported = _write_model(learner, folder, onnx)
@@ -68,22 +68,22 @@ class Publishing(FromHub):
         description: str | None = None,
         license: str | None = None,
     ) -> str:
-        """Puts what `save_pretrained` writes into a repository, in one commit, and returns the address of that commit.
+        """Uploads what `save_pretrained` writes to a repository, in one commit, and returns the URL of that commit.
 
         The other parameters and errors are those of `save_pretrained`. Raises `HubError` when the Hub does not take the model.
 
         Parameters
         ----------
         repo_id
-            "owner/name". It is made if it is not there.
+            "owner/name". It is created if it does not exist.
         private
-            Whether a repository that is made is private; one that is there stays as it is.
+            Whether a new repository is private; an existing one is not changed.
         token
-            With the right to write. None takes HF_TOKEN, or the token of `hf auth login`.
+            A token with write permission. None takes HF_TOKEN, or the token of `hf auth login`.
         revision
-            A branch that is there; None takes the main one.
+            An existing branch; None takes the main one.
         message
-            Of the commit; None says how many classes the model knows.
+            The commit message; None says how many classes the model knows.
         """
         learner, hub = self._publishable(evaluation), client(token)
         check_token(hub)
@@ -102,7 +102,7 @@ class Publishing(FromHub):
                 return hub.upload_folder(folder_path=folder, commit_message=text, **where).commit_url
 
     def _publishable(self, evaluation: Evaluation | None) -> Any:
-        """A learner with the model of now."""
+        """A learner with the current model, which later commits do not change."""
         learner = self.with_model(self._model)
         learner.check_answering()
         if evaluation is not None and set(evaluation.classes) != set(learner.classes):
@@ -114,11 +114,11 @@ class Publishing(FromHub):
 
 
 def _write_model(learner: Any, folder: Path, onnx: Literal["fixed", "any"] | None) -> ExportReport | None:
-    client()  # says what to install before anything is written
+    client()  # raises an error that says what to install, before anything is written
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ModelFileError(f"{folder} cannot be made: {error.strerror or error}") from error
+        raise ModelFileError(f"{folder} cannot be created: {error.strerror or error}") from error
     learner.save(folder / MODEL_FILE)
     if onnx is None:
         (folder / ONNX_FILE).unlink(missing_ok=True)

@@ -9,17 +9,17 @@ from typing import Any, Literal
 from edge_dfcil.errors import SettingError
 from exporters.predictions import Prediction as Prediction
 
-SHOWN = 5  # names in a text, at most
+SHOWN = 5  # names listed in a line of text, at most
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy on labelled images, every seen class competing for each of them.
+    """Accuracy on labelled images, with all known classes as candidates.
 
     Attributes
     ----------
     accuracy
-        Share of images named right, in [0, 1].
+        Share of images classified correctly, in [0, 1].
     n
         Number of images.
     per_class
@@ -31,7 +31,7 @@ class Evaluation:
     confusion
         Image counts, a row for each true class and a column for each predicted one.
     calibration_error
-        Expected calibration error, in [0, 1]: how far the probability of the answer is from the share of right answers, over
+        Expected calibration error, in [0, 1]: how far the probability of the answer is from the share of correct answers, over
         15 bins of probability (Guo et al., ICML 2017); None where only counts are known.
     """
 
@@ -45,7 +45,7 @@ class Evaluation:
 
     @property
     def macro_accuracy(self) -> float:
-        """Mean of `per_class`, in [0, 1]: each class with images weighs the same, however many it has."""
+        """Mean of `per_class`, in [0, 1]: each class with images has the same weight, however many it has."""
         return sum(self.per_class.values()) / len(self.per_class)
 
     def to_frame(self) -> Any:
@@ -61,7 +61,7 @@ class Evaluation:
         return pd.DataFrame([list(row) for row in self.confusion], index=rows, columns=columns)
 
     def __str__(self) -> str:
-        """Accuracy as a whole, task by task, and of the classes that do worst."""
+        """Overall accuracy, accuracy by task, and the classes with the lowest accuracy."""
         lines = [f"accuracy {self.accuracy:.1%} on {_count(self.n, 'image')}, mean of the classes {self.macro_accuracy:.1%}"]
         if len(self.per_task) > 1:
             lines.append("by task: " + ", ".join("-" if task is None else f"{task:.1%}" for task in self.per_task))
@@ -78,18 +78,20 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage of a task's learning is expected to hold, measured in a rehearsal of a few steps.
+    """The memory that one stage of a task is expected to take, measured in a rehearsal of a few steps.
 
     Attributes
     ----------
+    name
+        The stage's name, such as "learn".
     at_once
-        The micro-batch: images that go through the networks together. A larger batch is split, and its gradients accumulate.
+        The micro-batch: images that go through the networks together. A larger batch is split, with gradient accumulation.
     recompute
-        Whether activations inside the network's blocks are computed again for the backward pass instead of kept.
+        Whether activations inside the network's blocks are recomputed for the backward pass (activation checkpointing).
     peak_bytes
-        The most.
+        Peak memory.
     items
-        What it is made of, in bytes.
+        The parts of the peak, in bytes.
     """
 
     name: str
@@ -101,17 +103,17 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a task's memory is kept under a budget; all bytes are above what is held when `learn_task` is called.
+    """How a task keeps to its memory budget. All bytes are above what is held when `learn_task` is called.
 
     Attributes
     ----------
     budget
-        In bytes; None when there is none, and then whole batches are planned.
+        In bytes; None: no budget, and whole batches are planned.
     stages
         In order.
     changes
-        Numbers of the recipe that had to be made smaller: the pool of dreams, then the generator. These are the only
-        settings that change what is learnt, so they are the last resort.
+        Recipe settings that had to be reduced: the pool of dreams, then the generator. Only these changes affect what is
+        learnt, so they are the last resort.
     """
 
     budget: int | None
@@ -153,19 +155,19 @@ class StageReport:
     steps, seconds
         Optimiser steps done and the time they took.
     images
-        Images that went through, dreams made by the stage itself included.
+        Images processed, including dreams that the stage itself generated.
     losses
         Each term of the loss at the last step, by name.
     at_once
         The micro-batch at the end, in images; None: whole batches.
     recompute
-        Whether activations inside blocks were computed again instead of kept.
+        Whether activations inside blocks were recomputed instead of kept.
     halvings
-        How often `at_once` was halved because a step took too much memory; the step was made again.
+        How often `at_once` was halved because a step took too much memory; the step was then repeated.
     peak_bytes
-        Most memory held above the level at the call, what the stage was made from included; None if it was not measured.
+        Peak memory above the level at the call, including the stage's inputs, such as the pool of dreams; None: not measured.
     history
-        The mean of each term of the loss over an epoch, by name; one entry an epoch.
+        The mean of each term of the loss over an epoch, by name; one entry per epoch.
     """
 
     name: str
@@ -197,7 +199,7 @@ class StageReport:
 
 @dataclass(frozen=True)
 class DistillReport:
-    """What one `distill` did.
+    """The result of one `distill` call.
 
     Attributes
     ----------
@@ -206,11 +208,11 @@ class DistillReport:
     parameters
         Of the teacher and of the student.
     dreams
-        How many were made, and thrown away.
+        How many were generated, and deleted afterwards.
     agreement
-        Share of generated images, made for this and not learnt from, for which both give the same answer.
+        Share of generated images, not used in training, for which both give the same answer.
     accuracy
-        Of teacher and student on the images to measure on; None without any.
+        Of teacher and student on the images passed for measuring; None without them.
     stages
         In order.
     """
@@ -225,7 +227,7 @@ class DistillReport:
     stages: tuple[StageReport, ...]
 
     def __str__(self) -> str:
-        """Which student of which teacher, how often they agree, and the accuracy of both."""
+        """Student and teacher, how often they agree, and the accuracy of both."""
         before, after = self.parameters
         lines = [f"{self.student} with {after:,} parameters from {self.teacher} with {before:,}, in {self.seconds:.1f} s"]
         lines.append(
@@ -241,22 +243,22 @@ class DistillReport:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What one `prune` did.
+    """The result of one `prune` call.
 
     Attributes
     ----------
     filters, parameters, flops
         Before and after; floating-point operations for one image.
     milliseconds
-        For one image in ONNX Runtime with one thread on this machine, before and after, measured in turns.
+        For one image in ONNX Runtime with one thread on this machine, before and after, measured alternately.
     table_milliseconds
-        Of the convolutions, by the table that pruning used.
+        Of the convolutions, before and after, by the latency table that pruning used.
     channels
-        How many each pruned layer has left, by the layer's name.
+        Channels left in each pruned layer, by the layer's name.
     accuracy
-        Before, pruned, and repaired, on the images to measure on; None without any.
+        Before, pruned, and repaired, on the images passed for measuring; None without them.
     agreement
-        After the repair: share of fresh dreams for which both give the same answer; None without a repair.
+        After the repair: share of fresh dreams that both networks answer alike; None without a repair.
     """
 
     filters: tuple[int, int]
@@ -295,13 +297,13 @@ class Computing:
     Attributes
     ----------
     precision
-        Of the layers that autocast knows; weights, gradients and what is saved are float32 in any case.
+        Of the layers that autocast covers; weights, gradients and saved tensors are always float32.
     threads
-        Of torch on the CPU; None: as many as it was set to.
+        Of torch on the CPU; None: torch's current number.
     channels_last
-        Whether an image's channels lie side by side in memory.
+        Whether images are in the channels-last memory format.
     measured
-        Expected seconds of the training with each setting that was timed, by its text. Empty: nothing was measured.
+        Expected seconds of training by setting, as the setting is printed. Empty: nothing was measured.
     """
 
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -310,19 +312,19 @@ class Computing:
     measured: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """In short: "bfloat16, contiguous, 2 threads"; what is usual is left out."""
+        """In short: "bfloat16, contiguous, 2 threads"; defaults are left out."""
         parts = [self.precision, *([] if self.channels_last else ["contiguous"])]
         return ", ".join([*parts, *([] if self.threads is None else [_count(self.threads, "thread")])])
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A model with which a task has replaced the one before.
+    """One replacement of the current model by a task.
 
     Attributes
     ----------
     kind
-        "instant": from the network as it was; "adapted": the network has been trained in this task.
+        "instant": the backbone is unchanged; "adapted": the network was trained in this task.
     seconds
         From the call to the commit.
     """
@@ -339,12 +341,12 @@ class Commit:
 
 @dataclass(frozen=True)
 class TaskReport:
-    """What one `learn_task` did.
+    """The result of one `learn_task` call.
 
     Attributes
     ----------
     task
-        Its number, from 1; that of the last task when classes were only refreshed.
+        The task's number, from 1; the number of the last task when classes were only refreshed.
     method
         The method's name.
     new_classes, relearned_classes
@@ -358,20 +360,20 @@ class TaskReport:
     stages
         Its stages, in order.
     plan
-        How the memory budget was to be kept; None without a budget.
+        The memory plan; None without a budget.
     peak_bytes
-        Most memory held above the level at the call, planning included.
+        Peak memory above the level at the call, including planning.
     left_out
-        Images that an epoch did not learn from, because they were in batches too small for it.
+        Images left out of an epoch, because their batches were too small.
     resumed
         Whether the task was resumed from a checkpoint.
     fitted
-        What `time_budget` fitted the schedule to, by name; None without one.
+        How `time_budget` shortened the schedule, by name; None without one.
     computing
-        In which precision, with how many threads and in which memory order its training stages computed, and whether that was
-        measured; None in reports of earlier versions.
+        Precision, number of threads and memory format of the training stages, and whether they were chosen by measurement;
+        None in reports of earlier versions.
     commits
-        In order. An instant one stays the last if the adapted model is expected to answer less well, or the time is up.
+        In order. An instant one is the last if the adapted model is expected to be less accurate, or the time is up.
     """
 
     task: int
@@ -391,7 +393,7 @@ class TaskReport:
     commits: tuple[Commit, ...] = ()
 
     def __str__(self) -> str:
-        """What was learnt, from what and by what, then a line a stage."""
+        """The classes learnt, the method and the images, then one line per stage."""
         what = [f"learnt {_names(self.new_classes)}"] if self.new_classes else []
         what += [f"refreshed {_names(self.relearned_classes)}"] if self.relearned_classes else []
         left_out = f" ({self.left_out:,} left out of an epoch)" if self.left_out else ""

@@ -1,4 +1,4 @@
-"""What runs sessions on a current model, one writer at a time: the part of `Learner` that does the long operations."""
+"""Runs sessions on a current model, one writer at a time: the part of `Learner` for long operations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIMITS = ("memory_budget", "precision")  # settings of a learner that belong to 
 
 
 class RunsSessions:
-    """Holds one writer lock and the session that runs; neither is copied or pickled with it."""
+    """Has one writer lock and the running session; neither is copied or pickled with it."""
 
     _session: Session[Any] | None = None
     _memory_budget: int | None = None
@@ -29,7 +29,7 @@ class RunsSessions:
 
     @property
     def device(self) -> torch.device:
-        """Where sessions compute."""
+        """The device on which sessions compute."""
         raise NotImplementedError
 
     def __init__(self, memory_budget: int | str | None = None, precision: str = "auto") -> None:
@@ -45,7 +45,7 @@ class RunsSessions:
 
     @property
     def memory_budget(self) -> int | None:
-        """The most bytes that a long operation may add to memory; set it as a number, or as text such as "128MB"."""
+        """The most bytes that a long operation may add to memory; set it to a number, or to a string such as "128MB"."""
         return self._memory_budget
 
     @memory_budget.setter
@@ -72,14 +72,15 @@ class RunsSessions:
         return self._session
 
     def cancel(self) -> None:
-        """Stops what runs in another thread or calls a callback (`learn_task`, `dream`, ...); it raises `Cancelled` there."""
+        """Stops the running operation (`learn_task`, `dream`, ...), which then raises `Cancelled`. To be called from another
+        thread or from a callback."""
         session = self._session
         if session is not None:
             session.cancel()
 
     def run(self, work: PlannedWork, callbacks: Sequence[Callback] = (), progress: bool = True, *, seed: int) -> Any:
         """Runs a long operation on the current model, with progress and `cancel()`, within the memory budget if there is
-        one, and in the precision that was asked for; "auto" takes the usual one of the device. Returns its result."""
+        one, and in the precision that was asked for; "auto" takes the default of the device. Returns its result."""
         if self.memory_budget is not None:
             work = Within(work, self.memory_budget, self.device)
         with devices.computing(devices.usual(self.device, self.precision)):

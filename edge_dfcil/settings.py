@@ -34,7 +34,7 @@ Group = TypeVar("Group")
 
 
 def _python_number(value: Any) -> Any:
-    """A number of NumPy or the like as Python's own, so that settings are always JSON. Anything else as it is."""
+    """A number of NumPy or a similar library as a Python number, so that settings are always JSON. Other values are unchanged."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return value
     return int(value) if isinstance(value, Integral) else float(value)
@@ -42,21 +42,21 @@ def _python_number(value: Any) -> Any:
 
 _Whole = Annotated[int, BeforeValidator(_python_number)]
 _Number = Annotated[float, BeforeValidator(_python_number)]
-MOST = 2**31 - 1  # of anything that is counted
+MOST = 2**31 - 1  # the largest count
 Count = Annotated[_Whole, Field(ge=1, le=MOST)]  # 1, 2, ...
 CountOrZero = Annotated[_Whole, Field(ge=0, le=MOST)]
-Weight = Annotated[_Number, Field(ge=0)]  # of a term; 0 switches it off
+Weight = Annotated[_Number, Field(ge=0)]  # weight of a loss term; 0 switches it off
 Positive = Annotated[_Number, Field(gt=0)]
 Share = Annotated[_Number, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[_Number, Field(ge=0, lt=1)]
 ShareInside = Annotated[_Number, Field(gt=0, lt=1)]
 
-# A bool is not a number, a text is not a number, and a number is finite.
+# A bool or a string is not accepted as a number, and numbers must be finite.
 CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 def checked(prefix: str) -> Callable[[type[Group]], type[Group]]:
-    """Lets a validated dataclass raise `SettingError`; messages call its settings by the prefix and a dot before their names."""
+    """Makes a validated dataclass raise `SettingError`. Messages name a setting as `prefix.name`."""
 
     def decorate(cls: type[Group]) -> type[Group]:
         init: Callable[..., None] = cls.__init__

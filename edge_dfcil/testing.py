@@ -1,6 +1,6 @@
-"""A check that any `Method` can run, those of other packages included: `check_method(MyMethod)`.
+"""A check for any `Method`, including those of other packages: `check_method(MyMethod)`.
 
-It needs no data: images are noise with a bright bar, whose place and colour depend on the class.
+It needs no data: images are noise with a bright bar, whose position and colour depend on the class.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from edge_dfcil.recipe import RECIPES
 from exporters import OnnxClassifier
 
 SIDE = 16
-TASKS = ((0, 1, 2), (3,), (4, 5))  # unequal sizes, one class among them
-# A second a task: what is checked does not depend on how well it is learnt.
+TASKS = ((0, 1, 2), (3,), (4, 5))  # unequal sizes, including a single class
+# About a second per task: the checks do not depend on accuracy.
 RECIPE = RECIPES["edge"].changed(
     {
         "schedule.epochs": 1,
@@ -51,37 +51,37 @@ def images_of(classes: Sequence[int], each: int = 24) -> Batches:
 
 
 def check_method(make: Callable[[], str | Method], *, keeps_no_sample: bool = True, exports: bool = True) -> None:
-    """Checks a method, which `make()` gives by name or as an instance. Raises `AssertionError` that names what fails.
+    """Checks a method, which `make()` returns as a name or an instance. Raises an `AssertionError` that says what failed.
 
-    It learns several tasks of unequal sizes and grows with them; two runs under one seed are equal to the bit on the CPU; the
-    model that answers during a task is not changed; no image, feature or generated image is in memory afterwards; what it keeps
-    is saved and loaded; and the exported file answers as the model does.
+    The method must learn several tasks of unequal sizes, and the network must grow with them; two runs with one seed must be
+    bit-identical on the CPU; the model that answers during a task must not change; no image, feature or generated image may
+    remain in memory; what the method keeps must be saved and loaded; and the exported file must answer as the model does.
 
     Parameters
     ----------
     keeps_no_sample
         False for a method that stores samples on purpose.
     exports
-        False leaves out the export, which takes most of the time.
+        False skips the export, which takes most of the time.
     """
     before = images_alive()
     learner = _learn(make())
     assert learner.network.n_classes == sum(map(len, TASKS)), "the network has not grown to all classes"
     again = _weights(_learn(make()))
-    assert all(torch.equal(value, again[name]) for name, value in _weights(learner).items()), "two runs differ under one seed"
+    assert all(torch.equal(value, again[name]) for name, value in _weights(learner).items()), "two runs with one seed differ"
     if keeps_no_sample:
         check_keeps_no_sample(learner, before)
     images, method = images_of((0, 3, 5), 4)[0][0], make()
     with tempfile.TemporaryDirectory() as folder:
         path = learner.save(Path(folder) / "model")
         loaded = Learner.load(path, "cpu", method=method if isinstance(method, Method) else None)
-        assert loaded.predict(images, 6) == learner.predict(images, 6), "a model that was saved answers otherwise"
-        assert loaded.model.digest() == learner.model.digest(), "a model that was saved keeps something else"
+        assert loaded.predict(images, 6) == learner.predict(images, 6), "a saved and loaded model gives other answers"
+        assert loaded.model.digest() == learner.model.digest(), "a saved and loaded model keeps something else"
         if exports:
             learner.export(Path(folder) / "model.onnx", progress=False)
             exported = OnnxClassifier(Path(folder) / "model.onnx").predict(images.numpy())
             ours = [answer.label for answer in learner.predict(images)]
-            assert [answer.label for answer in exported] == ours, "the exported file answers otherwise"
+            assert [answer.label for answer in exported] == ours, "the exported file gives other answers"
 
 
 def _learn(method: str | Method) -> Learner:

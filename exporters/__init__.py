@@ -1,7 +1,7 @@
-"""From a classifier to files that ship, and a runtime for them without torch.
+"""Exports a classifier to files for deployment, and runs them without torch.
 
-Knows nothing of learning. The distribution edge-dfcil holds all of it. edge-dfcil-runtime, for devices without torch, holds the
-same files except those of the formats, which need torch. Names are imported when they are first used.
+It is independent of learning. The distribution edge-dfcil contains all of it. edge-dfcil-runtime, for devices without torch,
+contains the same files except those of the formats, which need torch. Names are imported when they are first used.
 Importing this package switches off the telemetry of ONNX Runtime for the process, see `exporters.telemetry`.
 """
 
@@ -48,13 +48,13 @@ _HOME = {name: home for home, names in _WITH_TORCH.items() for name in names.spl
 
 def _what_to_install(name: str) -> str:
     return (
-        f"{name} is not installed: edge-dfcil-runtime holds only what works without torch; "
+        f"{name} is not installed: edge-dfcil-runtime contains only what works without torch; "
         "pip uninstall edge-dfcil-runtime, then pip install edge-dfcil"
     )
 
 
 class _NotInstalled:
-    """Makes `from exporters.registry import x` say what to install, where only edge-dfcil-runtime is. Asked last."""
+    """If only edge-dfcil-runtime is installed, makes `from exporters.registry import x` say what to install. The last finder."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> None:

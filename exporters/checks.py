@@ -28,9 +28,13 @@ def max_difference(run: Run, classifier: nn.Module, image_size: int, tolerance: 
     Parameters
     ----------
     run
-        What the file answers: images (N, 3, S, S), uint8, to probabilities (N, C).
+        Runs the file: images (N, 3, S, S), uint8, to probabilities (N, C).
     classifier
-        The same images as a tensor to logits (N, C).
+        Maps the same images as a tensor to logits (N, C); on the CPU.
+    image_size
+        S, in pixels.
+    tolerance
+        The difference from which the error is raised.
     """
     import torch
 
@@ -58,14 +62,15 @@ def max_difference_at_sizes(run: Run, scale: Run, answer: Run, image_size: int, 
     Parameters
     ----------
     run, scale
-        What the file answers to images (N, 3, H, W), uint8: probabilities (N, C), and the squares (N, 3, S, S) that it scales and
-        crops them to.
+        Run the file on images (N, 3, H, W), uint8: to probabilities (N, C), and to the squares (N, 3, S, S) to which it scales
+        and crops them.
     answer
-        The probabilities that it has to answer for squares.
+        Maps squares to the expected probabilities.
     fit
-        How the model scales and crops: images and S to squares.
+        How the model scales and crops: maps images and S to squares.
 
-    Raises `ExportError` that names the size where a pixel differs by more than 1/255, or an answer for the same pixels.
+    Raises an `ExportError` that names the size of the images if a pixel differs by more than 1/255, or if a probability for the
+    same pixels differs by `TOLERANCE`.
     """
     random, largest = np.random.default_rng(0), 0.0
     for height, width in sizes(image_size):
@@ -74,7 +79,7 @@ def max_difference_at_sizes(run: Run, scale: Run, answer: Run, image_size: int, 
         of = f"images of {height} x {width} pixels"
         steps = int(np.abs(squares.astype(int) - expected).max()) if squares.shape == expected.shape else 255
         if steps > 1:
-            raise ExportError(f"the exported graph scales {of} otherwise than the model: a pixel differs by {steps}/255")
+            raise ExportError(f"the exported graph scales {of} differently from the model: a pixel differs by {steps}/255")
         found = run(images)
         difference = float(np.abs(found - answer(squares)).max())
         if not difference < TOLERANCE:
@@ -94,7 +99,7 @@ def sizes(image_size: int) -> list[tuple[int, int]]:
 
 
 def _images(random: np.random.Generator, height: int, width: int) -> npt.NDArray[np.uint8]:
-    """Two images, of a large size one: patches of colours with noise, so that there is something to see at any size."""
+    """Two images, or one of a large size: patches of colours with noise, so that there is something to see at any size."""
     n = 2 if height * width < 2**18 else 1
     rows, columns = np.arange(height) * 8 // height, np.arange(width) * 8 // width
     patches = random.integers(0, 256, (n, 3, 8, 8), np.int16)[:, :, rows][..., columns]

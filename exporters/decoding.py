@@ -1,4 +1,4 @@
-"""One picture file to one upright RGB image in bounded memory, with Pillow alone: for the model and for the runtime."""
+"""Decodes a picture file to an upright RGB image in bounded memory, with Pillow only: for the model and for the runtime."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from exporters.texts import shown
 
 logger = logging.getLogger("edge_dfcil")
 
-# Pillow keeps four bytes a pixel: a picture takes 270 MB at most, and one that is kept 70 MB.
+# Pillow uses four bytes per pixel: a picture takes 270 MB at most, and 70 MB once it has been made smaller.
 MAX_PIXELS = 2**26  # more are refused
 FULL_PIXELS = 2**24  # more are halved (thirded, ...) as they are read; photographs of 12 megapixels are not
-SMALLEST_SIDE = 1024  # no side is made smaller than this by it
+SMALLEST_SIDE = 1024  # no side is made smaller than this
 
-# Not tried, whatever a file is named: EPS runs Ghostscript, and the others hold no pixels that Pillow could decode alone.
+# Not tried, whatever the name of a file: EPS runs Ghostscript, and Pillow alone cannot decode pixels of the others.
 _REFUSED_FORMATS = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _COMMON_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
-_NOT_PICTURES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr"}  # Pillow registers them all the same
+_NOT_PICTURES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr"}  # although Pillow registers them
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis"}
 _HEIF_ENDINGS = {".heic", ".heics", ".heif", ".heifs", ".hif", ".avif", ".avifs"}
 # Pictures of cameras, of scanners and of drawing programs that Pillow cannot read: they are counted as skipped.
@@ -47,14 +47,14 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x112  # the tag of EXIF and TIFF
-# What a profile must be for: the colour space of a mode's pixels, and the mode that they are converted from.
+# For each mode, the colour space that a profile must have, and the mode from which pixels are converted.
 _SPACES = {
     **dict.fromkeys(("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "YCbCr"), ("RGB", "RGB")),
     **dict.fromkeys(("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"), ("GRAY", "L")),
     "CMYK": ("CMYK", "CMYK"),
 }
 _BLACK_POINT_COMPENSATION: Any = 0x2000  # `ImageCms.Flags` has it by name from Pillow 10.3 on
-_SAME = 2  # of 255: a profile that changes no colour by more is sRGB, whose makers round its curve in different ways
+_SAME = 2  # of 255: a profile that changes no colour by more is taken as sRGB, whose curve is rounded in different ways
 
 
 def is_picture_name(name: str) -> bool:
@@ -75,15 +75,16 @@ def is_picture_content(path: str | Path) -> bool:
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """A picture as sRGB, upright as its EXIF says, on white where it is transparent.
+    """A picture as sRGB, turned upright by its EXIF, on white where it is transparent.
 
-    Of several frames it is the first (of an icon the largest). 16-bit grey is scaled by its full range, whatever part of it
-    a picture uses; floats by the smallest of the ranges [0, 1], [0, 255] and [0, 65535] that holds them. A picture of more
+    Of several frames the first is read (of an icon the largest). 16-bit grey is scaled by its full range, whatever part of it
+    a picture uses; floats by the smallest of the ranges [0, 1], [0, 255] and [0, 65535] that contains them. A picture of more
     than 2**24 pixels is made smaller by a whole factor while it is read. Colours are converted by the picture's ICC profile
-    (relative colorimetric); one that is damaged is ignored, and so are all where Pillow was built without Little CMS. Pixels of
-    a picture whose profile is sRGB, or that has none, stay as they are.
+    (relative colorimetric); a damaged profile is ignored, and so are all if Pillow was built without Little CMS. Pixels of a
+    picture whose profile is sRGB, or that has none, are not changed.
 
-    Raises `DataError` that names a file which is no picture, is damaged, is no regular file, or has more than 2**26 pixels.
+    Raises a `DataError` that names the file, if it is not a picture, is damaged, is not a regular file, or has more than 2**26
+    pixels.
     """
     try:
         _check_regular(path)
@@ -92,7 +93,7 @@ def read_picture(path: str | Path) -> Image.Image:
             return to_rgb(picture)
     except DataError as error:
         raise DataError(f"{shown(path)} is not a picture that can be read ({error})") from error
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to: struct.error, TypeError, ...
+    except Exception as error:  # Pillow's decoders raise many kinds for a damaged file: struct.error, TypeError, ...
         reason = str(error) or type(error).__name__
         raise DataError(f"{shown(path)} is not a picture that can be read ({reason})") from error
 
@@ -101,7 +102,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     """An open picture as `read_picture` gives it. Raises `DataError` when it is too large, else what Pillow raises."""
     _check_size(picture.size)
     _load(picture)
-    orientation = _orientation(picture)  # after loading, which applies that of a TIFF and takes it away
+    orientation = _orientation(picture)  # after loading, which applies that of a TIFF and removes it
     plain = _to_srgb(_without_alpha(_to_eight_bits(_shrink(picture))), picture.mode, picture.info.get("icc_profile"))
     turn = _TURNS.get(orientation)
     return plain if turn is None else plain.transpose(turn)
@@ -113,7 +114,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def _check_regular(path: str | Path) -> None:
     """Pipes, sockets and devices are not opened: reading one may never end."""
     if not isinstance(path, (str, os.PathLike)):
-        raise DataError(f"a {type(path).__name__} came; pass a path")
+        raise DataError(f"got a {type(path).__name__}; pass a path")
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         raise DataError("it is a folder" if stat.S_ISDIR(mode) else "it is a pipe, a socket or a device, not a file")
@@ -132,7 +133,7 @@ def _open(path: str | Path) -> Image.Image:
 
 
 def _open_heif(path: str | Path) -> Image.Image:
-    """Opened directly: to register the plugin with Pillow would change what the host application reads."""
+    """Opened directly, because registering the plugin with Pillow would change what the host application reads."""
     try:
         import pillow_heif
     except ImportError:
@@ -145,11 +146,11 @@ def _open_heif(path: str | Path) -> Image.Image:
 
 def _check_size(size: tuple[int, int]) -> None:
     if math.prod(size) > MAX_PIXELS:
-        raise DataError(f"it has {size[0]} x {size[1]} pixels, and {MAX_PIXELS} are the most; scale it down first")
+        raise DataError(f"it has {size[0]} x {size[1]} pixels, and the limit is {MAX_PIXELS}; scale it down first")
 
 
 def _orientation(picture: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 when the EXIF cannot be read, as many an editor's cannot."""
+    """The EXIF orientation, 1 to 8; 1 when the EXIF cannot be read, as that of many editors."""
     try:
         value = picture.getexif().get(_ORIENTATION, 1)
         return int(value) if value in _TURNS else 1
@@ -163,7 +164,7 @@ def _load(picture: Image.Image) -> None:
     except (OSError, MemoryError):
         raise
     except Exception:
-        # Pillow reads a TIFF's tags after its pixels, which are all there when a tag is mistyped.
+        # Pillow reads a TIFF's tags after its pixels: if a tag has a wrong type, the pixels are complete.
         if picture.format != "TIFF" or getattr(picture, "tile", True):
             raise
 
@@ -172,12 +173,12 @@ def _load(picture: Image.Image) -> None:
 
 
 def _factor(size: tuple[int, int]) -> int:
-    """By how much a picture is made smaller to have at most `FULL_PIXELS`."""
+    """The factor by which a picture is made smaller to have at most `FULL_PIXELS`."""
     return min(math.ceil(math.sqrt(math.prod(size) / FULL_PIXELS)), max(1, min(size) // SMALLEST_SIDE))
 
 
 def _shrink_on_load(picture: Image.Image) -> None:
-    """JPEG can be decoded at a half, a quarter or an eighth, so that a large one never lies in memory whole."""
+    """JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, so that a large one is never in memory at full size."""
     factor = _factor(picture.size)
     if picture.format == "JPEG" and factor > 1:
         factor = next(scale for scale in (2, 4, 8) if scale >= factor or scale == 8)
@@ -199,7 +200,7 @@ def _shrink(picture: Image.Image) -> Image.Image:
 
 
 def _without_alpha(picture: Image.Image) -> Image.Image:
-    """What shows on white: the colours of transparent pixels are hidden, and often arbitrary."""
+    """The picture on white: the colours of transparent pixels are invisible, and often arbitrary."""
     if not picture.has_transparency_data:
         return picture
     picture = picture.convert("LA") if picture.mode == "La" else picture
@@ -220,7 +221,7 @@ def _to_eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def _range(picture: Image.Image, levels: npt.NDArray[np.float32]) -> tuple[float, float]:
-    """The values that are black and white: of the format where it says so, else the smallest usual range that fits."""
+    """The values that are black and white: of the format if it defines them, else the smallest usual range that fits."""
     if picture.mode.startswith("I;16"):
         return 0.0, 2.0 ** _bits(picture) - 1
     if picture.mode == "I" and picture.format in ("PNG", "PPM"):
@@ -235,7 +236,7 @@ def _range(picture: Image.Image, levels: npt.NDArray[np.float32]) -> tuple[float
 
 
 def _bits(picture: Image.Image) -> int:
-    """Of a 16-bit picture those that it uses, as a TIFF of 12 bits says."""
+    """The number of bits that a 16-bit picture uses; a TIFF of 12 bits says so in a tag."""
     tags: Any = getattr(picture, "tag_v2", {})
     try:
         bits = int(tags.get(258, (16,))[0])  # BitsPerSample
@@ -248,7 +249,7 @@ def _bits(picture: Image.Image) -> int:
 
 
 def _to_srgb(picture: Image.Image, mode: str, profile: Any) -> Image.Image:
-    """A picture without transparency as RGB, by the profile of the file, whose pixels are of another mode perhaps."""
+    """A picture without transparency as RGB, by the profile of the file, whose pixels may have another mode."""
     space, source = _SPACES.get(mode, ("", ""))
     transform = _transform(profile, space, source) if isinstance(profile, bytes) and space else None
     if transform is None:
@@ -257,9 +258,9 @@ def _to_srgb(picture: Image.Image, mode: str, profile: Any) -> Image.Image:
     return transform.apply(picture.convert(source))
 
 
-@functools.lru_cache(maxsize=4)  # the pictures of a camera have the same one
+@functools.lru_cache(maxsize=4)  # pictures of the same camera have the same profile
 def _transform(profile: bytes, space: str, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From pixels of a mode to sRGB; None where there is nothing to convert, or no way to."""
+    """From pixels of a mode to sRGB; None if there is nothing to convert, or if that is impossible."""
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         if source.profile.xcolor_space.strip() != space:
@@ -268,7 +269,7 @@ def _transform(profile: bytes, space: str, mode: str) -> ImageCms.ImageCmsTransf
         intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
         found = ImageCms.buildTransform(source, srgb, mode, "RGB", intent, _BLACK_POINT_COMPENSATION)
         return found if mode == "CMYK" or _changes_colours(found, mode) else None
-    except Exception as error:  # a damaged profile leads Little CMS to many; without it, each call is an ImportError
+    except Exception as error:  # Little CMS raises many kinds for a damaged profile; without it, each call is an ImportError
         logger.info("a picture's colour profile is ignored: %s", error)
         return None
 

@@ -1,4 +1,4 @@
-"""The errors that the runtime raises. `edge_dfcil.errors` has these and the others of the family."""
+"""The errors that the runtime raises. `edge_dfcil.errors` has these and all others."""
 
 
 class EdgeDfcilError(Exception):
@@ -10,7 +10,7 @@ class SettingError(EdgeDfcilError, ValueError):
 
 
 class DataError(EdgeDfcilError, ValueError):
-    """Images, targets or a loader that cannot be learnt from, or answered."""
+    """Images, targets or a loader that cannot be learnt from or predicted."""
 
 
 class SignatureError(EdgeDfcilError):

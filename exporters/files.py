@@ -1,4 +1,4 @@
-"""Replaces a file so that its path holds the old content or the new one, whatever happens in between."""
+"""Replaces a file so that its path has the old content or the new one, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import stat
 import time
 from pathlib import Path
 
-# What the kernel answers where a file cannot be created beside the target, or renamed over it, though the target itself
-# may be writable: a single file that a container mounts, a folder of a read-only image.
+# Errors of the kernel when a file cannot be created next to the target, or renamed over it, although the target itself may be
+# writable: a single file that a container mounts, a folder of a read-only image.
 _NO_RENAME = {errno.EBUSY, errno.EXDEV, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}
 _STALE_SECONDS = 3600.0
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 
 
 def replace_file(path: str | Path, content: bytes) -> None:
-    """Gives a file a new content, all or nothing.
+    """Gives a file new content, all or nothing.
 
     The content is written to a hidden file in the same folder, flushed to the disk and renamed. A symbolic link stays a link:
     the file it points to is replaced. A file that is replaced keeps its mode, and its owner where that is allowed; a new one
@@ -28,8 +28,8 @@ def replace_file(path: str | Path, content: bytes) -> None:
     cannot be written to), the file is overwritten in place, and its old content is restored if that fails; only a process
     that is killed in the middle of that can leave a damaged file.
 
-    Raises `OSError` when the path is not a regular file or cannot be written. The file is as it was before then, and no other
-    file is left.
+    Raises `OSError` when the path is not a regular file or cannot be written. The file is then unchanged, and no other file is
+    left.
     """
     target = resolve(path)
     try:
@@ -43,7 +43,7 @@ def replace_file(path: str | Path, content: bytes) -> None:
 def resolve(path: str | Path) -> Path:
     """The regular file, which may not exist yet, that a path leads to through symbolic links.
 
-    Raises `OSError` for a path that is too long, that the file system cannot encode, or that leads to anything else than a
+    Raises `OSError` for a path that is too long, that the file system cannot encode, or that leads to anything other than a
     regular file.
     """
     try:
@@ -63,10 +63,10 @@ def resolve(path: str | Path) -> Path:
 
 
 def check_writable(path: str | Path, size: int | None = None) -> None:
-    """Checks that `replace_file` can write `size` bytes to a path; None takes the size of the file that is there.
+    """Checks that `replace_file` can write `size` bytes to a path; None takes the size of the existing file.
 
-    Meant to be called before long work whose result goes there. It creates and removes an empty hidden file.
-    Raises `OSError` that says what prevents it.
+    Call it before long work whose result is written there. It creates and removes an empty hidden file.
+    Raises an `OSError` that says what prevents it.
     """
     target = resolve(path)
     folder = target.parent
@@ -83,7 +83,7 @@ def check_writable(path: str | Path, size: int | None = None) -> None:
     needed = size if size is not None else target.stat().st_size if exists else 0
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"{needed} bytes are needed beside it, and the disk has {free} left", str(path))
+        raise OSError(errno.ENOSPC, f"{needed} bytes are needed in its folder, and the disk has {free} left", str(path))
 
 
 def hidden_name(path: Path, ending: str) -> str:
@@ -108,17 +108,17 @@ def _replace(target: Path, content: bytes) -> None:
 
 
 def _create_part(target: Path) -> tuple[Path, int]:
-    """A new file beside the target, open for writing, that no other user can read more of than of the target."""
+    """A new file next to the target, open for writing, that no other user can read who cannot read the target."""
     _remove_stale_parts(target)
     part = target.with_name(hidden_name(target, f"-{secrets.token_hex(3)}.part"))
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     mode = _mode_of(target)
-    # The kernel takes the umask off. Reading the umask would mean setting it, for all threads of the process.
+    # The kernel applies the umask. Reading the umask would mean setting it, for all threads of the process.
     return part, os.open(part, flags, 0o666 if mode is None else mode & 0o666)
 
 
 def _remove_stale_parts(target: Path) -> None:
-    """Removes what a writer of the same file left that was killed in the middle."""
+    """Removes the hidden files of writers of the same file that were killed before they had finished."""
     with contextlib.suppress(OSError):
         for part in target.parent.glob(hidden_name(target, "-??????.part")):
             if time.time() - part.stat().st_mtime > _STALE_SECONDS:
@@ -148,7 +148,7 @@ def _keep_owner_and_mode(descriptor: int, target: Path) -> None:
 
 
 def _write_in_place(target: Path, content: bytes) -> None:
-    """Writes without a rename. The old content is held in memory until the new one is on the disk."""
+    """Writes without a rename. The old content is kept in memory until the new one is on the disk."""
     if not target.exists():
         try:
             with open(target, "xb") as file:

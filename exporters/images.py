@@ -1,4 +1,4 @@
-"""What `OnnxClassifier` takes, as the uint8 squares that a file sees: all that `Learner.predict` takes, without torch."""
+"""Converts the inputs of `OnnxClassifier` to uint8 squares: all that `Learner.predict` takes, without torch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from exporters.resize import fit
 
 Batch = npt.NDArray[np.uint8]
 KEYS = ("image", "images", "pixel_values", "img")  # of the images in a dict
-LARGEST_IMAGE = 4096  # pixels a side of what a network sees; one image would take 200 MB as floats
-DEEPEST = 8  # lists inside each other that may be numbers
+LARGEST_IMAGE = 4096  # side in pixels of what a network sees; one image would take 200 MB as floats
+DEEPEST = 8  # levels of nested lists that are searched for a number
 EXPECTED = "(N, 3, H, W), (3, H, W), channels last, or one channel"
 
 
 def batches(images: Any, side: int, at_once: int) -> Iterator[Batch]:
     """Images of any size as batches (n, 3, side, side) of uint8 with n up to 2 `at_once`, in order.
 
-    Raises `DataError` that names the image, by its place from 0, which cannot be used.
+    Raises a `DataError` that names the unusable image by its index from 0.
     """
     waiting: list[Batch] = []
     for some in _pieces(images):
@@ -37,7 +37,7 @@ def batches(images: Any, side: int, at_once: int) -> Iterator[Batch]:
 
 
 def _pieces(images: Any) -> Iterator[npt.NDArray[Any]]:
-    """The images as checked arrays (n, 3, H, W), those together that came as one array."""
+    """The images as checked arrays (n, 3, H, W); images that were passed as one array stay together."""
     if isinstance(images, Mapping):
         images = _entry(images, "images")
     if _is_single(images) or _is_number(images):
@@ -45,7 +45,7 @@ def _pieces(images: Any) -> Iterator[npt.NDArray[Any]]:
         return
     if isinstance(images, (bytes, Set)) or not isinstance(images, Iterable):
         raise DataError(
-            f"images: a {type(images).__name__} came; pass an array, a tensor, a PIL image, a path, a list of them, or a loader"
+            f"images: got a {type(images).__name__}; pass an array, a tensor, a PIL image, a path, a list of them, or a loader"
         )
     listed = isinstance(images, (list, tuple))
     for number, item in enumerate(images):
@@ -62,7 +62,7 @@ def _entry(item: Mapping[Any, Any], where: str) -> Any:
     for key in KEYS:
         if key in item:
             return item[key]
-    raise DataError(f"{where}: a dict with the keys {sorted(map(str, item))} came; one of {', '.join(KEYS)} was expected")
+    raise DataError(f"{where}: got a dict with the keys {sorted(map(str, item))}; one of {', '.join(KEYS)} was expected")
 
 
 def _is_single(item: Any) -> bool:
@@ -71,14 +71,14 @@ def _is_single(item: Any) -> bool:
 
 def _is_number(item: Any) -> bool:
     """Whether it is a number, or nested lists of them."""
-    for _ in range(DEEPEST):  # a list may hold itself
+    for _ in range(DEEPEST):  # a list may contain itself
         if isinstance(item, (list, tuple)) and item:
             item = item[0]
     return isinstance(item, (int, float))
 
 
 def _is_pillow(item: Any) -> bool:
-    pillow = sys.modules.get("PIL.Image")  # if it is not loaded, there is no image of it
+    pillow = sys.modules.get("PIL.Image")  # if it is not imported, there is no PIL image
     return pillow is not None and isinstance(item, pillow.Image)
 
 
@@ -91,9 +91,9 @@ def _array(item: Any, where: str) -> npt.NDArray[Any]:
             item = item if str(item.dtype) != "torch.bfloat16" else item.float()
         array = np.asarray(item)
     except Exception as error:  # whatever an array type of another library raises
-        raise DataError(f"{where}: this {type(item).__name__} is no array of pixels ({error})") from error
+        raise DataError(f"{where}: this {type(item).__name__} is not an array of pixels ({error})") from error
     if array.dtype.kind not in "biuf":
-        raise DataError(f"{where}: a {type(item).__name__} came, not an array of pixels of one size")
+        raise DataError(f"{where}: got a {type(item).__name__}; pass an array of pixels of one size")
     return _checked(array, where)
 
 
@@ -136,8 +136,8 @@ def _check_values(array: npt.NDArray[Any], where: str) -> None:
         raise DataError(f"{where}: the dtype is {array.dtype}; pass uint8, or float in [0, 1]")
     if array.size and not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):
         raise DataError(
-            f"{where}: pixels reach from {array.min():.3g} to {array.max():.3g}; floats must lie in [0, 1], not normalised, "
-            "because the file normalises by itself"
+            f"{where}: pixels range from {array.min():.3g} to {array.max():.3g}; floats must be in [0, 1], not normalised, "
+            "because the file normalises them itself"
         )
 
 

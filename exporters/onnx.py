@@ -1,4 +1,4 @@
-"""A classifier as one ONNX file: plain pixels in, probabilities out, names inside; checked before it is written."""
+"""Exports a classifier as one ONNX file, from pixels to probabilities, with class names; checked before it is written."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def export_onnx(
     int8: Int8 | None = None,
     input: str = "fixed",
 ) -> ExportReport:
-    """`exporters.export` with format="onnx"."""
+    """`exporters.export` with format="onnx"; `int8` and `input` are those of `exporters.onnx.to_onnx`, with its errors."""
     about: dict[str, Any] = {"source_sha256": source_sha256, "version": version}
     return export(classifier, path, format="onnx", classes=classes, image_size=image_size, int8=int8, input=input, **about)
 
@@ -58,7 +58,7 @@ def to_onnx(
     int8
         Images to calibrate a static INT8 quantization with and to check it on; None writes floats.
     on_batch
-        For INT8: called after every batch with the number of images seen and of all there are, None where the sets do not
+        For INT8: called after every batch with the number of images read and the number of all images, None if the sets do not
         say. What it raises ends the export.
     input
         "fixed": images are squares of S pixels. "any": H and W are free as well, and the graph scales and crops; it is checked
@@ -91,7 +91,7 @@ def check_input(input: str) -> None:
 def _of_squares(
     classifier: nn.Module, about: About, int8: Int8 | None, on_batch: Callable[[int, int | None], None] | None
 ) -> tuple[Artifact, Run]:
-    """A checked file for squares of S pixels, and what it has to answer."""
+    """A checked file for squares of S pixels, and a function that gives the expected probabilities."""
     content = _graph(classifier, about)
     difference = max_difference(_runner(content), classifier, about.image_size)
     if int8 is None:
@@ -133,13 +133,13 @@ def _of_any_size(made: Artifact, answer: Run, about: About, fit: Fit) -> Artifac
 
 
 def _runner(content: bytes) -> Run:
-    """A graph's only output for `images`."""
+    """A function from `images` to a graph's only output."""
     graph = session(content)
     return lambda images: graph.run(None, {"images": images})[0]
 
 
 def _asked(classifier: nn.Module) -> Run:
-    """The classifier's probabilities."""
+    """A function from images to the classifier's probabilities."""
     import torch
 
     @torch.inference_mode()
@@ -197,7 +197,7 @@ def _traced(classifier: nn.Module, image_size: int) -> Any:
 
 
 def _without_traces(model: Any) -> Any:
-    """Without what torch notes of each operation: stack traces, which hold the paths of the machine that exported."""
+    """Removes torch's notes on each operation: stack traces, which contain paths of the machine that exported."""
     for entry in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del entry.metadata_props[:]
     return model

@@ -18,7 +18,7 @@ import json
 import os
 import pkgutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # What to do instead, by the ending of a file that no format writes.
-_HINTS = {".mlpackage": "a Core ML package is a folder; write the form of Core ML that is one file, .mlmodel"}
+_HINTS = {".mlpackage": "a Core ML package is a folder; write a Core ML model in one file, .mlmodel"}
 MAX_HEADER = 100_000_000  # bytes; no safetensors file has more
 
 
@@ -46,9 +46,9 @@ class About:
     image_size
         S, the side in pixels of the square that the network sees.
     source_sha256, version
-        Of the model file that it was made from, and of the package.
+        The SHA-256 of the model file that it was made from, and the version of the package.
     temperature
-        What the classifier divides its logits by; for information, since its answers have it already.
+        The classifier divides its logits by it; for information, since its answers include it.
     thresholds
         Of each class, for `exporters.rejection`; empty if there are none.
     """
@@ -63,7 +63,7 @@ class About:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What an exporter makes.
+    """What an exporter returns.
 
     Attributes
     ----------
@@ -71,10 +71,10 @@ class Artifact:
         The bytes of the file.
     max_difference
         Largest difference of a probability from the classifier's: every exporter compares before it returns, most simply with
-        `exporters.checks.max_difference`. None where the format answers on other systems alone, and the caller asked for a file
-        that is not compared.
+        `exporters.checks.max_difference`. None if the format runs only on other systems, and the caller asked for a file that is
+        not compared.
     format
-        What the report calls it; empty takes the format's name.
+        The name in the report; empty takes the format's name.
     input
         "fixed" or "any", as in `ExportReport`.
     opset, float_bytes, agreement, accuracy, speedup, quantization
@@ -95,7 +95,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how far it was from the model on the images it was checked with.
+    """What was written, and its largest difference from the model on the images it was checked with.
 
     Attributes
     ----------
@@ -103,23 +103,29 @@ class ExportReport:
         "onnx", "onnx-int8", or the name of another registered format.
     opset
         Of an ONNX file; None for other formats.
+    classes, image_size
+        The number of classes, and the side in pixels of the square that the network sees.
     bytes
         Size of the file.
     max_difference
         Largest difference of a probability between the file and the model, over all images it was checked with; None for a file
-        that was not checked, since nothing here can read it.
+        that could not be checked on this machine.
+    source_sha256
+        SHA-256 of the model; empty if it was not given.
+    seconds
+        Duration of the export.
     float_bytes
-        Size that the file would have without quantization.
+        Size in bytes that the file would have without quantization.
     agreement
-        Of an INT8 file: share of images for which it answers as the model does, by set of images ("dreams", "pictures").
+        For an INT8 file: share of images for which it answers as the model does, by set of images ("dreams", "pictures").
     accuracy
-        Of an INT8 file: share of right answers of the model and of the file, for sets whose answers are known.
+        For an INT8 file: share of right answers of the model and of the file, for sets whose answers are known.
     speedup
-        Of an INT8 file: seconds of the float graph for one image over its own, on this machine with one thread.
+        For an INT8 file: the float graph's time for one image divided by its own, on this machine with one thread.
     quantization
-        Of an INT8 file: which weights share a scale, and whether the head stays floats.
+        For an INT8 file: which weights share a scale, and whether the head stays in floats.
     input
-        "fixed" for a file that takes squares of `image_size` pixels alone, "any" for one that scales and crops by itself.
+        "fixed" for a file that takes only squares of `image_size` pixels, "any" for one that scales and crops itself.
     """
 
     path: str
@@ -150,17 +156,30 @@ class Exporter:
     ending: str
     export: Callable[..., Artifact]
 
+    def check_options(self, names: Iterable[str]) -> None:
+        """Raises `ExportError` for the name of an option that the format does not take."""
+        for name in names:
+            if not self.takes(name):
+                others = " or ".join(repr(one.name) for one in _EXPORTERS.values() if one.takes(name))
+                hint = f"; pass format={others}" if others else ""
+                raise ExportError(f"the format {self.name!r} does not take {name!a:.80}{hint}. Nothing was written")
+
+    def takes(self, option: str) -> bool:
+        """Whether `export` has a keyword of this name."""
+        parameters = inspect.signature(self.export).parameters
+        return option in parameters or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+
 
 _EXPORTERS: dict[str, Exporter] = {}
 
 
 def register_exporter(name: str, ending: str, export: Callable[..., Artifact]) -> None:
-    """Adds a format, or replaces the one of that name.
+    """Adds a format, or replaces the one of that name. Raises `ExportError` for an ending that it cannot have.
 
     Parameters
     ----------
     name
-        What `format=` takes.
+        The value for `format=`.
     ending
         Of its files, such as ".onnx"; no other format may have it.
     export
@@ -169,7 +188,7 @@ def register_exporter(name: str, ending: str, export: Callable[..., Artifact]) -
         when what it made disagrees with the classifier.
     """
     if not ending.startswith(".") or ending.lower() == ".safetensors":
-        raise ExportError(f"ending={ending!r}; it begins with a dot, and .safetensors is the ending of model files")
+        raise ExportError(f"ending={ending!r}; it must begin with a dot, and .safetensors is the ending of model files")
     for other in _EXPORTERS.values():
         if other.ending == ending.lower() and other.name != name:
             raise ExportError(f"{ending} is the ending of the format {other.name!r} already")
@@ -181,13 +200,13 @@ def list_exporters() -> dict[str, str]:
     return {exporter.name: exporter.ending for exporter in _EXPORTERS.values()}
 
 
-def find_exporter(path: str | Path, format: str | None = None) -> Exporter:
+def find_exporter(path: str | os.PathLike[str], format: str | None = None) -> Exporter:
     """The format of that name; with None the one whose ending the path has, ONNX for a path without an ending.
 
-    Raises `ExportError` for a name or an ending that is not known, and for a path with the ending of something else.
+    Raises `ExportError` for a name or an ending that is not known, and for a path with the ending of another format.
     """
     known = ", ".join(f"{name} ({ending})" for name, ending in list_exporters().items())
-    if not isinstance(path, (str, Path)):
+    if not isinstance(path, (str, os.PathLike)):
         raise ExportError(f"path={path!a:.80} is a {type(path).__name__}; pass the path of a file. Nothing was written")
     ending = Path(path).suffix.lower()
     if format is None:
@@ -221,7 +240,7 @@ def check_target(path: str | Path, source: str | Path | None = None) -> None:
 
 
 def is_model_file(path: Path) -> bool:
-    """Whether edge-dfcil wrote this file as a model or a checkpoint, damaged ones included as far as the header is whole."""
+    """Whether edge-dfcil wrote this file as a model or a checkpoint; also for a damaged file whose header is intact."""
     if not path.exists():
         return False
     with open(path, "rb") as file:
@@ -254,7 +273,7 @@ def export(
     classifier
         uint8 images (N, 3, S, S) to logits (N, C), preprocessing included; on the CPU.
     format
-        "onnx" or the name of another registered format; None goes by the path's ending, and takes ONNX without one.
+        "onnx" or the name of another registered format; None chooses by the ending of the path, and ONNX if it has none.
     classes
         C names.
     image_size
@@ -262,7 +281,7 @@ def export(
     source
         The file of the model, which must not be overwritten.
     source_sha256, version
-        Of the model that it was made from; kept in the file's metadata.
+        The SHA-256 of the model that it was made from, and the version of the package; kept in the file's metadata.
     temperature, thresholds
         Kept in the file's metadata, for rejection; C thresholds, or none.
     **options
@@ -272,25 +291,20 @@ def export(
     ------
     ExportError
         When the path has the ending of no format, or is a model file, a folder or a device; when the file cannot be made,
-        disagrees with the classifier, or cannot be written. What was at the path is untouched then.
+        disagrees with the classifier, or cannot be written. An existing file at the path is then unchanged.
     """
     begin = time.perf_counter()
     exporter = find_exporter(path, format)
     check_target(path, source)
     about = About(tuple(classes), image_size, source_sha256, version, temperature, tuple(thresholds))
-    try:
-        inspect.signature(exporter.export).bind(classifier, about, **options)
-    except TypeError as error:
-        raise ExportError(f"the format {exporter.name!r} does not take these options ({error})") from error
+    exporter.check_options(options)
     with _in_eval_mode(classifier):
         made = exporter.export(classifier, about, **options)
     check_target(path, source)  # again: making it may have taken minutes
     try:
         replace_file(path, made.content)
     except OSError as error:
-        raise ExportError(
-            f"{path} could not be written: {error.strerror or error}; what was there before is untouched"
-        ) from error
+        raise ExportError(f"{path} could not be written: {error.strerror or error}; the existing file is unchanged") from error
     return ExportReport(
         path=str(path),
         format=made.format or exporter.name,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-FLOOR = 1e-37  # of a probability: float32 has none that is smaller by much
+FLOOR = 1e-37  # of a probability: near the smallest normal number of float32
 
 
 def scores(probabilities: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
@@ -22,8 +22,8 @@ def scores(probabilities: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
 
 
 def margins(probabilities: npt.NDArray[np.floating], thresholds: Sequence[float]) -> npt.NDArray[np.float64]:
-    """By how much the score of each image is above the threshold of the class that it is answered with, (N,). Below 0, the
-    image belongs to no known class."""
+    """By how much the score of each image is above the threshold of its predicted class, (N,). Below 0, the image belongs to no
+    known class."""
     if not len(probabilities):
         return np.zeros(0)
     found: npt.NDArray[np.float64] = scores(probabilities) - np.asarray(thresholds)[probabilities.argmax(1)]

@@ -1,8 +1,8 @@
-"""Photographs of any size to the square that a network sees, in NumPy: what `edge_dfcil.model.preprocessing.fit` does in torch.
+"""Scales and crops photographs to the square that a network sees, in NumPy, as `edge_dfcil.model.preprocessing` does in torch.
 
 Each side is resampled with the triangle filter, stretched by the scale when the image shrinks (antialiased bilinear, as in
-Pillow and torch). Only the pixels of the centre square are computed. uint8 images are computed as torch and Pillow do, with
-weights of 16 bits and a rounding after each side, and are equal to the bit; floats without a rounding.
+Pillow and torch). Only the pixels of the centre square are computed. uint8 images are computed as in torch and Pillow, with
+weights of 16 bits and a rounding after each side, and are bit-identical; floats are not rounded.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 LONGEST = 4  # times the short side: what is further from the centre is cut off before scaling, as in `fit`
-BITS, MOST_BITS = 15, 22  # of a weight of uint8 images, without its sign, and behind the point at most
+BITS, MOST_BITS = 15, 22  # of a weight for uint8 images: without the sign, and at most after the binary point
 
 
 def fit(images: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
     """Images (..., H, W), uint8 or float32, scaled until the short side is `size`, then cropped to the centre (size, size).
 
-    The dtype is kept. uint8 images are torch's to the bit where it does not make floats of them first, as on CPUs with AVX2;
-    elsewhere, and of floats, a pixel differs by 1/255 at most.
+    The dtype is kept. For uint8 the result is bit-identical to torch's where torch does not convert to floats first, as on CPUs
+    with AVX2; elsewhere, and for floats, a pixel differs by 1/255 at most.
     """
     height, width = images.shape[-2:]
     if (height, width) == (size, size):
@@ -31,7 +31,7 @@ def fit(images: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
     columns = _Taps(width, max(size, round(width * scale)), size)
     rows = _Taps(height, max(size, round(height * scale)), size)
     resample = _of_integers if images.dtype == np.uint8 else _of_floats
-    # Rows are added up faster than columns, so the image lies on its side for the first pass.
+    # Rows are added up faster than columns, so the image is transposed for the first pass.
     seen = images[..., rows.first : rows.last + 1, columns.first : columns.last + 1]
     narrow = resample(np.ascontiguousarray(seen.swapaxes(-1, -2)), columns)
     return np.ascontiguousarray(resample(np.ascontiguousarray(narrow.swapaxes(-1, -2)), rows))
@@ -45,16 +45,17 @@ def _without_far_ends(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 class _Taps:
-    """What the `size` middle ones of `after` output pixels are made of.
+    """The input pixels and weights of the `size` middle ones of `after` output pixels.
 
     Attributes
     ----------
     pixels, weights
-        Of each output pixel the input pixels, less `first`, and their weights, float64, which add up to 1; both (size, taps).
+        For each output pixel, the indices of its input pixels minus `first`, and their weights, float64, which add up to 1; both
+        (size, taps).
     whole, bits
-        The weights as whole numbers, of 2**bits. The largest weight of all `after` pixels takes `BITS` of them.
+        The weights times 2**bits, as whole numbers. The largest weight of all `after` pixels takes `BITS` bits.
     first, last
-        Of the input pixels that are needed.
+        The first and the last of the input pixels that are needed.
     """
 
     def __init__(self, before: int, after: int, size: int) -> None:
@@ -86,7 +87,7 @@ def _of_integers(images: npt.NDArray[np.uint8], taps: _Taps) -> npt.NDArray[np.u
 
 
 def _of_floats(images: npt.NDArray[np.float32], taps: _Taps) -> npt.NDArray[np.float32]:
-    """The same of float32 images."""
+    """The same for float32 images."""
     found = np.zeros((*images.shape[:-2], len(taps.pixels), images.shape[-1]), np.float32)
     for pixels, weights in zip(taps.pixels.T, taps.weights.T.astype(np.float32), strict=True):
         found += weights[:, None] * images[..., pixels, :]

@@ -1,4 +1,4 @@
-"""OnnxClassifier: answers from an exported file, with numpy and onnxruntime alone."""
+"""OnnxClassifier: predicts with an exported file, with only numpy and onnxruntime."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ AT_ONCE = 64  # images that are answered together
 _TOO_NEW = re.compile(r"(IR version)\D*(\d+)\D+IR version\D*(\d+)|([Oo]pset) (\d+) is under development.*till opset (\d+)", re.S)
 
 
-# The key, in any spelling of its length, by which ONNX names another file that holds a tensor. Exported files are whole.
+# The key, in any encoding of its length, by which ONNX refers to another file for a tensor. Exported files are self-contained.
 _ELSEWHERE = re.compile(rb"(?:\n|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)location")
 
 
 class OnnxClassifier:
     """An exported classifier.
 
-    Raises `ExportError` for a file that is missing, damaged, from elsewhere, or too new for the runtime; `SignatureError` for one
-    that the owner of `public_key` has not signed.
+    Raises `ExportError` for a file that is missing, damaged, of another program, or too new for the runtime; `SignatureError`
+    for one that the owner of `public_key` has not signed.
 
     Parameters
     ----------
@@ -46,8 +46,8 @@ class OnnxClassifier:
     threads
         CPU threads for one answer; 0 lets ONNX Runtime choose.
     verify
-        Whether the file must be as it was exported, to the byte, by the SHA-256 at its end. Files of versions before have none
-        and are taken without. False is for a file that other tools have changed on purpose.
+        Whether the file must be exactly as it was exported, by the SHA-256 at its end. Files of earlier versions have none and
+        are accepted without it. False is for a file that other tools have changed on purpose.
     public_key
         An Ed25519 key (a PEM file): the file must be signed by its owner, see `exporters.signatures`.
 
@@ -58,9 +58,9 @@ class OnnxClassifier:
     image_size
         S, the side in pixels of the square that the network sees. Images of other sizes are scaled and cropped to it.
     temperature
-        What the model's logits are divided by; the file's probabilities have it already.
+        The model's logits are divided by it; the file's probabilities include it.
     thresholds
-        Of each class, for `predict(reject=True)`; empty where the model had none.
+        Of each class, for `predict(reject=True)`; empty if the model had none.
     sealed
         Whether the SHA-256 of the file was checked.
     """
@@ -71,7 +71,7 @@ class OnnxClassifier:
         if not os.path.isfile(path):
             raise ExportError(f"{path} is not a file; `edge-dfcil export MODEL {path}` writes one")
         try:
-            content = Path(path).read_bytes()  # what is checked is what is opened, whatever happens to the file
+            content = Path(path).read_bytes()  # read once, so that what is checked is what is opened
         except OSError as error:
             raise ExportError(f"{path} cannot be read: {error.strerror or error}") from error
         if public_key is not None:
@@ -80,7 +80,7 @@ class OnnxClassifier:
         if self.sealed and not seals.is_intact(content):
             raise _changed(path, seals.ir_version(content))
         if _ELSEWHERE.search(content):
-            raise ExportError(f"{path} takes tensors from other files, which an exported file never does; export it again")
+            raise ExportError(f"{path} reads tensors from other files, which an exported file never does; export it again")
         try:
             self._session = session(content, threads)
         except ExportError:
@@ -125,19 +125,19 @@ class OnnxClassifier:
         return np.concatenate(found) if found else np.zeros((0, len(self.classes)), np.float32)
 
     def predict(self, images: Any, top_k: int = 1, reject: bool = False) -> list[Prediction]:
-        """Names images; answers as `Learner.predict` does.
+        """Predicts the classes of images as `Learner.predict` does.
 
-        Raises `DataError` for images of another shape, dtype or range, or that cannot be read; `SettingError` for `reject`
-        when the file has no thresholds.
+        Raises `DataError` for images of another shape, dtype or range, or that cannot be read; `SettingError` for a `top_k`
+        below 1, and for `reject` when the file has no thresholds.
 
         Parameters
         ----------
         images
             Arrays or tensors (N, 3, H, W), (N, H, W, 3), or one image (3, H, W), (H, W, 3), grey ones with one channel: uint8,
             or float in [0, 1]; a PIL image or a path, with Pillow installed; a list of images, which may differ in size; or a
-            loader. Whatever the size, the short side is scaled to S and the centre is cut out, as the learner does.
+            loader. Whatever the size, the short side is scaled to S and the centre is cropped, as the learner does.
         top_k
-            How many names for each image.
+            Number of names for each image, 1 or more.
         reject
             Whether the label of an image that belongs to no known class is None.
         """
@@ -156,24 +156,24 @@ class OnnxClassifier:
 
 
 def _classes(text: str) -> tuple[str, ...]:
-    """Those of a file's metadata. Raises `ValueError` unless they are texts that can be shown, each once."""
+    """The class names in a file's metadata. Raises `ValueError` unless they are printable strings without duplicates."""
     names = parse_json(text)
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError("its classes are no list of names")
+        raise ValueError("its classes are not a list of names")
     for name in names:
         found = next(filter(None, (problem(name, place) for place in range(len(name)))), None)
         if found:
             raise ValueError(f"the class name {name!a} has {found}")
     if len(set(names)) < len(names):
-        raise ValueError("it has two classes of one name")
+        raise ValueError("it has two classes with the same name")
     return tuple(names)
 
 
 def _thresholds(text: str, classes: int) -> tuple[float, ...]:
-    """Those of a file's metadata. Raises `ValueError` or `TypeError` unless there are none or one a class, all finite."""
+    """The thresholds in a file's metadata. Raises `ValueError` or `TypeError` unless there are none or one per class, finite."""
     values = parse_json(text)
     if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
-        raise ValueError("its thresholds are no list of numbers")
+        raise ValueError("its thresholds are not a list of numbers")
     found = tuple(map(float, values))
     if found and (len(found) != classes or not np.isfinite(found).all()):
         raise ValueError(f"the thresholds are {text}, for {classes} classes")
@@ -185,7 +185,7 @@ def _changed(path: str | Path, ir_version: int | None = None) -> ExportError:
     if ir_version is not None and ir_version > seals.IR_VERSION:
         newer = f", and its ONNX IR version is {ir_version}, where edge-dfcil writes {seals.IR_VERSION} at most"
     return ExportError(
-        f"{path} is not as it was exported: its SHA-256 is another one{newer}. Restore it from a copy or export it again; "
+        f"{path} is not as it was exported: its SHA-256 does not match{newer}. Restore it from a copy or export it again; "
         "OnnxClassifier(path, verify=False) opens a file that you have changed on purpose"
     )
 

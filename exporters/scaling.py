@@ -1,9 +1,9 @@
-"""Scaling and cropping inside an ONNX graph, to the bit as `edge_dfcil.model.preprocessing.fit` does it on uint8 images.
+"""Scaling and cropping inside an ONNX graph, bit-identical to `edge_dfcil.model.preprocessing.fit` on uint8 images.
 
-ONNX has an antialiased `Resize`, but leaves open how it rounds. ONNX Runtime's differs from torch's in up to a quarter of the
+ONNX has an antialiased `Resize`, but does not define its rounding. ONNX Runtime's differs from torch's in up to a quarter of the
 pixels of a photograph, by one step of 255, and that moved the confidence of a sharp classifier by up to 0.12
-(docs/research-log.md). Here the weights are made as torch makes them, in 16 bits, and the sums are of integers: `MatMulInteger`,
-on the high and on the low bytes of the weights.
+(docs/research-log.md). Here the weights are computed as in torch, in 16 bits, and the sums are of integers: `MatMulInteger`, on
+the high and on the low bytes of the weights.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ PREFIX = "fit/"  # of every name that is added to a graph
 
 
 def for_any_size(content: bytes, size: int) -> bytes:
-    """A graph of `images` uint8 (N, 3, S, S), `size` being S, as one of images (N, 3, H, W) with H and W free.
+    """Turns a graph for `images` uint8 (N, 3, S, S), with S = `size`, into one for (N, 3, H, W) with H and W free.
 
-    Squares of S pixels pass as they are; other images are scaled until the short side is S and cropped to the centre.
+    Squares of S pixels pass unchanged; other images are scaled until the short side is S and cropped to the centre.
     """
     import onnx
 
@@ -60,7 +60,7 @@ def scaling_graph(size: int) -> Any:
 
 
 class _Graph:
-    """Nodes in the order in which they are called for: `graph("Add", a, b)` adds one and returns the name of its output.
+    """Nodes in the order in which they are added: `graph("Add", a, b)` adds one and returns the name of its output.
 
     Inputs are names, or arrays, which become constants.
     """
@@ -86,7 +86,7 @@ class _Graph:
         return name
 
     def proto(self, output: str) -> Any:
-        """As a branch, whose inputs are names of the graph around it."""
+        """The nodes as a branch, whose inputs are names of the enclosing graph."""
         from onnx import TensorProto, helper
 
         end = helper.make_tensor_value_info(output, TensorProto.UINT8, None)
@@ -139,8 +139,8 @@ def _resampled(graph: _Graph, images: str, before: str, after: str, size: int) -
 
 
 def _weights(graph: _Graph, before: str, after: str) -> tuple[str, str, str, str, str]:
-    """Of each of `after` columns the first pixel and the one behind the last; the most there are between; the weights, int32
-    (after, taps); what these add up to, about. As `exporters.resize` has them."""
+    """For each of `after` columns the first pixel and the one after the last; the largest number of pixels between; the weights,
+    int32 (after, taps); about the sum of these. As in `exporters.resize`."""
     half, one, zero = np.float64(0.5), np.float64(1), np.int64(0)
     scale = graph("Div", _doubles(graph, before), _doubles(graph, after))
     reach = graph("Max", scale, one)
@@ -162,9 +162,9 @@ def _weights(graph: _Graph, before: str, after: str) -> tuple[str, str, str, str
 
 
 def _matrix(graph: _Graph, first: str, before: str, taps: str, weights: str, groups: int, group: int) -> str:
-    """Weights (columns, taps) as a matrix (before, groups * 2 * group), uint8: of each group the high bytes, then the low."""
+    """Weights (columns, taps) as a matrix (before, groups * 2 * group), uint8: for each group the high bytes, then the low."""
     place = graph("Sub", graph("Range", np.int64(1), graph("Add", before, np.int64(1)), np.int64(1)), _column(graph, first))
-    inside = graph("Min", graph("Max", place, np.int64(0)), graph("Add", taps, np.int64(1)))  # at both ends is a padding of 0
+    inside = graph("Min", graph("Max", place, np.int64(0)), graph("Add", taps, np.int64(1)))  # both ends are padded with 0
     index = graph("Cast", inside, to=_type(np.int32))
     halves = []
     for half in (graph("Div", weights, np.int32(256)), graph("Mod", weights, np.int32(256))):
@@ -180,7 +180,7 @@ def _doubles(graph: _Graph, name: str) -> str:
 
 
 def _whole(graph: _Graph, name: str) -> str:
-    """Without what follows the point."""
+    """Truncated to whole numbers."""
     return graph("Cast", name, to=_type(np.int64))
 
 

@@ -1,7 +1,7 @@
-"""The SHA-256 at the end of an exported ONNX file, by which damage and changes after the export are noticed.
+"""The SHA-256 at the end of an exported ONNX file, by which damage and changes after the export are detected.
 
 The file's last field is an entry of its metadata: "sha256", and the digest of every byte before that field. It is checked without
-reading the file as ONNX. It is no proof of who wrote the file: see `exporters.signatures` for that.
+parsing the file as ONNX. It does not prove who wrote the file: see `exporters.signatures` for that.
 """
 
 from __future__ import annotations

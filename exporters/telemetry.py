@@ -3,7 +3,7 @@
 ONNX Runtime's wheels from 1.27 on may write a device id and a queue of events for its vendor into the user's cache folder as
 soon as they are imported; huggingface_hub, which timm loads weights with, may report its use. Both read environment variables.
 The variables are set when `exporters` is imported, unless the user has set them, and stay set, so that processes started later
-inherit them. The other dependencies have no telemetry (searched for in their sources, 2026).
+inherit them. The other dependencies have no telemetry (their sources were searched in 2026).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def switch_off() -> None:
 
 
 def runtime_library() -> Any:
-    """The module `onnxruntime` with its telemetry off; every import of it in this package comes through here.
+    """The module `onnxruntime` with its telemetry off; every import of it in this package goes through here.
 
     Raises `ExportError` if it is not installed.
     """

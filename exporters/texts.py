@@ -1,4 +1,4 @@
-"""Texts that come from elsewhere: JSON in bounded memory, and what of a text can be shown."""
+"""Strings from untrusted sources: JSON in bounded memory, and strings for messages."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import unicodedata
 from collections import Counter
 from typing import Any
 
-MAX_TEXT = 8_000_000  # characters of JSON; parsed, they take less than 500 MB whatever they are
-MAX_DIGITS = 400  # of a whole number: converting takes the square of their number, and no float has more
+MAX_TEXT = 8_000_000  # characters of JSON; parsed, any of them take less than 500 MB
+MAX_DIGITS = 400  # of a whole number: the time to convert one grows with the square of the digits, and no float has more
 
 _JOINERS = {"\u200c", "\u200d"}  # they belong to Persian and Indian words, and to composed emoji
-BLANKS = {"\u034f", "\u115f", "\u1160", "\u17b4", "\u17b5", "\u2800", "\u3164", "\uffa0"}  # letters and marks without ink
+BLANKS = {"\u034f", "\u115f", "\u1160", "\u17b4", "\u17b5", "\u2800", "\u3164", "\uffa0"}  # letters and marks that are invisible
 
 
 def parse_json(text: str | bytes, most: int = MAX_TEXT) -> Any:
-    """The value in a JSON text. Raises `ValueError` for anything that is none, is too long, too deep, or names a value twice."""
+    """The value of a JSON text. Raises `ValueError` if it is not JSON, is too long or too deep, or gives a name twice."""
     if len(text) > most:
         raise ValueError(f"its JSON has {len(text)} characters; at most {most} are read")
     try:
@@ -39,12 +39,12 @@ def _whole(digits: str) -> int:
 
 
 def shown(text: object) -> str:
-    """A text, or a path, for a message: what cannot be printed, or encoded, is escaped."""
+    """A string or path for a message: characters that cannot be printed or encoded are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def problem(name: str, place: int) -> str | None:
-    """What is wrong with a class name's character at a place, None where nothing is: it can be seen, printed and stored."""
+    """What is wrong with the character of a class name at an index; None if it can be seen, printed and stored."""
     character = name[place]
     category = unicodedata.category(character)
     if category == "Cs":

@@ -12,7 +12,7 @@ import numpy as np
 
 from exporters.telemetry import runtime_library
 
-# The time of one thread alone, so that other processes do not count. Windows counts it in steps of 15 ms.
+# The time of one thread alone, so that other processes do not count. Windows measures it in steps of 15 ms.
 OF_THREAD = time.perf_counter if sys.platform == "win32" else time.thread_time
 
 
@@ -42,7 +42,7 @@ def session(graph: bytes | str, threads: int = 0) -> Any:
 def latencies(
     graphs: Mapping[str, bytes], image_size: int, *, batch: int = 1, threads: int = 1, rounds: int = 30
 ) -> dict[str, float]:
-    """Median seconds for `batch` images of each classifier that `export_onnx` made, in turns; with one thread its own seconds."""
+    """Median seconds for `batch` images of each classifier that `export_onnx` made, in turns; with one thread, its CPU time."""
     images = np.random.default_rng(0).integers(0, 256, (batch, 3, image_size, image_size)).astype(np.uint8)
     sessions = {name: session(graph, threads) for name, graph in graphs.items()}
 

@@ -27,7 +27,7 @@ _TRACING = threading.Lock()
 
 @contextlib.contextmanager
 def tracing(name: str) -> Iterator[None]:
-    """Around a conversion to the format of that name: what it raises becomes an `ExportError`."""
+    """For a conversion to the format of that name: what the conversion raises becomes an `ExportError`."""
     try:
         with _TRACING, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -53,7 +53,7 @@ def serving(classifier: nn.Module) -> nn.Module:
 
 
 def metadata(about: About, form: str) -> dict[str, str]:
-    """What a file says of itself, by key."""
+    """The metadata of a file, by key."""
     return {
         "format": form,
         "image_size": str(about.image_size),
@@ -68,7 +68,7 @@ def metadata(about: About, form: str) -> dict[str, str]:
 
 
 def needed(module: str, extra: str) -> Any:
-    """A module of an extra. Raises `ExportError` that names the command where it cannot be imported."""
+    """A module of an extra. Raises an `ExportError` with the command to install it, if it cannot be imported."""
     try:
         with _TRACING, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -81,5 +81,5 @@ def needed(module: str, extra: str) -> Any:
 
 
 def one_by_one(answer: Run) -> Run:
-    """What answers one image (1, 3, S, S), for several (N, 3, S, S)."""
+    """Extends a function for one image (1, 3, S, S) to several (N, 3, S, S)."""
     return lambda images: np.concatenate([answer(images[index : index + 1]) for index in range(len(images))])

@@ -1,4 +1,4 @@
-"""What callers give: whole numbers, and names out of a few."""
+"""Checks of arguments: whole numbers, and names from a fixed set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from exporters.errors import SettingError
 
 
 def whole_number(name: str, value: Any) -> int:
-    """A whole number from 1 on, of Python or NumPy. Raises `SettingError`, which calls it by `name`, for anything else."""
+    """A whole number, 1 or more, of Python or NumPy. Raises `SettingError`, which calls it `name`, for anything else."""
     try:
         found = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -21,5 +21,5 @@ def whole_number(name: str, value: Any) -> int:
 
 
 def is_one_of(value: Any, names: Container[str]) -> bool:
-    """Whether a value is a text among these names; also for values that cannot be hashed or compared, such as arrays."""
+    """Whether a value is a string among these names; also for values that cannot be hashed or compared, such as arrays."""
     return isinstance(value, str) and value in names

@@ -120,7 +120,7 @@ def test_what_is_no_classifier_is_refused(given: Any, message: str) -> None:
         ({"mean": (0.5, 0.5, 0.5)}, SettingError, "give both"),
         ({"head": "fc"}, BackboneError, "not a linear layer"),
         ({"backbone": "resnet8"}, BackboneError, "not those of resnet8"),
-        ({"backbone": nn.Identity()}, BackboneError, "is a text"),
+        ({"backbone": nn.Identity()}, BackboneError, "must be a string"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(network: Any, settings: dict[str, Any], error: Any, message: str) -> None:
@@ -152,7 +152,7 @@ def test_one_output_is_no_softmax() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_refused(network: Any, key: str, value: Any) -> None:
     network.state_dict()[key].view(-1)[1] = value
-    with pytest.raises(BackboneError, match=f"{key} holds NaN or infinite"):
+    with pytest.raises(BackboneError, match=f"{key} contains NaN or infinite"):
         adopted(network)
 
 
@@ -242,9 +242,9 @@ def test_a_file_says_what_does_not_fit(network: Any, tmp_path: Path) -> None:
     longer[2] = nn.Sequential(*longer[2], nn.Conv2d(16, 16, 1))
     wider[0], wider[1] = block(3, 12), block(12, 16)
     for given, message in (
-        (without_bias, r"has 0\.0\.bias besides"),
+        (without_bias, r"also has 0\.0\.bias"),
         (longer, r"lacks 2\.3\.bias, 2\.3\.weight, 5\.bias and 1 more"),
-        (nn.Flatten(), "and 18 more besides"),
+        (nn.Flatten(), "and 18 more"),
         (models.resnet18(), "lacks bn1.bias, bn1.num_batches_tracked, bn1.running_mean and"),
     ):
         with pytest.raises(ModelFileError, match=message):

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import exporters
-from edge_dfcil import ExportError, Learner
+from edge_dfcil import Callback, ExportError, Learner
 from edge_dfcil.model.preprocessing import fit
+from edge_dfcil.training.stage import Stage
 from exporters import Artifact, Int8, OnnxClassifier, registry, resize, scaling
 from tests.conftest import Conv
 
@@ -145,7 +146,7 @@ def test_a_graph_that_scales_otherwise_than_the_model_is_not_written(tmp_path: P
         return F.interpolate(torch.from_numpy(images), [size, size], mode="bilinear", antialias=True).numpy()
 
     with pytest.raises(
-        ExportError, match=r"scales images of \d+ x \d+ pixels otherwise than the model: a pixel differs by \d+/255"
+        ExportError, match=r"scales images of \d+ x \d+ pixels differently from the model: a pixel differs by \d+/255"
     ):
         exporters.export(Conv(), path, input="any", fit=squeeze, **SETTINGS)
     assert path.read_bytes() == b"what was there before"
@@ -170,6 +171,15 @@ def test_what_it_refuses(learnt: Learner, tmp_path: Path, monkeypatch: pytest.Mo
     exporters.register_exporter("text", ".txt", lambda classifier, about: Artifact(b"text", 0.0))
     with pytest.raises(ExportError, match="input='all' is not known; pass 'any' for images of every size, or 'fixed'"):
         learnt.export(tmp_path / "m.onnx", input="all")
-    with pytest.raises(ExportError, match=r"'text' does not take these options .*input"):
+    with pytest.raises(ExportError, match="'text' does not take 'input'; pass format='onnx'"):
         learnt.export(tmp_path / "m.txt", input="any")
+    begun = list[str]()
+
+    class Stages(Callback):
+        def on_stage_begin(self, stage: Stage) -> None:
+            begun.append(stage.name)
+
+    with pytest.raises(ExportError, match="'text' does not take 'int8'"):
+        learnt.export(tmp_path / "m.txt", "int8", callbacks=[Stages()])
+    assert begun == []  # no image was generated for a format that has no use for it
     assert learnt.export(tmp_path / "m.txt").input == "fixed"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import nn
 from edge_dfcil import ClassError, DataError, Learner
 from edge_dfcil.cli import main
 from edge_dfcil.demo import Batches
+from edge_dfcil.model.statistics import ROLES
 from edge_dfcil.privacy.attacks import auc, found_at, likelihood_ratio
 from edge_dfcil.privacy.audit import Audit, audit
 from edge_dfcil.privacy.page import page
@@ -145,6 +148,11 @@ class TestAudit:
         assert "&lt;model&gt; &amp; co" in text and "<script" not in text and "http" not in text
         for word in ("class mean", "likelihood ratio", "not differentially private", "task 2", "Do generated images"):
             assert word in text
+
+    @pytest.mark.parametrize("role", ROLES)
+    def test_a_page_says_what_each_role_is(self, role: str, found: Audit) -> None:
+        kept = (*found.kept, replace(found.kept[0], kind=role, images=(12,)))
+        assert escape(ROLES[role].meaning) + " At least" in page(replace(found, kept=kept), "a model")
 
 
 def statistics() -> nn.BatchNorm2d:

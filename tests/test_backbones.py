@@ -69,7 +69,7 @@ def test_a_family_says_how_its_images_are(family: Any) -> None:
 @pytest.mark.parametrize(
     ("family_name", "build", "message"),
     [
-        ("cifar", tiny, "registered already"),
+        ("cifar", tiny, "already registered"),
         ("Toy", tiny, "lower-case"),
         ("a:b", tiny, "lower-case"),
         (None, tiny, "lower-case"),

@@ -104,7 +104,7 @@ class TestPredict:
             OnnxClassifier(GOLDEN / "cifar.onnx").predict(images, reject=True)
 
     def test_a_backbone_that_was_trained_on_the_same_images_gives_none(self, learnt: Learner, test: Batches) -> None:
-        with pytest.raises(SettingError, match="leaves the backbone as it is"):
+        with pytest.raises(SettingError, match="does not train the backbone"):
             learnt.predict(test.images[:2], reject=True)
 
 

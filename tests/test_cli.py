@@ -160,7 +160,7 @@ class TestRecipe:
             "generator.width": 8,
             "schedule.epochs": 2,
         }
-        with pytest.raises(SettingError, match=r"none\.json holds no recipe"):
+        with pytest.raises(SettingError, match=r"none\.json is not a recipe"):
             chosen_recipe(QUICK, "none.json", {})
 
 
@@ -249,7 +249,7 @@ def test_a_budget_is_planned_shown_and_kept_or_refused(pictures: Any, model: Pat
 
     refused = cli("learn", pictures[1], "--model", model, "--memory-budget", "100KB", expect=1).stderr
     assert "What would help" in refused
-    assert "is no size" in cli("learn", pictures[1], "--model", model, "--memory-budget", "much", expect=1).stderr
+    assert "is not a size" in cli("learn", pictures[1], "--model", model, "--memory-budget", "much", expect=1).stderr
     assert model.read_bytes() == before
 
     report = json.loads(cli("learn", pictures[1], "--model", model, "--memory-budget", "300MB", "--json").stdout)
@@ -345,7 +345,7 @@ class TestCheckpoint:
     def test_the_same_command_goes_on(self, pictures: Any, model: Path, tmp_path: Path, stopped: Any) -> None:
         whole = shutil.copy(model, tmp_path / "whole.safetensors")
         done = cli("learn", pictures[1], "--model", model, expect=1)
-        assert "the same command continues" in done.stderr and "the model is the one from before" in done.stderr
+        assert "the same command continues" in done.stderr and "the model is unchanged" in done.stderr
         (checkpoint,) = tmp_path.glob(".*")
         assert Learner.load(model).classes == ("0", "1")
         stopped.undo()
@@ -411,7 +411,7 @@ class TestCheckpoint:
     def test_a_time_budget_is_kept_in_the_report(self, pictures: Any, model: Path) -> None:
         report = json.loads(cli("learn", pictures[1], "--model", model, "--time-budget", "10min", "--json").stdout)
         assert report["fitted"]["share"] == 1
-        assert "is no time" in cli("learn", pictures[0], "--model", model, "--time-budget", "soon", expect=1).stderr
+        assert "is not a time" in cli("learn", pictures[0], "--model", model, "--time-budget", "soon", expect=1).stderr
 
 
 def test_classes_are_renamed_and_forgotten(pictures: Any, model: Path) -> None:
@@ -446,16 +446,16 @@ def test_classes_are_renamed_and_forgotten(pictures: Any, model: Path) -> None:
         (["evaluate", "{model}", "{pictures2}"], "does not know '2', '3'"),
         (["inspect", "{pictures}/0/0.png"], "not an edge-dfcil model file"),
         (["dream", "{model}", "{tmp}/no/dreams.png"], "make it first"),
-        (["dream", "{model}", "{tmp}/dreams"], "does not end like a picture"),
+        (["dream", "{model}", "{tmp}/dreams"], "does not have the ending of a picture"),
         (["export", "{model}", "{tmp}/no/m.onnx"], "make it first"),
         (["export", "{model}", "{model}"], "onnx (.onnx)"),
         (["export", "{model}", "{tmp}/m.keras"], "onnx (.onnx)"),
         (["export", "{model}", "{tmp}/m.onnx", "--format", "tflite"], "onnx (.onnx)"),
         (["export", "{model}", "{tmp}/m.bin", "--format", "onnx"], "rename it"),
-        (["dream", "{model}", "{tmp}"], "does not end like a picture"),
+        (["dream", "{model}", "{tmp}"], "does not have the ending of a picture"),
         (["prune", "{model}", "--ratio", "0.1", "--out", "{model}"], "is the model itself"),
         (["learn", "{pictures2}", "--model", "{tmp}"], "folder"),
-        (["learn", "{pictures2}", "--model", "{tmp}/new", "--recipe", "{pictures}/0/0.png"], "holds no recipe"),
+        (["learn", "{pictures2}", "--model", "{tmp}/new", "--recipe", "{pictures}/0/0.png"], "is not a recipe"),
     ],
 )
 def test_reported_errors_exit_with_one_and_change_nothing(
@@ -527,7 +527,7 @@ def test_ctrl_c_is_reported_and_the_old_model_is_intact(pictures: Any, slow_mode
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
     assert process.returncode == 1
-    assert "the model is the one from before" in stderr
+    assert "the model is unchanged" in stderr
     assert "Traceback" not in stderr
     assert slow_model.read_bytes() == before
 

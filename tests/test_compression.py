@@ -446,7 +446,7 @@ def test_settings_of_another_kind() -> None:
 def test_what_cannot_be_done_is_refused(able: Learner, table: LatencyTable) -> None:
     with pytest.raises(BackboneError, match=r"cannot be met.*Ask for less"):
         prune(able, Pruning(ratio=0.9, repair=None), table=table, timing=False, progress=False)
-    with pytest.raises(BackboneError, match="of which some can be taken away"):
+    with pytest.raises(BackboneError, match="of which some can be removed"):
         prune(able, Pruning(ratio=0.1, group=64, repair=None), table=table, timing=False, progress=False)
     with pytest.raises(NotLearnedError):
         prune(quick_learner(), Pruning(ratio=0.1))

@@ -92,7 +92,7 @@ class TestAFolder:
 
     def test_a_folder_that_cannot_be_made(self, learnt: Learner, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with pytest.raises(ModelFileError, match="cannot be made"):
+        with pytest.raises(ModelFileError, match="cannot be created"):
             learnt.save_pretrained(tmp_path / "file" / "folder")
 
     @pytest.mark.parametrize("name", ["missing.safetensors", "a/b/c", "folder"])
@@ -216,7 +216,7 @@ class TestTheHub:
     def test_what_the_hub_does_not_have(self, hub: Hub, files: Any, revision: Any, says: str) -> None:
         if files is not None:
             hub.files[REPO] = files
-        with pytest.raises(HubError, match=f"{REPO} is no path here.*{says}"):
+        with pytest.raises(HubError, match=f"{REPO} is not a local path.*{says}"):
             Model.from_pretrained(REPO, revision=revision)
 
     def test_a_damaged_download_is_not_loaded(self, learnt: Learner, hub: Hub) -> None:
@@ -240,7 +240,7 @@ class TestTheHub:
         assert len(hub.requests) == asked
 
     def test_a_push_that_is_refused(self, learnt: Learner, hub: Hub, monkeypatch: Any) -> None:
-        with pytest.raises(HubError, match=r"may not do this.*status 401"):
+        with pytest.raises(HubError, match=r"does not permit this.*status 401"):
             learnt.push_to_hub(REPO, token="hf_wrong")
         with pytest.raises(HubError, match="name a repository as owner/name"):
             learnt.push_to_hub("a/b/c")

@@ -63,7 +63,7 @@ class TestImages:
             (np.array(["a", "b"]), "dtype <U1"),
             (np.array([object()]), "dtype object"),
             ([X[0], X[0, :, :8]], "different shapes"),
-            ("cat.png", "a str came"),
+            ("cat.png", "got a str"),
             (None, "NoneType"),
             (X[0], r"images\[None\]"),
             (X[:, :, :0], "at least one pixel"),
@@ -131,7 +131,7 @@ class TestTargets:
             (None, "NoneType"),
             ("abcd", "type str"),
             ({0: 1}, "type dict"),
-            (Y[:3], "4 images came with 3 targets"),
+            (Y[:3], "4 images with 3 targets"),
             (Y.to("meta"), "meta"),
         ],
     )
@@ -177,7 +177,7 @@ class TestLoaders:
     @pytest.mark.parametrize(
         ("batch", "message"),
         [
-            ({"picture": X, "label": Y}, "batch 1: a dict with the keys picture, label came; one of image"),
+            ({"picture": X, "label": Y}, "batch 1: got a dict with the keys picture, label; one of image"),
             ({"image": X}, "one of label, labels"),
             (X, "must be a pair"),
             ((X,), "must be a pair"),
@@ -312,13 +312,13 @@ class TestAsImages:
         ("images", "message"),
         [
             (None, "NoneType"),
-            (7, "a int came"),
-            ({X}, "a set came"),
-            (b"png", "a bytes came"),
+            (7, "got a int"),
+            ({X}, "got a set"),
+            (b"png", "got a bytes"),
             (object(), "cannot be iterated"),
             ("nowhere.png", r"nowhere\.png"),
             ([X[0], "nowhere.png"], r"image 1: nowhere\.png"),
-            ([X[0], None], "image 1: a NoneType came"),
+            ([X[0], None], "image 1: got a NoneType"),
             ([X[0], X[1].float()], "image 1: pixels reach"),
             ([X, Y], "image 1: the shape is .* looks like targets"),
             (torch.zeros(5, 16, 16), r"\(N, 1, H, W\)"),
@@ -326,7 +326,7 @@ class TestAsImages:
             (torch.zeros(2, 2, 2, 2, 2), "shape"),
             (torch.tensor(1.0), "shape"),
             ({"label": Y}, "one of image"),
-            ([{"label": Y}], "image 0: a dict"),
+            ([{"label": Y}], "image 0: got a dict"),
         ],
     )
     def test_what_is_refused_says_where(self, images: Any, message: str) -> None:

@@ -220,7 +220,7 @@ class TestClassNames:
             (["a", "b", "a"], ClassError, "'a' appears twice"),
             (["a", "b"], DataError, "target 2 has no name"),
             (["a", "b", ""], ClassError, "not empty"),
-            ("abc", ClassError, "one text"),
+            ("abc", ClassError, "one string"),
             ({2: 7}, ClassError, "7"),
         ],
     )
@@ -256,7 +256,7 @@ class TestAllOrNothing:
             (7, "cannot be iterated"),
             ([images()], "pair"),
             ([(images(), None)], "NoneType"),
-            ([(images(6), torch.zeros(5, dtype=torch.long))], "6 images came with 5 targets"),
+            ([(images(6), torch.zeros(5, dtype=torch.long))], "6 images with 5 targets"),
             ([(images(6), torch.zeros(6))], "float"),
             ([(images().permute(0, 2, 3, 1), torch.zeros(6, dtype=torch.long))], "permute"),
             ([(images()[:, :1], torch.zeros(6, dtype=torch.long))], "grey"),
@@ -535,13 +535,13 @@ class TestBackbones:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"image_size": 4}, SettingError, "8 or more"),
+        ({"image_size": 4}, SettingError, "from 8 to"),
         ({"recipe": "slow"}, SettingError, "edge"),
         ({"method": "magic"}, SettingError, "abd"),
         ({"device": "warp"}, SettingError, "'cpu'"),
         ({"mean": (0.0, 0.0, 0.0), "std": (0.0, 1.0, 1.0)}, SettingError, "above 0"),
         ({"mean": (0.0, 0.0, 0.0)}, SettingError, "give both"),
-        ({"memory_budget": "plenty"}, SettingError, "is no size"),
+        ({"memory_budget": "plenty"}, SettingError, "is not a size"),
     ],
 )
 def test_settings_that_cannot_work(settings: dict[str, Any], error: Any, message: str) -> None:

@@ -38,14 +38,14 @@ def test_sizes_are_read(number: int, unit: Any) -> None:
 
 @pytest.mark.parametrize("size", ["", "MB", "-1MB", "0", "12 XB", "1e3", True, -5, 0, "1.2.3MB"])
 def test_what_is_no_size_is_refused(size: str | bool | int) -> None:
-    with pytest.raises(SettingError, match="is no size"):
+    with pytest.raises(SettingError, match="is not a size"):
         parse(size)
 
 
 def test_a_budget_is_read_when_it_is_set(learnt: Learner) -> None:
     learnt.memory_budget = "64MB"
     assert learnt.memory_budget == 64 * 10**6
-    with pytest.raises(SettingError, match="is no size"):
+    with pytest.raises(SettingError, match="is not a size"):
         learnt.memory_budget = "much"
     assert learnt.memory_budget == 64 * 10**6
 

@@ -228,9 +228,9 @@ class TestStatistics:
         ("found", "message"),
         [
             (Statistic("portrait", torch.ones(2, 3), (20, 20)), "not declared"),
-            (Statistic("class_mean", torch.ones(2, 3), (20,)), "counts the images of 1"),
+            (Statistic("class_mean", torch.ones(2, 3), (20,)), "counts images of 1"),
             (Statistic("class_mean", torch.ones(3, 3), (20, 20)), "shape"),
-            (Statistic("class_mean", torch.ones(2, 3), (20, 9)), "fewer than 10"),
+            (Statistic("class_mean", torch.ones(2, 3), (20, 9)), "at least 10"),
         ],
     )
     def test_what_is_not_as_declared_is_refused(self, found: Any, message: str) -> None:

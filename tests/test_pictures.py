@@ -426,7 +426,7 @@ class TestFolder:
         opened = open_folder(folder, 16)
         assert len(dataset(opened)) == 2 + 5
         assert len(opened.skipped) == 6 + 1
-        assert "beside the class folders" in opened.reasons[str(folder / "beside.png")]
+        assert "not in a class folder" in opened.reasons[str(folder / "beside.png")]
 
     def test_pictures_in_folders_within_keep_their_order(self, folder: Path) -> None:
         for name in ("b/2.png", "b/10.png", "d.png/1.png", "c.png"):
@@ -493,7 +493,7 @@ class TestFolder:
     def test_folders_that_are_none(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="is not a folder"):
             open_folder(tmp_path / "nowhere", 16)
-        with pytest.raises(DataError, match="holds no folder"):
+        with pytest.raises(DataError, match="contains no folder"):
             open_folder(tmp_path, 16)
         saved(tmp_path / "a.png", Image.new("RGB", (8, 8)))
         with pytest.raises(DataError, match="1 pictures itself: sort them"):

@@ -183,5 +183,5 @@ def test_a_method_can_remember_through_pixels(able: Learner, train: Batches) -> 
     for names in (("0", "1"), ("2",)):
         report = learner.learn_task(train.of(names), NAMES, progress=False)
     assert [stage.name for stage in report.stages] == ["dream", "dream", "dream", "learn", "refine"]
-    with pytest.raises(SettingError, match="say how many"):
+    with pytest.raises(SettingError, match="set how many"):
         PIXELS.changed({"remember.dreams": "pixels", "remember.pool": 0})

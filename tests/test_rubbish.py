@@ -72,9 +72,9 @@ def test_what_cannot_be_compared_with_a_name_is_refused_as_one(learnt: Learner, 
             learnt.export(tmp_path / "m.onnx", progress=False, **{keyword: value})
     with pytest.raises(SettingError, match="quality="):
         learnt.dream(1, quality=value, progress=False)
-    with pytest.raises(ClassError, match="class names are texts"):
+    with pytest.raises(ClassError, match="class names are strings"):
         learnt.merge(["0", value], "a")
-    with pytest.raises(ClassError, match="must be a text"):
+    with pytest.raises(ClassError, match="must be a string"):
         learnt.merge(["0"], value)
 
 

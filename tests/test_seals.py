@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,16 @@ class TestSignatures:
                 sign(exported, key)
         with pytest.raises(SettingError, match="PEM"):
             check_signature(exported, private)
+
+    def test_the_library_that_is_missing_is_named(
+        self, exported: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "cryptography"]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "cryptography", None)
+        for call, key in zip((sign, check_signature), keys, strict=True):
+            with pytest.raises(SettingError, match=r"pip install 'edge-dfcil\[sign\]'"):
+                call(exported, key)
 
 
 class TestCommands:

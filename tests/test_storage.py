@@ -145,7 +145,7 @@ def test_a_full_disk_leaves_the_old_file(learnt: Learner, tmp_path: Path) -> Non
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert "refused:" in done.stdout
-    assert "untouched" in done.stdout
+    assert "unchanged" in done.stdout
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path], "no temporary file is left"
 

@@ -1,4 +1,4 @@
-"""Settings of torch's and the system's allocators while a budget holds; they are reset afterwards."""
+"""Settings of torch's and the system's allocators while a memory budget applies; they are reset afterwards."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import torch
 from edge_dfcil.budget.meter import Meter
 
 M_MMAP_THRESHOLD = -3  # of mallopt
-LARGE = 1 / 64  # of a budget: a tensor that takes so much is returned to the system when it is freed
-USUAL = 32 * 2**20  # the most that glibc raises its own threshold to, as tensors are allocated and freed
+LARGE = 1 / 64  # of a budget: a tensor of this size or more is returned to the system when it is freed
+USUAL = 32 * 2**20  # the largest value to which glibc raises its own threshold, as tensors are allocated and freed
 
 
 @contextmanager
 def returned_at_once(budget: int | None) -> Iterator[None]:
     """Under a budget glibc returns large tensors to the system as soon as they are freed.
 
-    Otherwise its threshold for that grows with what is freed, and its heap keeps holes: a fifth more memory for the same steps,
-    and how much is not known beforehand. For small tensors that would save little, and a new mapping for each costs time.
+    Otherwise glibc's threshold grows with the sizes that are freed, and its heap keeps holes: a fifth more memory for the same
+    steps, by an amount that is not known in advance. For small tensors this would save little, and a mapping for each costs
+    time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None or budget is None:
@@ -37,7 +38,7 @@ def returned_at_once(budget: int | None) -> Iterator[None]:
 
 @contextmanager
 def capped(meter: Meter, device: torch.device, budget: int | None) -> Iterator[None]:
-    """CUDA's allocator refuses what is above the budget, which then counts as out of memory."""
+    """CUDA's allocator refuses allocations above the budget with an out-of-memory error."""
     if budget is None or device.type != "cuda":
         yield
         return
@@ -51,6 +52,6 @@ def capped(meter: Meter, device: torch.device, budget: int | None) -> Iterator[N
 
 @contextmanager
 def bounded(meter: Meter, device: torch.device, budget: int | None) -> Iterator[None]:
-    """Watches memory, and makes the allocators keep to the budget if there is one."""
+    """Measures memory, and makes the allocators keep to the budget, unless it is None."""
     with returned_at_once(budget), meter, capped(meter, device, budget):
         yield

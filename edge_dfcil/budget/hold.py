@@ -1,4 +1,4 @@
-"""Holds a plan: stages with the micro-batch that was planned, and fewer images when a step comes near the budget."""
+"""Enforces a memory plan: stages get the planned micro-batch, and a smaller one when a step comes near the budget."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from edge_dfcil.budget.meter import Meter
 from edge_dfcil.results import MemoryPlan
 from edge_dfcil.training.stage import Stage, StageSpec, StageState
 
-NEAR = 0.97  # of the budget: from here on the micro-batch is halved, before it is too late
+NEAR = 0.97  # of the budget: above this the micro-batch is halved, before the budget is passed
 
 
 def hold(stages: Iterator[Stage], plan: MemoryPlan | None, meter: Meter, peaks: list[int]) -> Iterator[Stage]:
-    """The stages under a plan. The peak of each is added to `peaks`, what it is made from included: a pool of generated
-    images is made before the learning."""
+    """The stages under a plan. The peak of each is added to `peaks`, including what is made for the stage beforehand, such as
+    a pool of generated images."""
     planned = {stage.name: stage for stage in plan.stages} if plan is not None else {}
     budget = plan.budget if plan is not None else None
 
     def over_budget(state: StageState) -> bool:
-        """Whether the step must be made again. One that came near is kept, and those after it take half the images."""
+        """Whether the step must be repeated. A step that came near the budget is kept, and later ones take half the images."""
         assert budget is not None
         if meter.peak <= NEAR * budget:
             return False

@@ -1,8 +1,8 @@
-"""The memory budget: what it means, and a meter that watches it.
+"""The memory budget: its definition, and a meter that measures it.
 
-`memory_budget` bounds what `learn_task` adds to the memory that is held when it is called. On the CPU that is the
-process's resident set, with all that torch and its libraries allocate; on CUDA and MPS what torch's allocator reserves
-on the device. What the loader itself holds is not counted.
+`memory_budget` limits what `learn_task` adds to the memory in use when it is called. On the CPU that is the process's
+resident set, with all that torch and its libraries allocate; on CUDA and MPS it is what torch's allocator reserves on
+the device. Memory of the loader itself is not counted.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MI
 
 
 def parse(budget: int | str | None) -> int | None:
-    """A budget in bytes: a number of them, or text such as "512MB" or "0.5 GiB". Raises `SettingError` for anything else."""
+    """A budget in bytes, from a number of bytes or a string such as "512MB" or "0.5 GiB". Raises `SettingError` for others."""
     if budget is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(budget).strip()) if not isinstance(budget, bool) else None
     if found is None or found[2].upper() not in UNITS or float(found[1]) <= 0:
-        raise SettingError(f"memory_budget={budget!r} is no size; pass bytes, or text such as '512MB', or None for no budget")
+        raise SettingError(f"memory_budget={budget!r} is not a size; pass bytes, a string such as '512MB', or None for no budget")
     size = float(found[1]) * UNITS[found[2].upper()]
     if size > 2**60:
         raise SettingError(f"memory_budget={str(budget)[:40]} is more than any machine has; pass None for no budget")
@@ -47,9 +47,9 @@ SAMPLING = 0.005  # seconds between two samples
 
 
 class Meter:
-    """The memory held above the level at which it was entered: the most since the last `reset`, and the most ever.
+    """Memory above the level at which the meter was first entered: the peak since the last `reset`, and the peak overall.
 
-    On CPU and MPS a thread samples it; CUDA's allocator keeps its own peak.
+    On CPU and MPS a thread samples it; CUDA's allocator records its own peak.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -60,11 +60,11 @@ class Meter:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Meter:
-        """Starts to measure; when it is entered again, the level is still the first one."""
+        """Starts to measure. When the meter is entered again, it keeps the first level."""
         give_back(self._device)
         self._froze = not gc.get_freeze_count()
         if self._froze:
-            gc.freeze()  # objects that exist now are not searched again at every `reset`: torch alone is half a second's worth
+            gc.freeze()  # existing objects are not scanned again at every `reset`: torch's alone take half a second
         if not self._entered:
             self.level, self._entered = held(self._device), True
         self._stop.clear()
@@ -83,24 +83,24 @@ class Meter:
 
     @property
     def peak(self) -> int:
-        """Most bytes above the level since `reset`."""
+        """Peak bytes above the level since `reset`."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_reserved(self._device) - self.level
         return self._measure()
 
     @property
     def highest(self) -> int:
-        """Most bytes above the level ever."""
+        """Peak bytes above the level since the meter was first entered."""
         return max(self._highest, self.peak)
 
     @property
     def now(self) -> int:
-        """Bytes above the level that remain when all that is free has been given back."""
+        """Bytes above the level after free memory has been returned to the system."""
         give_back(self._device)
         return held(self._device) - self.level
 
     def reset(self) -> None:
-        """Forgets the peak, and returns free memory to the system, so that the next peak does not include it."""
+        """Clears the peak, and returns free memory to the system, so that the next peak does not include it."""
         give_back(self._device)
         with self._lock:
             self._highest = max(self._highest, self._peak)
@@ -141,7 +141,7 @@ def _process(pid: int) -> psutil.Process:
 
 
 def give_back(device: torch.device) -> None:
-    """Returns what is free to the system: glibc keeps it otherwise, and torch's allocators do."""
+    """Returns free memory to the system: otherwise glibc and torch's allocators keep it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

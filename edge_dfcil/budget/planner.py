@@ -1,7 +1,7 @@
-"""Planning the memory of a long operation: measured, not guessed.
+"""Plans the memory of a long operation by measurement.
 
-It is rehearsed: a few steps of every stage on networks that are thrown away, with a small micro-batch and then with larger
-ones, until it is known which fits. The last rehearsal, of whole batches in as many micro-batches as they need, is the plan.
+A rehearsal runs a few steps of every stage on temporary networks. It is repeated with larger and larger micro-batches, to find
+the largest that fits. The last rehearsal, of whole batches in as many micro-batches as they need, gives the plan.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from edge_dfcil.training.rehearsal import STEPS, Plannable, Rehearsal
 from edge_dfcil.training.stage import Stage, StageSpec, Terms
 
 MARGIN = 0.1  # of the budget, left free when choosing the micro-batch: a fragmented heap needs it most
-LEAST_MARGIN = 0.05  # left free in any case, by the fewest images as by whole batches
-FEWEST = 4  # images in a micro-batch: BatchNorm learns little from fewer
-ENOUGH = 16  # images in a micro-batch; to keep it as large, activations are recomputed, which takes a third more time
+LEAST_MARGIN = 0.05  # left free in any case, both with the fewest images and with whole batches
+FEWEST = 4  # images in a micro-batch: BatchNorm's batch statistics are poor with fewer
+ENOUGH = 16  # images in a micro-batch; activations are recomputed to allow this many, which takes a third more time
 GROWTH = 4  # of the micro-batch, at most, from one rehearsal to the next
-REHEARSALS = 8  # at most, of one choice of settings
+REHEARSALS = 8  # at most, for one choice of settings
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class RehearsalSettings:
     Attributes
     ----------
     changes
-        Values that replace numbers of the recipe.
+        Values that replace settings of the recipe.
     recompute
-        Stages that compute their activations again instead of keeping them; None: all that can.
+        Stages that recompute their activations instead of keeping them; None: all that can.
     limit
-        Bytes above the level; a stage that passes them is not rehearsed further.
+        Bytes above the level; the rehearsal of a stage that exceeds it stops.
     """
 
     changes: dict[str, int]
@@ -52,18 +52,18 @@ class RehearsalSettings:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What a rehearsal found of a stage.
+    """What a rehearsal measured for a stage.
 
     Attributes
     ----------
     at_once, whole
-        Images of a micro-batch, and those of a whole step.
+        Images per micro-batch, and per whole step.
     peak
-        Most bytes above the level.
+        Peak bytes above the level.
     base
-        Those that are held without the stage: by the model, and by libraries, which keep what they made for a size.
+        Bytes above the level without the stage: of the model, and of libraries, which cache data for each tensor size.
     items
-        What they are made of; "scratch" is what could not be counted.
+        The parts of the peak, in bytes; "scratch" is the rest, which could not be counted.
     can_recompute
         Whether the stage trains blocks that can be recomputed.
     """
@@ -77,23 +77,23 @@ class Rehearsed:
 
     @property
     def own(self) -> int:
-        """What it took above what was held before."""
+        """Bytes of the stage itself: the peak above the base."""
         return self.peak - self.base
 
     def begun_at(self, base: int) -> Rehearsed:
-        """The same as if so much had been held when it began."""
+        """The same, as if the base had been this many bytes."""
         more = base - self.base
         items = self.items | {"scratch": max(0, self.items["scratch"] + more)}
         return replace(self, base=base, peak=self.peak + more, items=items)
 
     @property
     def least_an_image(self) -> float:
-        """Bytes that one more image takes at least: its activations, and half as much for their gradients."""
+        """Lower estimate of the bytes per additional image: its activations, and half as much for their gradients."""
         return max(1.0, 1.5 * self.items["activations"] / self.at_once)
 
     @property
     def most_an_image(self) -> float:
-        """The same at most: as if all scratch came with the images, up to twice as much as what is kept of them."""
+        """Upper estimate: as if all scratch grew with the images, up to twice the size of their activations."""
         kept = self.items["activations"]
         return max(1.0, (kept + min(self.items["scratch"], 2 * kept)) / self.at_once)
 
@@ -102,7 +102,7 @@ Stages = dict[str, Rehearsed]
 
 
 class _Enough(Callback):
-    """Ends a stage's rehearsal once it has passed the limit, since it does not fit then."""
+    """Ends a stage's rehearsal once it has exceeded the limit, since it cannot fit then."""
 
     class Reached(Exception):
         pass
@@ -116,7 +116,7 @@ class _Enough(Callback):
 
 
 class _AfterWarmUp(Callback):
-    """Forgets the peak of a stage's first step."""
+    """Clears the peak of a stage's first step."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
@@ -127,7 +127,7 @@ class _AfterWarmUp(Callback):
 
 
 class TooLarge(Exception):
-    """No settings fit; `stages` are those of the smallest."""
+    """No settings fit; `stages` are those of the smallest settings."""
 
     def __init__(self, stages: Stages) -> None:
         self.stages = stages
@@ -140,9 +140,9 @@ class Planner:
     Attributes
     ----------
     work
-        Gives rehearsals of the operation.
+        Provides rehearsals of the operation.
     device
-        Where they run.
+        The device on which they run.
     check
         Called between steps; it may raise.
     """
@@ -153,7 +153,8 @@ class Planner:
     check: Callable[[], object]
 
     def plan(self, budget: int | None) -> MemoryPlan:
-        """Whole batches if they fit, else parts of them, else parts that recompute, else a smaller pool or generator.
+        """Whole batches if they fit, else micro-batches, else micro-batches with recomputed activations, else a smaller pool or
+        generator.
 
         Raises `TooLarge` when nothing fits.
         """
@@ -176,7 +177,7 @@ class Planner:
         return MemoryPlan(budget, tuple(planned), changes)
 
     def plan_or_refuse(self, budget: int | None, others: Iterable[tuple[str, Callable[[], Stages]]]) -> MemoryPlan:
-        """As `plan`, but raises `BudgetError` that says what is needed, also by `others`: smaller models, by name."""
+        """As `plan`, but raises a `BudgetError` that states the memory needed, also by `others`: smaller models, by name."""
         try:
             return self.plan(budget)
         except TooLarge as error:
@@ -184,7 +185,7 @@ class Planner:
             raise refusal(budget, error.stages, others) from None
 
     def _in_whole(self, stages: Stages, settings: RehearsalSettings) -> Stages:
-        """The stages with whole batches, with a smaller micro-batch where the limit is passed after all."""
+        """The stages with whole batches, with smaller micro-batches for stages that still exceed the limit."""
         at_once = {name: stage.at_once for name, stage in stages.items()}
         while True:
             stages = self._begun_now(self.rehearse(settings, at_once, in_whole=True))
@@ -194,13 +195,13 @@ class Planner:
             at_once |= {name: max(FEWEST, at_once[name] // 2) for name in over}
 
     def least(self) -> Stages:
-        """The stages with the smallest settings there are."""
+        """The stages with the smallest settings."""
         return self._begun_now(self.rehearse(RehearsalSettings(self.work.smaller()[-1], recompute=None), {}))
 
     def _grown(self, settings: RehearsalSettings) -> Stages:
-        """Every stage with the largest micro-batch that stays below the limit, and the smallest if none does.
+        """Every stage with the largest micro-batch that stays below the limit, or the smallest if none does.
 
-        Grows from few, by the room that is left over the most that an image has been seen to take.
+        The micro-batch starts small, and grows by the remaining memory divided by the largest measured memory per image.
         """
         best = self.rehearse(settings, {})
         each = {name: stage.most_an_image for name, stage in best.items()}
@@ -220,9 +221,9 @@ class Planner:
         return best
 
     def _more(self, stage: Rehearsed, an_image: float, limit: float, ceiling: int) -> int:
-        """The micro-batch to try next: of a batch, its half, its quarter and so on the largest for which there seems to be room.
+        """The micro-batch to try next: the largest of a batch, its half, its quarter and so on that is expected to fit.
 
-        Few different sizes, because the libraries keep for each what they have made for it.
+        Only these sizes are used, because libraries cache data for each size.
         """
         if limit == float("inf"):
             return stage.whole
@@ -232,7 +233,7 @@ class Planner:
         return max([stage.at_once, *fitting])
 
     def _expected(self, stage: Rehearsed) -> int:
-        """Its peak if it began now."""
+        """The stage's peak if it began now."""
         return stage.own + self.meter.now
 
     def _begun_now(self, stages: Stages) -> Stages:
@@ -242,19 +243,19 @@ class Planner:
     def rehearse(self, settings: RehearsalSettings, at_once: Mapping[str, int], in_whole: bool = False) -> Stages:
         """A few steps of each stage, with the micro-batches given, or else the smallest.
 
-        Batches are cut to two parts, which shows what more would take, unless they are wanted in whole: their many small
-        parts fragment the heap. The first step of a stage makes what libraries make once for a size (kernels,
-        packed weights, scratch) and may keep; it is not measured with the others. What they keep is held from then on, so
-        it belongs to the base and not to what the stage takes.
+        Batches are cut to two micro-batches, which is enough to show what more would take. With `in_whole` they are not cut,
+        because many small micro-batches fragment the heap. In the first step of a stage, libraries create data for a size
+        (kernels, packed weights, scratch), which they may keep; this step is not measured with the others. What they keep
+        remains allocated, so it belongs to the base and not to the stage.
         """
         base = self.meter.now
         found = self._rehearsed(settings, at_once, in_whole, base)
-        kept = max(0, self.meter.now - base)  # once, by the libraries
+        kept = max(0, self.meter.now - base)  # by the libraries, once
         return {name: replace(stage, base=base + kept, peak=max(stage.peak, base + kept)) for name, stage in found.items()}
 
     def _rehearsed(self, settings: RehearsalSettings, at_once: Mapping[str, int], in_whole: bool, base: int) -> Stages:
-        """What each stage takes, in a scope of its own: the rehearsal's networks are gone when this returns. Of stages of
-        the same name, the one that takes most."""
+        """The memory of each stage. This is a separate function so that the rehearsal's networks are freed when it returns. Of
+        stages with the same name, the one with the highest peak counts."""
         rehearsal = self.work.rehearsal(settings.changes)
         found: Stages = {}
         while True:
@@ -266,7 +267,7 @@ class Planner:
             rehearsal.micro_batches[stage.name] = few
             watch = _Watch(stage, rehearsal, few, in_whole)
             small = watch.stage(recompute=settings.recompute is None or stage.name in settings.recompute)
-            made = self.meter.peak  # what the stage is made from: a pool of generated images
+            made = self.meter.peak  # made for the stage beforehand, such as a pool of generated images
             with contextlib.suppress(_Enough.Reached):
                 self._measure(small, settings.limit)
             more = watch.found(max(made, self.meter.peak), base)
@@ -274,13 +275,13 @@ class Planner:
                 found[stage.name] = more
 
     def _measure(self, stage: Stage, limit: float) -> None:
-        """Runs a short stage so that its peak is in the meter, without what libraries make in the first step alone."""
+        """Runs a short stage to measure its peak, without the allocations that libraries make only in the first step."""
         enough = _Enough(self.meter, limit)
         if isinstance(stage, StageSpec) and stage.steps > 1:
             loop.run(stage, self.device, [_AfterWarmUp(self.meter), enough], self.check)
             return
         loop.run(stage, self.device, [enough], self.check)
-        if not isinstance(stage, StageSpec):  # one pass is a warm-up; its sums are new each time
+        if not isinstance(stage, StageSpec):  # one pass is a warm-up; its sums are new in each pass
             self.meter.reset()
             loop.run(stage, self.device, [enough], self.check)
 
@@ -290,8 +291,8 @@ def _fit(stages: Stages, limit: float) -> bool:
 
 
 class _Watch:
-    """Observes a stage that is rehearsed: shortens its largest batches to two parts, unless asked not to, and counts what is
-    kept for the backward pass."""
+    """Observes a stage that is rehearsed: shortens its largest batches to two micro-batches, unless `in_whole`, and counts the
+    activations kept for the backward pass."""
 
     def __init__(self, stage: Stage, rehearsal: Rehearsal, at_once: int, in_whole: bool) -> None:
         self._spec, self._rehearsal, self._at_once, self._in_whole = stage, rehearsal, at_once, in_whole
@@ -302,7 +303,7 @@ class _Watch:
         self._weights = {tensor.untyped_storage().data_ptr() for module in modules for tensor in module.parameters()}
 
     def stage(self, recompute: bool) -> Stage:
-        """The stage as it is rehearsed: a copy, a few steps long."""
+        """A copy of the stage with a few steps, for the rehearsal."""
         spec = self._spec
         if not isinstance(spec, StageSpec):
             return replace(spec, batches=self, micro_batch=self._at_once)
@@ -324,7 +325,7 @@ class _Watch:
     def __iter__(self) -> Iterator[Any]:
         for number, batch in enumerate(self._spec.batches):
             self._whole = max(self._whole, len(batch))
-            # A batch of another size, the last of a loader, goes in parts of its own.
+            # A batch of another size, such as a loader's last one, is not cut: its micro-batches have other sizes.
             cut = not self._in_whole and (number == 0 or len(batch) == self._whole)
             yield batch[: 2 * self._at_once] if cut else batch
 
@@ -344,14 +345,14 @@ class _Watch:
         return terms
 
     def found(self, peak: int, base: int) -> Rehearsed:
-        """What the stage took, by item, with as many generated images as there are outside the rehearsal."""
+        """The memory of the stage by item, for as many generated images as there are outside the rehearsal."""
         optimizer, student, generated = self._optimizer, self._rehearsal.student, self._rehearsal.generated()
         own = [module for module in self._trained if not _is_of(module, student)]
         groups = optimizer.param_groups if optimizer is not None else []
         states = optimizer.state.values() if optimizer is not None else []
         items = {
             "weights": _bytes_of([student] if student is not None else []),
-            "teacher": 0,  # it shares the tensors of the committed model, which are held in any case
+            "teacher": 0,  # it shares the tensors of the committed model, which are in memory in any case
             "generator": _bytes_of(own),
             "gradients": sum(p.nbytes for group in groups for p in group["params"]),
             "optimiser": sum(value.nbytes for values in states for value in values.values() if isinstance(value, Tensor)),
@@ -367,7 +368,7 @@ class _Watch:
 
 
 def _is_of(module: nn.Module, network: nn.Module | None) -> bool:
-    """Whether a module is a part of a network, or the whole of it."""
+    """Whether a module is a network or a part of it."""
     return network is not None and any(module is part for part in network.modules())
 
 
@@ -376,7 +377,7 @@ def _bytes_of(modules: Iterable[nn.Module]) -> int:
 
 
 def refusal(budget: int, stages: Stages, others: Iterable[tuple[str, Callable[[], Stages]]]) -> BudgetError:
-    """Says what is needed, what takes it, and what would help, each with its figure; what needs as much is not named."""
+    """An error with the memory needed, its parts, and the alternatives that need less, each with its figure."""
 
     def needed(stages: Stages) -> float:
         return max(stage.peak for stage in stages.values()) / (1 - LEAST_MARGIN)

@@ -21,15 +21,15 @@ from edge_dfcil.training import loop
 from edge_dfcil.training.callbacks import Callback
 from edge_dfcil.training.stage import Stage, StageSpec
 
-STEPS = 4  # of each stage that are timed, after one that warms up
+STEPS = 4  # of each stage that are timed, after a warm-up step
 POOL = 64  # generated images that are timed
-MARGIN = 0.1  # of the time that is left free: a device slows down as it warms up
-LEAST = 1e-4  # share of the schedule
+MARGIN = 0.1  # of the time, left free: a device slows down as it heats up
+LEAST = 1e-4  # smallest share of the schedule
 UNITS = {"": 1.0, "s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
 
 def parse(budget: float | str | None) -> float | None:
-    """A time budget in seconds: a number of them, or text such as "90s", "10min" or "2h". Raises `SettingError`."""
+    """A time budget in seconds, from a number or a string such as "90s", "10min" or "2h". Raises `SettingError` for others."""
     if budget is None:
         return None
     text = "" if isinstance(budget, bool) else str(budget).strip().lower()
@@ -40,12 +40,12 @@ def parse(budget: float | str | None) -> float | None:
     except (KeyError, ValueError):
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise SettingError(f"time_budget={budget!r} is no time; pass seconds, or text such as '90s', '10min' or '2h'")
+        raise SettingError(f"time_budget={budget!r} is not a time; pass seconds, or a string such as '90s', '10min' or '2h'")
     return seconds
 
 
 class _Clock(Callback):
-    """Seconds of each step of a stage, the first left out."""
+    """Seconds of each step of a stage, except the first."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self.seconds = device, list[float]()
@@ -64,10 +64,10 @@ class _Clock(Callback):
 def fit(
     begin: Callable[[], Task], method: Method, seconds: float, changes: Mapping[str, Any], check: Callable[[], object]
 ) -> dict[str, Any]:
-    """How a task is shortened to end within `seconds`: `share` of the steps of its stages, and `changes` of its recipe.
+    """How to shorten a task to end within `seconds`: the `share` of the steps of its stages, and `changes` to its recipe.
 
-    The result also says what it was fitted to: the seconds of a step of each stage (`step_seconds`), of one generated image,
-    and the seconds that the whole recipe would take. Nothing is changed when the whole recipe fits.
+    The result also contains the measurements: the seconds of a step of each stage (`step_seconds`), of one generated image,
+    and of the whole recipe. Nothing is changed when the whole recipe fits.
     """
     task = begin()
     recipe = task.recipe.changed(changes)
@@ -100,7 +100,7 @@ def fit(
 
 
 def _shortened(recipe: Recipe, share: float) -> dict[str, int]:
-    """What of a recipe is made smaller beside the steps that train the student."""
+    """Recipe settings to reduce, besides the steps that train the student."""
     pool = recipe.remember.pool
     return {
         "generator.steps": max(1, round(share * recipe.generator.steps)),
@@ -129,7 +129,7 @@ def _dream_steps(recipe: Recipe, share: float) -> int:
 
 
 def _speeds(task: Task, method: Method, recipe: Recipe, check: Callable[[], object]) -> tuple[dict[str, float], float]:
-    """Seconds of a step of each stage, and of one generated image, measured on a task that is thrown away."""
+    """Seconds of a step of each stage, and of one generated image, measured on a temporary task."""
     task.make_short(recipe, STEPS + 1, POOL)
     speeds: dict[str, float] = {}
     image_seconds, ended = 0.0, 0.0

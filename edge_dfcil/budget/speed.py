@@ -1,6 +1,6 @@
-"""How a task computes fastest on this CPU: a few steps with each setting, timed in turns on copies that are thrown away.
+"""Finds how a task computes fastest on this CPU: it times a few steps with each setting alternately, on temporary copies.
 
-No rule predicts it: on an Intel Xeon with AMX a bf16 step of resnet32 takes 0.46 of the time of a float32 one, and one of
+No rule predicts the result: on an Intel Xeon with AMX a bf16 step of resnet32 takes 0.46 of the time of a float32 one, and one of
 mobilenet_v3_small three times as long; on an AMD EPYC bf16 is 15 times slower.
 """
 
@@ -29,15 +29,15 @@ from edge_dfcil.training.stage import StageSpec, StageState
 
 logger = logging.getLogger("edge_dfcil")
 
-LEAST_STEPS = 200  # of a task's training stages: fewer have ended before measuring has paid
-MARGIN = 0.8  # of the time: another setting must take less, so that the choice seldom differs from one run to the next
+LEAST_STEPS = 200  # of a task's training stages: with fewer, measuring takes more time than it saves
+MARGIN = 0.8  # of the time: another setting must take less than this, so that the choice rarely differs between runs
 TOO_SLOW = 5.0  # times a usual step: a setting whose first step takes longer is not tried again
-SLOWER = 1.5  # times a usual step: one that has warmed up and takes longer is not repeated
-REPEATS = 2  # of a step that are timed, after one that warms up; the fastest counts
-SHARE = 0.05  # of the expected time: after so much of it no other setting is tried
+SLOWER = 1.5  # times a usual step: a setting that takes longer after the warm-up is not repeated
+REPEATS = 2  # of a step that are timed, after a warm-up step; the fastest counts
+SHARE = 0.05  # of the expected time: after this much measuring no other setting is tried
 MINOR = 0.1  # of the expected steps: stages with fewer are not timed
 POOL = 16  # generated images of a measurement
-SCHEDULED = 64  # steps that the learning rate of a measurement is made for: more than are taken
+SCHEDULED = 64  # steps of the learning-rate schedule in a measurement: more than are run
 
 
 def timed(setting: Computing, step: Callable[[], object]) -> float:
@@ -49,7 +49,7 @@ def timed(setting: Computing, step: Callable[[], object]) -> float:
 
 
 def is_worth_measuring(begin: Callable[[], Task], method: Method, device: torch.device) -> bool:
-    """Whether it is worth measuring: on a CPU, for a task that begins with a training stage and has many steps in all."""
+    """Whether measuring can pay: on a CPU, for a task that begins with a training stage and has many steps in total."""
     if device.type != "cpu":
         return False
     task = begin()
@@ -72,15 +72,15 @@ def choose(
 ) -> Computing:
     """The fastest setting for a task on the CPU; the usual one unless another is faster by a clear margin.
 
-    One thing at a time: the precision, then half of the threads as long as that helps, then the memory order. Steps take as
-    much memory as `plan` allows; under a plan the memory order is not tried, because that takes a second copy of the networks.
+    One setting at a time: the precision, then half the threads as long as that helps, then the memory format. Steps take as
+    much memory as `plan` allows; under a plan the memory format is not tried, because that takes a second copy of the networks.
 
     Parameters
     ----------
     begin
-        Gives tasks that may be thrown away.
+        Creates a temporary task.
     recipe, usual, plan, seconds
-        The recipe as the plan changes it, the setting that is compared with, the plan, and the time budget of the task.
+        The recipe with the changes of the plan, the setting to compare with, the plan, and the time budget of the task.
     check
         Called between steps; it may raise.
     """
@@ -106,7 +106,7 @@ def _in_bfloat16(setting: Computing, recipe: Recipe) -> Computing | None:
 
 
 def _with_half_the_threads(setting: Computing, recipe: Recipe) -> Computing | None:
-    """Never more than torch was set to: an app may need the others."""
+    """Never more threads than torch's current number: an app may need the others."""
     threads = setting.threads or torch.get_num_threads()
     return replace(setting, threads=threads // 2) if threads > 1 else None
 
@@ -126,9 +126,9 @@ class _Trial:
     Attributes
     ----------
     limit
-        Seconds after which a comparison is broken off.
+        Seconds after which a comparison stops.
     found
-        Seconds that the training stages would take with each setting so far, by its text.
+        Expected seconds of the training stages by setting measured so far, as the setting is printed.
     spent
         Seconds spent on measuring.
     """
@@ -145,22 +145,22 @@ class _Trial:
         self.found: dict[str, float] = {}
 
     def compare(self, best: Computing, other: Computing) -> tuple[float, float]:
-        """Seconds that the training stages would take with both settings, measured in turns; infinite for an `other`
-        that fails or is far slower."""
+        """Expected seconds of the training stages with both settings, measured alternately; infinite for an `other` that fails
+        or is far slower."""
         try:
             before, after = self._whole((best, other))
         except _Spent:
             before, after = self.found.get(str(best), float("inf")), float("inf")
-        except (RuntimeError, BudgetError, DivergedError) as error:  # an operation that has no bf16, for one
+        except (RuntimeError, BudgetError, DivergedError) as error:  # for example an operation without bf16
             logger.info("computing in %s was tried and failed: %s", other, error)
             before, after = self.found.get(str(best), float("inf")), float("inf")
-        give_back(torch.device("cpu"))  # tasks that were thrown away, before the next are made
+        give_back(torch.device("cpu"))  # of the temporary tasks, before the next are made
         for setting, seconds in ((best, before), (other, after)):
             self.found[str(setting)] = min(seconds, self.found.get(str(setting), seconds))
         return before, after
 
     def _whole(self, settings: Sequence[Computing]) -> list[float]:
-        tasks: dict[bool, _TrialTask] = {}  # both settings run the steps of one task, unless their memory orders differ
+        tasks: dict[bool, _TrialTask] = {}  # both settings run the steps of one task, unless their memory formats differ
         for setting in settings:
             if setting.channels_last not in tasks:
                 tasks[setting.channels_last] = _TrialTask(self, setting)
@@ -202,7 +202,7 @@ class _Trial:
 
 
 class _TrialTask:
-    """A task that is thrown away: some steps of each training stage, one stage after the other."""
+    """A temporary task: some steps of each training stage, one stage after the other."""
 
     def __init__(self, trial: _Trial, setting: Computing) -> None:
         self._trial, self.setting = trial, setting
@@ -217,12 +217,12 @@ class _TrialTask:
 
     @property
     def steps(self) -> int:
-        """Of the stage, in the whole task."""
+        """Steps of the stage in the whole task."""
         assert self.stage is not None
         return self._planned.get(self.stage.name, len(self._task.batches))
 
     def next_stage(self) -> None:
-        """To the next training stage; `stage` is None after the last, and before a closed-form one, which ends a task."""
+        """Moves to the next training stage; `stage` is None after the last one, and at a closed-form stage, which ends a task."""
         with devices.computing(self.setting):
             if self.stage is not None:
                 self._task.micro_batches[self.stage.name] = self._state.micro_batch
@@ -245,7 +245,7 @@ class _TrialTask:
 
 
 class _Largest:
-    """The first batch of each pass: in a task that was made short, the largest."""
+    """The first batch of each pass, which is the largest in a shortened task."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self._batches = batches

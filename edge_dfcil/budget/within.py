@@ -1,4 +1,4 @@
-"""Any long operation under a memory budget: planned by a rehearsal, held while it runs, and reported."""
+"""Any long operation under a memory budget: planned by a rehearsal, enforced while it runs, and reported."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class PlannedWork(Work[Any], Plannable, Protocol):
     """What can run within a memory budget."""
 
     def keep_to(self, plan: MemoryPlan) -> None:
-        """Called before `stages`: the changes of the recipe, and the micro-batch of each stage."""
+        """Called before `stages` with the changes of the recipe and the micro-batch of each stage."""
 
 
 class Within(PlainWork):
-    """A work whose stages take at most `budget` bytes above what is held when it starts.
+    """A work whose stages take at most `budget` bytes above the memory in use when it starts.
 
-    Its result has the peak of each stage. What it does outside its stages (an ONNX file is written and checked) cannot be
-    planned; a warning in the log says when that took more.
+    Its result has the peak of each stage. Work outside the stages (such as writing and checking an ONNX file) cannot be
+    planned; the log has a warning if it took more.
     """
 
     def __init__(self, work: PlannedWork, budget: int, device: torch.device) -> None:

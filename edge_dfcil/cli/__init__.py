@@ -1,4 +1,4 @@
-"""The command line: a file for each command, each thin over the public API. Answers on stdout, progress and errors on stderr.
+"""The command line: one file per command, a thin layer over the public API. Answers on stdout, progress and errors on stderr.
 
 Exit 0: done. 1: an error was reported, and the model is as it was. 2: wrong usage.
 """

@@ -12,10 +12,12 @@ from edge_dfcil.cli.options import DEVICE, JSON, MODEL, MODULE, PATH, STRICT, ch
 
 @click.command("audit")
 @MODEL
-@click.option("--members", required=True, type=PATH, metavar="IMAGES", help="Pictures that MODEL learnt from, a folder a class.")
+@click.option(
+    "--members", required=True, type=PATH, metavar="IMAGES", help="Pictures that MODEL learnt from, one folder per class."
+)
 @click.option("--non-members", "others", required=True, type=PATH, metavar="IMAGES", help="Others of the same classes.")
-@click.option("--dreams", default=8, show_default=True, type=click.IntRange(min=0), help="Generated images a class; 0: none.")
-@click.option("--html", type=PATH, metavar="OUT.html", help="Write a page as well, for those who answer for the data.")
+@click.option("--dreams", default=8, show_default=True, type=click.IntRange(min=0), help="Generated images per class; 0: none.")
+@click.option("--html", type=PATH, metavar="OUT.html", help="Also write a page for those who are responsible for the data.")
 @MODULE
 @STRICT
 @DEVICE
@@ -44,5 +46,5 @@ def command(
     found = audit(learner.model, inside, outside, generated=generated)
     if html is not None:
         replace_file(html, page(found, model.name).encode())
-        note(f"{html} is the page")
+        note(f"the page is {html}")
     answer(found.to_dict(), as_json, str(found).splitlines())

@@ -1,4 +1,4 @@
-"""What every command shares with its terminal: answers, notes, errors and warnings, whatever the streams can encode."""
+"""The output of every command: answers, notes, errors and warnings, whatever the streams can encode."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from edge_dfcil.errors import EdgeDfcilError
 
 
 class Commands(click.Group):
-    """A group of commands that end with one line of error instead of a traceback."""
+    """A group of commands that end with a one-line error message instead of a traceback."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         with _writable_streams():
             try:
                 return super().main(*args, **kwargs)
-            except OSError as error:  # stdout is full, or the like, while click shows its help
+            except OSError as error:  # such as a full disk under stdout, while click shows its help
                 for stream in filter(None, (sys.stdout, sys.stderr)):
                     _discard(stream)
                 note(f"error: {error}")
@@ -37,9 +37,9 @@ class Commands(click.Group):
         except EdgeDfcilError as error:
             note(f"error: {error}")
         except KeyboardInterrupt:
-            note("cancelled: the model is the one from before")
+            note("cancelled: the model is unchanged")
         except MemoryError:
-            note("error: out of memory; the model is the one from before. Try a smaller --batch-size or a --memory-budget")
+            note("error: out of memory; the model is unchanged. Try a smaller --batch-size or a --memory-budget")
         except OSError as error:
             if error.errno != errno.EPIPE:  # the reader of the answer has closed its end, so there is nothing to report
                 note(f"error: {error}")
@@ -90,7 +90,7 @@ def _strict(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _writable_streams() -> Iterator[None]:
-    """Streams that write a character which the terminal's encoding lacks as its code, instead of failing on it."""
+    """Inside, stdout and stderr write the code of a character that their encoding lacks, instead of failing."""
     before = []
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
@@ -107,7 +107,7 @@ def _writable_streams() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """Shows warnings as one line on stderr, without the place in the code that a user of a command cannot change."""
+    """Shows warnings as one line on stderr, without the line of code, which a user of a command cannot change."""
 
     def show(message: Warning | str, *place: Any, **streams: Any) -> None:
         note(f"warning: {' '.join(str(message).split())}")

@@ -30,7 +30,7 @@ from edge_dfcil.cli.options import (
 @MODEL
 @click.option("--to", required=True, metavar="BACKBONE", help="The student's: resnet20, mobilenet_v3_small, ...")
 @click.option("--out", type=PATH, help="The student's file; MODEL with the backbone's name by default.")
-@click.option("--rounds", type=click.IntRange(min=1), help="Of generating images and learning; more is slower and better.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Of generating images and learning; more are slower and better.")
 @QUALITY
 @EVALUATION
 @recipe_options
@@ -56,7 +56,7 @@ def command(
     device: str,
     as_json: bool,
 ) -> None:
-    """Teach another BACKBONE what MODEL knows, from dreams alone."""
+    """Teach another BACKBONE what MODEL knows, with dreams only."""
     from edge_dfcil.compression import Distillation, distill
 
     out = smaller_model(model, to.replace(":", "-").replace("/", "-"), out)

@@ -14,7 +14,7 @@ from edge_dfcil.cli.options import DEVICE, JSON, MEMORY, MODEL, MODULE, PATH, QU
 @click.command("dream")
 @MODEL
 @click.argument("out", type=PATH, metavar="OUT.png")
-@click.option("--per-class", default=8, show_default=True, type=click.IntRange(min=1), help="Dreams a class.")
+@click.option("--per-class", default=8, show_default=True, type=click.IntRange(min=1), help="Dreams per class.")
 @QUALITY
 @recipe_options
 @MODULE
@@ -33,7 +33,7 @@ def command(
     device: str,
     as_json: bool,
 ) -> None:
-    """Draw what MODEL remembers: a contact sheet, a row of dreams a class."""
+    """Draw what MODEL remembers: a contact sheet, one row of dreams per class."""
     from edge_dfcil.dreaming.sheet import check_drawable, contact_sheet
 
     check_drawable(out)

@@ -18,7 +18,7 @@ from edge_dfcil.cli.options import DEVICE, JSON, MODEL, MODULE, PATH, STRICT, lo
 @DEVICE
 @JSON
 def command(model: Path, images: Path, module: str | None, strict: bool, device: str, as_json: bool) -> None:
-    """Measure accuracy on IMAGES, which holds a folder of pictures a class."""
+    """Measure accuracy on IMAGES, which has one folder of pictures per class."""
     learner = load_learner(model, device, module)
     folder = open_pictures(images, learner, strict)
     evaluation = learner.evaluate(folder.loader)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.command("export")
 @MODEL
 @click.argument("out", type=PATH, metavar="OUT.onnx")
-@click.option("--format", "form", metavar="NAME", help="onnx, or one that was registered; by the ending of OUT by default.")
+@click.option("--format", "form", metavar="NAME", help="onnx, or another registered format; by the ending of OUT by default.")
 @click.option(
     "--input",
     "accepted",
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 @click.option("--quantize", type=click.Choice(["int8"]), help="A quarter of the size, calibrated on dreams.")
 @click.option("--calibration", type=PATH, metavar="IMAGES", help="For int8: calibrate on these pictures.")
 @click.option("--force", is_flag=True, help="For int8: write it even if it is not faster than floats on this machine.")
-@click.option("--unchecked", is_flag=True, help="Write a file that nothing on this machine can read: Core ML outside macOS.")
+@click.option("--unchecked", is_flag=True, help="Write a file even if it cannot be checked here: Core ML outside macOS.")
 @EVALUATION
 @recipe_options
 @MODULE

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @click.option(
     "--multiscale/--no-multiscale",
     default=None,
-    help="For a new model: whether features are of several scales; only where the head is closed-form by default.",
+    help="For a new model: whether features come from several scales; by default only if the head is closed-form.",
 )
 @click.option("--seed", type=int, help="For a new model: 0 by default.")
 @click.option("--no-flip", is_flag=True, help="For a new model: do not mirror pictures (letters, digits, signs).")
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     help="A stopped task continues from this file when the command is repeated; a hidden file beside MODEL by default.",
 )
 @click.option("--dry-run", is_flag=True, help="Only measure and show what memory learning would take; nothing is learnt.")
-@click.option("--no-core-dumps", is_flag=True, help="A crash leaves no core dump, which would hold pictures (Linux).")
+@click.option("--no-core-dumps", is_flag=True, help="A crash leaves no core dump, which would contain pictures (Linux).")
 @click.option("--relearn", is_flag=True, help="Refresh classes that are known already instead of refusing them.")
 @STRICT
 @DEVICE
@@ -83,7 +83,7 @@ def command(
     as_json: bool,
     **new: Any,
 ) -> None:
-    """Learn the classes in IMAGES, which holds a folder of pictures a class; makes MODEL or extends it.
+    """Learn the classes in IMAGES, which has one folder of pictures per class; creates MODEL or extends it.
 
     A recipe that is given for an existing model replaces the model's own, for this task and those after it.
     """
@@ -95,7 +95,7 @@ def command(
     with contextlib.ExitStack() as stack:
         if no_core_dumps:
             stack.enter_context(traces.no_core_dumps())
-        if not dry_run:  # a second process that teaches the same file is refused now, not when all is learnt
+        if not dry_run:  # a second process that changes the same file is refused now, not after all is learnt
             stack.enter_context(claim(model))
         limits = {"memory_budget": memory_budget, "precision": precision}
         learner = _learner_for(model, device, limits, module, recipe, changes, new)
@@ -145,7 +145,7 @@ def _learner_for(
 
 
 def _checkpoint(model: Path, given: str | None) -> Path | None:
-    """The path of the checkpoint: hidden beside MODEL, with a short name that is possible wherever MODEL's is."""
+    """The path of the checkpoint: hidden next to MODEL, with a short name that is valid wherever MODEL's is."""
     from exporters.files import hidden_name, resolve
 
     if given is not None:
@@ -192,12 +192,12 @@ def _learn_and_save(session: Session[TaskReport], learner: Learner, model: Path)
 
 
 def _is_full(error: ModelFileError) -> bool:
-    """Whether a file could not be written for want of room."""
+    """Whether a file could not be written because the disk is full."""
     return isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _save_in_its_place(learner: Learner, model: Path, checkpoint: Path) -> None:
-    """Saves in the room that the checkpoint takes, which is written again where that is not enough."""
+    """Saves in the disk space of the checkpoint, which is written again if that space is not enough."""
     from exporters.files import replace_file
 
     content = checkpoint.read_bytes()

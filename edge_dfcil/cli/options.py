@@ -31,14 +31,14 @@ PRECISION = click.option(
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="Of training; auto takes the usual one, or in a long task on a CPU the one that is measured to be faster.",
+    help="Of training; auto takes the device's default, or in a long task on a CPU the one that is measured to be faster.",
 )
 STRICT = click.option("--strict", is_flag=True, help="Refuse a folder with a damaged picture instead of skipping it.")
 EVALUATION = click.option("--eval", "evaluation", type=PATH, metavar="IMAGES", help="Measure before and after on these pictures.")
 MODULE = click.option(
     "--module",
     metavar="PACKAGE.MODULE:CALLABLE",
-    help="For a model with a backbone of your own (an adopted one): what builds it. It is imported and called without arguments.",
+    help="For a model with your own backbone (an adopted one): the function that builds it, called without arguments.",
 )
 QUALITY = click.option(
     "--quality", type=click.Choice(["fast", "best"]), default="fast", show_default=True, help="best optimises every pixel."
@@ -111,7 +111,7 @@ def load_learner(
 
 
 def build_module(name: str) -> nn.Module:
-    """The network that `--module` names: what `package.module:callable` builds, or is. Raises `BackboneError`."""
+    """The network that `--module` names: `package.module:callable`, or what it returns. Raises `BackboneError`."""
     from edge_dfcil.model.adoption import load_callable
 
     try:
@@ -139,7 +139,7 @@ def loader_of(images: Path | None, learner: Learner, strict: bool) -> Any | None
 
 
 def smaller_model(model: Path, word: str, out: Path | None) -> Path:
-    """Where a model that is made from another goes: to `out`, or beside MODEL with a word in its name."""
+    """The path for a model that is made from another: `out`, or a file next to MODEL with `word` in its name."""
     out = out or model.with_name(f"{model.stem}-{word}{model.suffix}")
     check_out(out, model)
     return out

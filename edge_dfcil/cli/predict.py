@@ -10,7 +10,7 @@ import click
 from edge_dfcil.cli.console import answer, note
 from edge_dfcil.cli.options import DEVICE, JSON, MODEL, MODULE, PATH, load_learner
 
-AT_ONCE = 64  # pictures that are held in memory
+AT_ONCE = 64  # pictures in memory together
 
 
 @click.command("predict")
@@ -32,7 +32,7 @@ def command(
     device: str,
     as_json: bool,
 ) -> None:
-    """Name the pictures IMAGE... Those that cannot be read are named on stderr, and the exit code is 1 then."""
+    """Name the pictures IMAGE... Those that cannot be read are listed on stderr, and the exit code is then 1."""
     from edge_dfcil.model.pictures import read_each
 
     learner = load_learner(model, device, module)

@@ -30,7 +30,7 @@ from edge_dfcil.cli.options import (
 @click.option("--ratio", type=float, help="Share of filters to remove, for example 0.2.")
 @click.option("--target-flops", "flops", type=float, help="Share of floating-point operations to keep.")
 @click.option("--target-latency", "latency", type=float, help="Share of the latency to keep, by a table measured here.")
-@click.option("--group", type=click.IntRange(min=1), default=8, show_default=True, help="Channels are removed so many at a time.")
+@click.option("--group", type=click.IntRange(min=1), default=8, show_default=True, help="Channels that are removed at a time.")
 @click.option("--no-repair", is_flag=True, help="Do not repair by distillation afterwards.")
 @click.option("--out", type=PATH, help="The pruned model's file; MODEL-pruned by default.")
 @EVALUATION

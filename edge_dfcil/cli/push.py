@@ -15,9 +15,9 @@ from edge_dfcil.cli.options import DEVICE, JSON, MODEL, MODULE, PATH, STRICT, lo
 @MODEL
 @click.argument("repo", metavar="OWNER/NAME")
 @click.option("--public", is_flag=True, help="Make a repository that anybody can read; private by default.")
-@click.option("--onnx", type=click.Choice(["fixed", "any"]), help="Add an ONNX file; the word is that of export --input.")
+@click.option("--onnx", type=click.Choice(["fixed", "any"]), help="Add an ONNX file; the value is as for export --input.")
 @click.option("--eval", "evaluation", type=PATH, metavar="IMAGES", help="Measure on these pictures, for the model card.")
-@click.option("--description", metavar="TEXT", help="Markdown of yours at the top of the model card.")
+@click.option("--description", metavar="TEXT", help="Your Markdown at the top of the model card.")
 @click.option("--license", metavar="NAME", help="Of the model, as the Hub names it: apache-2.0, ...")
 @MODULE
 @STRICT
@@ -36,9 +36,9 @@ def command(
     device: str,
     as_json: bool,
 ) -> None:
-    """Publish MODEL with a model card on the Hugging Face Hub. Log in before with `hf auth login`, or set HF_TOKEN."""
+    """Publish MODEL with a model card on the Hugging Face Hub. First log in with `hf auth login`, or set HF_TOKEN."""
     learner = load_learner(model, device, module)
     pictures = loader_of(evaluation, learner, strict)
     measured = None if pictures is None else learner.evaluate(pictures)
     url = learner.push_to_hub(repo, private=not public, onnx=onnx, evaluation=measured, description=description, license=license)
-    answer({"repository": repo, "url": url}, as_json, [f"{repo} holds {model}: {url}"])
+    answer({"repository": repo, "url": url}, as_json, [f"{repo} contains {model}: {url}"])

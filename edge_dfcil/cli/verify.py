@@ -13,7 +13,7 @@ from edge_dfcil.cli.options import JSON, PATH
 
 @click.command("verify")
 @click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILE...")
-@click.option("--key", type=PATH, metavar="PUBLIC.pem", help="Check the signature FILE.sig by this Ed25519 key as well.")
+@click.option("--key", type=PATH, metavar="PUBLIC.pem", help="Also check the signature FILE.sig with this Ed25519 key.")
 @JSON
 def command(files: Sequence[Path], key: Path | None, as_json: bool) -> None:
     """Check that model files and exported ONNX files are as they were written."""

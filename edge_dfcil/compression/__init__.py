@@ -1,4 +1,4 @@
-"""Smaller models without data: a student of another backbone, or the same one with fewer channels, learnt from dreams.
+"""Smaller models without data: a student with another backbone, or the same one with fewer channels, trained on dreams.
 
 `distill` and `prune` take a learner and return another, which predicts, exports and learns its next task like any other.
 """

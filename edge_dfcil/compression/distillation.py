@@ -1,5 +1,5 @@
-"""Data-free knowledge transfer: a student learns from dreams of its teacher alone (DeepInversion, Yin et al., CVPR 2020,
-section 4.4), round by round; from the second round on the dreams are adaptive, made where both still differ."""
+"""Data-free knowledge transfer: a student learns only from dreams of its teacher (DeepInversion, Yin et al., CVPR 2020,
+section 4.4), in rounds. From the second round on the dreams are adaptive: optimised so that teacher and student differ."""
 
 from __future__ import annotations
 
@@ -36,33 +36,34 @@ if TYPE_CHECKING:
 @checked("Distillation")
 @validated(frozen=True, config=CONFIG)
 class Distillation:
-    """How a student learns from its teacher's dreams. The temperature is the paper's, the rest is made for a CPU."""
+    """How a student learns from its teacher's dreams. The temperature is the paper's, the other values are for a CPU."""
 
     rounds: Count = 12
-    """In each, dreams are added to the pool, and then the student learns from all of it."""
+    """In each round, dreams are added to the pool, and then the student learns from all of it."""
     dreams: Count = 640
-    """Added to the pool a round; it is thrown away at the end."""
+    """Dreams added to the pool per round; the pool is discarded at the end."""
     generator_steps: Count = 80
-    """A round, from the second one on; the first has the recipe's."""
+    """Steps of the generator per round, from the second one on; the first has the recipe's."""
     steps: Count = 200
-    """Of the student, a round."""
+    """Steps of the student per round."""
     batch: Count = 64
-    """Images a step."""
+    """Images per step."""
     learning_rate: Positive = 0.05
     """Of SGD, the peak of one cycle over all rounds."""
     temperature: Positive = 3.0
-    """What logits are divided by."""
+    """Logits are divided by it."""
     source: Literal["adaptive", "dreams", "noise"] = "adaptive"
-    """"adaptive" dreams compete with the student from the second round on; "noise" is the baseline: no dreams at all."""
+    """"adaptive": dreams compete with the student from the second round on; "dreams": never; "noise": the baseline, no dreams."""
     quality: Literal["fast", "best"] = "fast"
-    """Of the dreams: by a generator, or pixel by pixel."""
+    """Of the dreams: "fast" trains a generator, "best" optimises the pixels of every image."""
     inherit: bool = True
-    """Ours, after DistilBERT (Sanh et al., 2019): the student begins with the teacher's tensors of the same name and shape, so
+    """Ours, after DistilBERT (Sanh et al., 2019): the student starts with the teacher's tensors of the same name and shape, so
     that a shorter network of the same family only has to make up for the layers that it lacks."""
 
 
-# The objective of a generator for a student that never sees a real image. ABD's temperature of 1000 leaves the teacher unsure
-# where a student competes, too. The weight on the class is a tenth: with more of it, augmented, the statistics count too little.
+# The objective of a generator for a student that never sees a real image. With ABD's temperature of 1000 and a competing student,
+# the teacher is unsure of the images as well. The content term has a weight of 0.1: with a larger one and augmentation, the
+# statistics count too little.
 OBJECTIVE: dict[str, Any] = {"inversion.content": 0.1, "inversion.content_temperature": 1.0, "inversion.augment": True}
 FRESH = 256  # dreams that teacher and student are compared on
 REPAIR = Distillation(rounds=4, learning_rate=0.02)  # of a pruned network, which has most of the knowledge already
@@ -89,7 +90,7 @@ def distill(
     evaluation
         A loader of known classes to measure teacher and student on; it is not learnt from.
     classes
-        Names by target value for `evaluation`; None takes its data set's.
+        Names by target value for `evaluation`; None takes those of its data set.
 
     Raises
     ------
@@ -114,7 +115,7 @@ class Distilling(GeneratingWork):
         learner.check_answering()
         self._learner, self._recipe, self._settings = learner, learner.recipe, settings
         self._evaluation, self._classes = evaluation, classes
-        # A head that is trained learns less over features of several scales.
+        # A trained head is less accurate over features of several scales.
         self._student = learner.model.untrained(to, seed=learner.seed, multiscale=False)
         self._before: float | None = None
 
@@ -198,7 +199,7 @@ class Lesson:
     def stages(self) -> Iterator[Stage]:
         settings = self._settings
         for number in range(settings.rounds):
-            self._student.requires_grad_(False)  # while generated images compete with it, it is not trained
+            self._student.requires_grad_(False)  # it is not trained while generated images compete with it
             yield from self._dreams(number)
             self._student.requires_grad_(True)
             # One optimizer and one schedule over all rounds.
@@ -226,7 +227,7 @@ class Lesson:
         self._fresh = None
 
     def _dream(self, n: int, number: int) -> Iterator[Stage]:
-        """Leaves about `n` dreams of a round's kind in `_fresh`."""
+        """Stores about `n` dreams in `_fresh`, of the kind of this round."""
         settings, adaptive = self._settings, self._settings.source == "adaptive" and number > 0
         student = self._student.eval() if adaptive else None
         if settings.source == "noise":
@@ -270,14 +271,14 @@ class Lesson:
 
     @torch.no_grad()
     def agreement(self) -> float:
-        """On generated images that were not learnt from; on noise with `source="noise"`."""
+        """The share of equal answers on generated images that were not learnt from; on noise with `source="noise"`."""
         self._student.eval()
         right = [self._student.classify(dream.images).argmax(1) == dream.labels for dream in self._batches(self._fresh)]
         return float(torch.cat(right).float().mean())
 
     @property
     def nbytes(self) -> int:
-        """Of all generated images, those of a round beside them."""
+        """Bytes of all generated images, and of those of one more round."""
         settings = self._settings
         return self._pool.nbytes * (settings.rounds + 1) // settings.rounds
 
@@ -289,10 +290,10 @@ def smaller_generator(recipe: Recipe, settings: Distillation) -> list[dict[str, 
 
 
 def rehearsed(student: Network, teacher: Network, recipe: Recipe, settings: Distillation) -> Rehearsal:
-    """A short lesson of `student`, which is thrown away, for the planner."""
+    """A short lesson of `student`, which is discarded, for the planner."""
     few = replace(
         settings,
-        rounds=min(settings.rounds, 2),  # the second dreams against the student
+        rounds=min(settings.rounds, 2),  # in the second, dreams compete with the student
         dreams=min(settings.dreams, rehearsal.POOL),
         generator_steps=rehearsal.STEPS,
         steps=rehearsal.STEPS,

@@ -1,4 +1,4 @@
-"""What a convolution costs on this machine, by its channels: measured once with ONNX Runtime and kept for later."""
+"""The latency of convolutions on this machine, by shape: measured once with ONNX Runtime, and stored."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class LatencyTable:
     Parameters
     ----------
     path
-        A JSON file that entries are kept in; None takes one for this processor and version in the user's cache folder
-        (`XDG_CACHE_HOME`, else `.cache` in the home folder). Without either, nothing is kept.
+        A JSON file for the entries; None takes one for this machine and ONNX Runtime version in the user's cache folder
+        (`XDG_CACHE_HOME`, else `.cache` in the home folder). Without either, nothing is stored.
     measure
-        Milliseconds of a shape; for tests.
+        Measures the milliseconds of a shape; tests replace it.
     """
 
     def __init__(self, path: Path | None = None, measure: Callable[[Shape], float] | None = None) -> None:
@@ -63,7 +63,7 @@ class LatencyTable:
         return self._entries[key]
 
     def save(self) -> None:
-        """Keeps what was measured; a folder that cannot be written to costs measuring again, no more."""
+        """Stores what was measured. If the folder cannot be written to, it will be measured again."""
         if self._path is None:
             return
         with contextlib.suppress(OSError):

@@ -1,10 +1,10 @@
 """Data-free pruning (DeepInversion, Yin et al., CVPR 2020, section 4.3): channels that matter least on
-dreams are removed, in groups that suit the hardware, and the rest is repaired by distillation on dreams.
+dreams are removed, in groups that suit the hardware, and the remaining network is repaired by distillation on dreams.
 
-Which channels must be removed together, because of residuals and depthwise layers, is worked out by torch-pruning. Each of its
-groups is then checked, before the first cut with some channels and at every cut with those that are cut: the network without
-them must answer as the one in which they are set to zero. The groups of a grouped convolution must keep equal sizes, so that
-channels at the same place in each of them are removed together.
+torch-pruning finds the channels that must be removed together, because of residual connections and depthwise layers. Each of
+its groups is then checked, before the first cut with some channels and at every cut with those that are cut: the network
+without them must answer as the network in which they are set to zero. The groups of a grouped convolution must keep equal sizes,
+so channels at the same place in each of them are removed together.
 """
 
 from __future__ import annotations
@@ -44,16 +44,17 @@ if TYPE_CHECKING:
     from edge_dfcil.learner import Learner
 
 BLOCK = 4  # groups that are considered together
-AT_ONCE = 64  # generated images that importance is read from
-# How far a pruned network's logits may be from the masked one's, as a share of the largest: zero channels are summed in
-# another order. The first check is in float64; at every cut it is in float32, on accelerators with products of ten bits.
+AT_ONCE = 64  # generated images in memory together when importance is measured
+# The largest difference between the logits of a pruned and of a masked network, as a share of the largest logit: without the
+# zero channels, sums have another order. The first check is in float64; at every cut it is in float32, on accelerators with
+# products of ten bits.
 ALIKE, ALIKE_AT_A_CUT = 1e-6, 2e-2
 
 
 @checked("Pruning")
 @validated(frozen=True, config=CONFIG)
 class Pruning:
-    """How far a network is pruned, and by what. One of the three targets, `ratio`, `flops` and `latency`, is given."""
+    """How far a network is pruned, and by what. Give exactly one of the three targets `ratio`, `flops` and `latency`."""
 
     ratio: ShareInside | None = None
     """Share of filters, that is output channels of convolutions, to remove."""
@@ -62,15 +63,15 @@ class Pruning:
     latency: ShareInside | None = None
     """Share of the latency to keep, by the table measured on this machine."""
     group: Count = 8
-    """Channels are removed so many at a time; a layer keeps as many at least."""
+    """Channels are removed this many at a time; a layer keeps at least as many."""
     eta: Weight = 1.0
-    """Weight of the latency saved, as a share of the whole, against the damage done, as a share of all importance."""
+    """Weight of the latency saved, as a share of the whole, against the importance lost, as a share of all importance."""
     dreams: Count = 256
-    """From which importance is read: their number."""
+    """Number of dreams on which importance is measured."""
     rounds: Count = 20
-    """About how often importance is read again while channels are removed."""
+    """About how often importance is measured again while channels are removed."""
     repair: Distillation | None = REPAIR
-    """How the pruned network learns from the original; None leaves it as it is."""
+    """How the pruned network learns from the original; None skips the repair."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("ratio", "flops", "latency") if getattr(self, name) is not None]
@@ -94,7 +95,7 @@ def prune(
     Parameters
     ----------
     table
-        Latencies of convolutions; None takes the one that is kept for this machine.
+        Latencies of convolutions; None takes the stored one of this machine.
     timing
         Whether to export both networks in the end and time them; else the report's `milliseconds` is None.
     evaluation, classes
@@ -150,7 +151,7 @@ class PruningWork(GeneratingWork):
 
     def _plain(self) -> Network:
         """A copy of the network to prune. Features of several scales would have to be pruned with the layers they come from;
-        the copy has the backbone's own only, and the repair makes up for the others."""
+        the copy has only the backbone's own, and the repair compensates for the others."""
         network, statistics = self._learner.network, self._learner.model.statistics
         return network.without_scales(*own_head(network, statistics)) if network.reads_scales else network.grown(0)
 
@@ -189,7 +190,7 @@ class PruningWork(GeneratingWork):
         )
 
     def _with(self, network: Network) -> Learner:
-        """A learner with this network. Class statistics are of the features before, so they are not kept."""
+        """A learner with this network. Class statistics are of the features before pruning, so they are not kept."""
         network = network.requires_grad_(False).eval()
         return self._learner.with_model(replace(self._learner.model, network=network, statistics={}, calibration=None))
 
@@ -216,7 +217,7 @@ class _Size:
 class Cutter:
     """Removes channels of a network, in place, until it is as small as the target.
 
-    Importance is read from `dreams`, at most `at_once` of them at a time.
+    Importance is measured on `dreams`, at most `at_once` of them at a time.
     """
 
     def __init__(
@@ -241,7 +242,7 @@ class Cutter:
         self._refused = [self._names[root] for root in candidates if root not in self.roots]
         if not self.roots:
             raise BackboneError(
-                f"no layer of this backbone has {2 * settings.group} channels of which some can be taken away{self._refusals()}"
+                f"no layer of this backbone has {2 * settings.group} channels of which some can be removed{self._refusals()}"
             )
 
     @property
@@ -249,9 +250,9 @@ class Cutter:
         return self._size(_convolutions(self._network))
 
     def cut(self, check: Callable[[], object] = lambda: None) -> None:
-        """Until the target is met; `check` is called between cuts and may raise.
+        """Removes channels until the target is met; `check` is called between cuts and may raise.
 
-        Raises `BackboneError` when the layers have no more channels to give.
+        Raises `BackboneError` when no layer can lose more channels.
         """
         each = 1
         while not self._done():
@@ -259,9 +260,8 @@ class Cutter:
             scored = sorted(self._scored(), key=lambda candidate: candidate[0])
             if not scored:
                 raise BackboneError(
-                    f"the target cannot be met: {self.now.filters} of {self.before.filters} filters are left, and no layer that "
-                    f"channels can be taken from has enough to give {self._settings.group} more and keep as many"
-                    f"{self._refusals()}. Ask for less"
+                    f"the target cannot be met: {self.now.filters} of {self.before.filters} filters are left, and no layer can "
+                    f"lose {self._settings.group} more channels and keep as many{self._refusals()}. Ask for less"
                 )
             each = max(1, round(len(scored) / self._settings.rounds)) if each == 1 else each
             for _, root, channels in scored[:each]:
@@ -286,16 +286,16 @@ class Cutter:
             agrees = False
         if not agrees:
             raise BackboneError(
-                f"{self._names[root]} cannot lose {len(channels)} channels: the layers after it do not follow, so the network "
-                "cannot be pruned as far as that. Ask for less, or distil into another backbone"
+                f"{self._names[root]} cannot lose {len(channels)} channels, because the layers after it do not adapt; the "
+                "network cannot be pruned that far. Ask for less, or distil into another backbone"
             )
 
     def _refusals(self) -> str:
-        """Which layers cannot lose channels, to be put behind a message."""
+        """Which layers cannot lose channels, to be appended to a message."""
         if not self._refused:
             return ""
         more = f" and {len(self._refused) - 3} more" if len(self._refused) > 3 else ""
-        return f"; {', '.join(self._refused[:3])}{more} cannot lose any, because the layers after them would not follow"
+        return f"; {', '.join(self._refused[:3])}{more} cannot lose any, because the layers after them do not adapt"
 
     def _done(self) -> bool:
         settings, now, before = self._settings, self.now, self.before
@@ -307,10 +307,11 @@ class Cutter:
         return now.milliseconds <= settings.latency * before.milliseconds
 
     def _scored(self) -> Iterator[tuple[float, nn.Conv2d, list[int]]]:
-        """For each layer the channels to take next, by damage less eta times the latency saved, a group of channels.
+        """For each layer a score, the layer and the channels to remove next. The score is the share of importance lost, minus
+        eta times the share of latency saved, per group of channels.
 
-        Kernels work in blocks: a layer is often no faster without one group, but faster without two. So as many groups as may
-        make a block are considered together, and their mean counts.
+        Kernels work in blocks: a layer is often no faster without one group, but faster without two. So up to `BLOCK` groups are
+        considered together, and their mean counts.
         """
         importance, shapes = self._importance(), _convolutions(self._network)
         total = sum(float(values.sum()) for values in importance.values()) or 1.0
@@ -362,9 +363,9 @@ class Cutter:
     def _units(self, root: nn.Conv2d) -> list[list[int]]:
         """The channels of a root in sets that are removed together: the groups of each grouped convolution keep equal sizes.
 
-        Without grouped convolutions each channel is one. Where layers with different groups meet, sets that overlap are one.
+        Without grouped convolutions each channel is a set. Where layers with different groups meet, overlapping sets are joined.
         """
-        leader = list(range(root.out_channels))  # of each channel, one of its set; itself at first
+        leader = list(range(root.out_channels))  # for each channel, one channel of its set; initially itself
         if not any(layer.groups > 1 and not _is_depthwise(layer) for layer in self._shapes):
             return [[channel] for channel in leader]  # saves the walk through the group below
 
@@ -378,7 +379,7 @@ class Cutter:
             if not isinstance(layer, nn.Conv2d) or layer.groups == 1 or _is_depthwise(layer) or len(index) != len(leader):
                 continue
             size = (layer.out_channels if _is_output(dep) else layer.in_channels) // layer.groups
-            first: dict[int, int] = {}  # of each place inside a group, the first channel there
+            first: dict[int, int] = {}  # for each place inside a group, the first channel there
             for channel, place in enumerate(index):
                 leader[find(channel)] = find(first.setdefault(place % size, channel))
         units: dict[int, list[int]] = {}
@@ -387,25 +388,25 @@ class Cutter:
         return list(units.values())
 
     def _step(self, units: list[list[int]]) -> int:
-        """How many units are removed at a time: as many as make a group of the settings, at least."""
+        """How many units are removed at a time: enough for at least `settings.group` channels."""
         return -(-self._settings.group // min(map(len, units)))
 
     def _steps_left(self, units: list[list[int]]) -> int:
-        """How often that many can be removed. As many stay, and two in each group of a grouped convolution: with one it would be
-        depthwise, which loses channels differently."""
+        """How often that many can be removed. At least as many stay, and two in each group of a grouped convolution: with one it
+        would be depthwise, which loses channels differently."""
         step = self._step(units)
         stay = max(step, 2) if len(units[0]) > 1 else step
         return (len(units) - stay) // step
 
     def _trial(self, root: nn.Conv2d) -> list[int]:
-        """Channels to check a root with, whole units: the first quarter and a third of the others. Unevenly, because a layer
-        that the network cuts into halves would follow an even choice, and not the next one."""
+        """Channels to check a root with, in whole units: the first quarter and a third of the others. The choice is uneven,
+        because a layer that the network splits into halves would pass with an even choice, and fail with the next one."""
         units = self._units(root)
         quarter = max(1, len(units) // 4)
         return list(chain.from_iterable(units[:quarter] + units[quarter + 1 :: 3]))
 
     def _answers_as_masked(self, root: nn.Conv2d, channels: list[int]) -> bool:
-        """Whether a network without these channels answers as the one in which all that makes them is zero."""
+        """Whether a network without these channels answers as the network in which all weights that make them are zero."""
         images, cut = self._few.cpu().double(), copy.deepcopy(self._whole).cpu().double()
         place = {module: name for name, module in self._whole.named_modules()}
         try:
@@ -422,11 +423,11 @@ class Cutter:
     # Importance
 
     def _importance(self) -> dict[nn.Conv2d, Tensor]:
-        """Of each root's channels: mean over dreams of the squared change of the answer that scaling the channel begins,
-        (sum of gradient x weight)^2 over all that makes it.
+        """The importance of each root's channels: the squared first-order change of the answer when the channel is scaled,
+        (sum of gradient x weight)^2 over all weights that make it, as a mean over dreams.
 
-        The paper takes the gradient of the KL to the teacher, which is zero where pruning begins. Its curvature is not: it
-        is the mean square of the gradient of ln p(y), with y drawn from the answer, and that is what is taken.
+        The paper takes the gradient of the KL to the teacher, which is zero when pruning begins. Its curvature is not zero: it
+        is the mean square of the gradient of ln p(y), with y drawn from the answer. This is used here.
         """
         members = {root: list(self._batchnorms(root)) for root in self.roots}
         found = {root: torch.zeros(root.out_channels, device=self._few.device) for root in self.roots}
@@ -454,7 +455,7 @@ class Cutter:
         return {root: values / len(self._dreams) for root, values in found.items()}
 
     def _batchnorms(self, root: nn.Conv2d) -> Iterator[tuple[nn.Module, list[int]]]:
-        """The BatchNorm layers of a root's channels, and where in them each channel is."""
+        """The BatchNorm layers of a root's channels, and the index of each channel in them."""
         for dep, index in self.group(root, list(range(root.out_channels))):
             if _is_batchnorm(dep) and len(index) == root.out_channels:
                 yield dep.target.module, list(index)
@@ -469,12 +470,12 @@ class Cutter:
         )
 
     def saved(self, root: nn.Conv2d, channels: list[int], shapes: dict[nn.Conv2d, Shape] | None = None) -> float:
-        """Milliseconds that the network is faster without some of a root's channels, by the table."""
+        """Milliseconds saved without some of a root's channels, by the table."""
         shapes = shapes or _convolutions(self._network)
         after, ends = dict(shapes), set()
         for dep, index in self.group(root, channels):
             layer = dep.target.module
-            # A depthwise layer stands in the group for either of its ends, but loses its channels once.
+            # A depthwise layer is in the group for its input and for its output, but loses its channels once.
             end = (layer, "both" if _is_depthwise(layer) else dep.handler) if layer in after else None
             if end is not None and end not in ends:
                 ends.add(end)
@@ -500,7 +501,7 @@ def _is_depthwise(layer: Any) -> bool:
 
 @contextmanager
 def _zero(group: Any) -> Iterator[None]:
-    """With the channels of a group at zero, by the weights of all layers that make them."""
+    """Inside, the channels of a group are zero, by the weights of all layers that make them."""
     before: dict[nn.Parameter, Tensor] = {}
     for dep, index in group:
         if not (_is_batchnorm(dep) or _is_output(dep)):
@@ -520,7 +521,7 @@ def _alike(logits: Tensor, masked: Tensor, tolerance: float) -> bool:
 
 
 def _is_output(dep: Any) -> bool:
-    """Whether a dependency is of a layer's output, not of its input; of depthwise layers it is both."""
+    """Whether a dependency is of a layer's output, not of its input; for depthwise layers it is of both."""
     import torch_pruning
 
     giving = (
@@ -532,7 +533,7 @@ def _is_output(dep: Any) -> bool:
 
 
 def _shape_without(shape: Shape, dep: Any, n: int) -> Shape:
-    """A convolution's shape after a dependency has taken `n` channels off one of its ends, or off both of a depthwise one."""
+    """A convolution's shape after a dependency has removed `n` channels of its input or output; of a depthwise one, of both."""
     import torch_pruning
 
     if shape.groups == shape.channels_out > 1:
@@ -549,7 +550,7 @@ def _shape(layer: Any, height: int, width: int) -> Shape:
 
 @torch.no_grad()
 def _convolutions(network: Network) -> dict[nn.Conv2d, Shape]:
-    """The convolutions of a backbone in the order in which an image meets them."""
+    """The convolutions of a backbone in the order in which they are executed."""
     found: dict[nn.Conv2d, Shape] = {}
 
     def hook(layer: nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:

@@ -1,1 +1,1 @@
-"""Inverts a frozen classifier: the objectives, the generator, pixels, and what becomes of the generated images."""
+"""Inverts a frozen classifier: the objectives, the generator, pixel optimisation, and the use of the generated images."""

@@ -14,8 +14,8 @@ SMALLEST_MAP = 8  # the generator starts from a feature map of at most this side
 class DoublingConv2d(nn.Conv2d):
     """Nearest-neighbour doubling and a 3x3 convolution, (N, C, S, S) to (N, C', 2S, 2S), in one step.
 
-    After doubling, the three taps of a side fall on two pixels only, so that the pair is a transposed convolution with
-    stride 2 and a 4x4 kernel of sums of taps: the same function of the same weights, at 4/9 of the multiplications.
+    After doubling, the three taps along a side fall on only two pixels. The pair therefore equals a transposed convolution with
+    stride 2 and a 4x4 kernel of sums of taps: the same function of the same weights, with 4/9 of the multiplications.
     """
 
     taps: Tensor

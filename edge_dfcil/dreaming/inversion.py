@@ -89,9 +89,9 @@ class Dreamer:
 
     @torch.no_grad()
     def dream(self, n: int) -> Dream:
-        """About `n` fresh dreams: those in which the teacher sees a wanted class, so fewer if some are not wanted.
+        """At most `n` new dreams: those of `n` images that the teacher assigns to a wanted class.
 
-        Dreams for a pool are drawn with batch statistics, as the generator was trained: they vary more. Single ones use
+        With a pool, the generator uses batch statistics, as in its training: the dreams then vary more. Without a pool it uses
         running statistics, as published.
         """
         images = self.generator.train(mode=self.recipe.remember.pool > 0)(self.noise(n))
@@ -132,8 +132,8 @@ class _Means:
 class _Inversion:
     """The weighted inversion objective (ABD, eq. 5) of a batch of noise, whole or in parts.
 
-    Diversity and statistics are of a whole batch. When it is split, a first pass computes the means of every part; a part's
-    loss is then that of the whole batch, with gradients through the part alone. They add up to the gradients of the whole,
+    Diversity and statistics depend on a whole batch. When it is split, a first pass computes the means of every part; a part's
+    loss is then that of the whole batch, with gradients through the part only. They add up to the gradients of the whole,
     except for the generator's own BatchNorm, which sees a part at a time, and for `inversion.augment`, which draws again for
     the loss.
     """
@@ -183,7 +183,8 @@ class _Inversion:
 
 
 def _of_whole(term: Tensor, share: float) -> Tensor:
-    """A term of the whole batch as the loss of a part, which counts by its share: value as it is, gradient in full."""
+    """A term of the whole batch for the loss of a part, which is weighted by its share: the same value, and a gradient divided
+    by the share."""
     return term.detach() + (term - term.detach()) / share if share < 1 else term
 
 
@@ -199,8 +200,8 @@ class _Noise:
 
 
 class Pool:
-    """Dreams kept while a task is learnt, one byte for each value: an image is rounded to 256 steps between its darkest and its
-    brightest value, a hundredth of a deviation apart, and nothing is clipped.
+    """Dreams kept while a task is learnt, one byte for each value: an image is rounded to 256 steps between its smallest and its
+    largest value, about 0.01 standard deviations apart, so nothing is clipped.
 
     Attributes
     ----------
@@ -209,7 +210,7 @@ class Pool:
     """
 
     def __init__(self, size: int, teacher: Network, device: torch.device) -> None:
-        # Room for all is taken once: joining pieces would hold everything twice.
+        # Memory for all is allocated once: joining pieces would need twice as much.
         side = teacher.image_size
         self._bytes = torch.empty(
             size, 3, side, side, dtype=torch.uint8, device=device, memory_format=devices.memory_format(device)
@@ -219,7 +220,7 @@ class Pool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Its size in bytes."""
         return sum(tensor.nbytes for tensor in (self._bytes, self._low, self._step, self.logits))
 
     @property
@@ -234,7 +235,7 @@ class Pool:
         return Dream(self._bytes[index] * self._step[index] + self._low[index], self.logits[index])
 
     def write(self, begin: int, end: int, dream: Dream, from_the_back: bool = False) -> int:
-        """Writes dreams into the room between `begin` and `end`, as many as go in; returns how many."""
+        """Writes as many dreams as fit between `begin` and `end`; returns their number."""
         n = min(len(dream), end - begin)
         room = slice(end - n, end) if from_the_back else slice(begin, begin + n)
         low, high = dream.images[:n].flatten(1).aminmax(dim=1)
@@ -253,7 +254,7 @@ class Pool:
             setattr(self, name, values[: front + back])
 
 
-TINY_STEP = 1e-8  # of an image of one flat value
+TINY_STEP = 1e-8  # for an image of one uniform value
 
 
 class Dreams:
@@ -265,7 +266,7 @@ class Dreams:
 
     @classmethod
     def of(cls, dreamer: Dreamer, at_once: int | None = None) -> Dreams:
-        """As the recipe says. With a pool, the generator's memory is free from here on."""
+        """A pool or fresh dreams, as the recipe says. With a pool, the generator is not needed any more."""
         return cls(make_pool(dreamer, dreamer.recipe.remember.pool, at_once) if dreamer.recipe.remember.pool else dreamer)
 
     def sample(self, n: int) -> Dream:
@@ -293,21 +294,21 @@ class Dreams:
         return torch.bincount(labels, minlength=n_classes).float() / len(labels)
 
 
-TRIES = 8  # times the images needed that are generated before a class counts as missed
+TRIES = 8  # a class counts as missed after this many times the needed images have been generated
 
 
 def make_pool(dreamer: Dreamer, size: int, at_once: int | None = None) -> Pool:
-    """At most `size` dreams, with an even share for every wanted class as far as the generator gives it.
+    """At most `size` dreams, with an equal share for every wanted class as far as the generator provides it.
 
-    A class with too few images is made up for by images of the others: its share is then smaller, its labels never wrong.
-    `at_once` are made at a time, or as many as the generator was trained with. Raises `DivergedError` when no image of a wanted
-    class is generated at all.
+    If a class has too few images, images of other classes fill the pool: the class has a smaller share, but no label is wrong.
+    `at_once` images are generated together; None takes the generator's batch size. Raises `DivergedError` when no image of a
+    wanted class is generated at all.
     """
     teacher, batch_size = dreamer.teacher, min(at_once or dreamer.recipe.generator.batch, dreamer.recipe.generator.batch)
     quota = -(-size // len(dreamer.wanted))
     have = torch.zeros(teacher.n_classes, dtype=torch.long, device=dreamer.wanted.device)
     pool = Pool(size, teacher, dreamer.wanted.device)
-    filled = spare = 0  # dreams within their class's quota, from the front; others, from the back, until those need the room
+    filled = spare = 0  # dreams within their class's quota fill the front, others the back, until the first need the space
     misses, rounds = 0, -(-size // batch_size)
     for _ in range(TRIES * rounds):
         dream = dreamer.dream(batch_size)
@@ -321,7 +322,7 @@ def make_pool(dreamer: Dreamer, size: int, at_once: int | None = None) -> Pool:
         spare += pool.write(filled, size - spare, dream[~within], from_the_back=True)
         if filled == size:
             return pool
-        if misses == max(rounds, TRIES):  # so many images held none of the classes that lack some: more would not either
+        if misses == max(rounds, TRIES):  # none of so many images was of a class below its quota: more would not help
             break
     pool.close_gap(filled, spare)
     _check_some(pool, dreamer)

@@ -1,7 +1,7 @@
 """The inversion objectives: what is minimised to generate images from a frozen classifier.
 
 ABD's terms are for a generator (Smith et al., ICCV 2021, section 4, eqs. 1 to 5), DeepInversion's for pixels (Yin et al.,
-CVPR 2020, section 3); the adaptive term serves both. Each is a function that reads like its equation. `o` are the teacher's
+CVPR 2020, section 3); the adaptive term is for both. Each function follows its equation. `o` are the teacher's
 logits (N, K) over the K old classes.
 """
 
@@ -20,7 +20,7 @@ from edge_dfcil.model.backbones import batchnorm_layers
 
 LayerStatistics = tuple[Tensor, Tensor, Tensor, Tensor]  # running mean and variance, batch mean and variance: (C,) each
 
-# Smallest variance that a logarithm or a quotient is taken of; a dead channel has none at all.
+# The smallest variance in a logarithm or a quotient; a dead channel has a variance of 0.
 TINY = 1e-5
 
 
@@ -32,13 +32,13 @@ def content(o: Tensor, labels: Tensor, temperature: float) -> Tensor:
 def label_diversity(o: Tensor) -> Tensor:
     """1 + sum_k p_k ln p_k / ln K, with p the batch mean of softmax(o) (eq. 2): 0 when all classes are generated equally often.
 
-    `torch.xlogy` makes 0 ln 0 = 0, where the plain product underflows to NaN. One class has no diversity to lose.
+    `torch.xlogy` makes 0 ln 0 = 0, where the plain product underflows to NaN. With one class the term is 0.
     """
     return diversity_of(o.softmax(1).mean(0))
 
 
 def diversity_of(p: Tensor) -> Tensor:
-    """The same of a mean prediction p (K,)."""
+    """The same for a mean prediction p (K,)."""
     classes = len(p)
     if classes == 1:
         return p.new_zeros(())
@@ -48,7 +48,7 @@ def diversity_of(p: Tensor) -> Tensor:
 def statistics_alignment(statistics: Sequence[LayerStatistics]) -> Tensor:
     """Mean over BatchNorm layers of the channel-mean of KL(N(m, r) || N(u, v)) (eq. 4).
 
-    `statistics` holds, for each layer, running mean m, running variance r, batch mean u and batch variance v: (C,) each.
+    `statistics` contains, for each layer, running mean m, running variance r, batch mean u and batch variance v: (C,) each.
     """
     m, r, u, v, sizes = _joined(statistics)
     r, v = r.clamp_min(TINY), v.clamp_min(TINY)
@@ -57,7 +57,7 @@ def statistics_alignment(statistics: Sequence[LayerStatistics]) -> Tensor:
 
 
 def _joined(statistics: Sequence[LayerStatistics]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
-    """The channels of all layers in one row, and how many each has: an accelerator waits for small operations one by one."""
+    """The channels of all layers joined, and the number of each layer: accelerators are slow at many small operations."""
     m, r, u, v = (torch.cat(column) for column in zip(*statistics, strict=True))
     return m, r, u, v, [len(layer[0]) for layer in statistics]
 
@@ -101,8 +101,8 @@ def l2(images: Tensor) -> Tensor:
 
 
 def competition(o: Tensor, student: Tensor, temperature: float = 3.0) -> Tensor:
-    """1 - JS(softmax(o / T), softmax(student / T)), mean over images (Adaptive DeepInversion, eqs. 7 and 8): small where
-    the student, whose logits are (N, K) as well, does not answer as its teacher yet."""
+    """1 - JS(softmax(o / T), softmax(student / T)), mean over images (Adaptive DeepInversion, eqs. 7 and 8): small if the
+    student, whose logits are (N, K) as well, still answers differently from its teacher."""
     p, q = (o / temperature).log_softmax(1), (student / temperature).log_softmax(1)  # logarithms: nothing underflows
     middle = torch.logaddexp(p, q) - math.log(2)
     js = 0.5 * (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(1)
@@ -110,7 +110,7 @@ def competition(o: Tensor, student: Tensor, temperature: float = 3.0) -> Tensor:
 
 
 class BatchStatistics:
-    """Reads the statistics of every BatchNorm input of a frozen network while `recording()`; holds none afterwards."""
+    """Reads the statistics of every BatchNorm input of a frozen network while `recording()`; keeps none afterwards."""
 
     def __init__(self, network: nn.Module) -> None:
         self._layers = batchnorm_layers(network)
@@ -118,7 +118,7 @@ class BatchStatistics:
 
     @contextmanager
     def recording(self) -> Iterator[list[LayerStatistics]]:
-        """Inside, each forward pass appends (m, r, u, v) a layer to the list that is yielded."""
+        """Inside, each forward pass appends (m, r, u, v) for each layer to the list that is yielded."""
         seen = self._seen
         handles = [layer.register_forward_pre_hook(self._record) for layer in self._layers]
         try:
@@ -135,7 +135,7 @@ class BatchStatistics:
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (C,) of each channel of (N, C, ...), in full precision, with gradients."""
-    if x.device.type != "cuda":  # whose kernel adds up in full precision by itself, without a copy of x in it
+    if x.device.type != "cuda":  # CUDA's kernel accumulates in full precision without a copy of x
         x = x.float()
     if x.device.type in ("cpu", "cuda"):
         u, v = _BatchStatistics.apply(x)

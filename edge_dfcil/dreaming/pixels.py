@@ -1,6 +1,7 @@
-"""DeepInversion: dreams whose pixels are optimised themselves, each batch from noise (Yin et al., CVPR 2020, section 3).
+"""DeepInversion: dreams whose pixels are optimised directly, each batch from noise (Yin et al., CVPR 2020, section 3).
 
-Slower than a generator, which is trained once and then generates images quickly, and finer: every image is of a class asked for.
+It is slower than a generator, which is trained once and then generates images quickly. The images are finer, and each is
+optimised for a class that was asked for.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe
 from edge_dfcil.training.stage import StageSpec, Terms
 
-LARGE = 128  # pixels a side from which images are sketched at half their size first
+LARGE = 128  # side in pixels from which images are first optimised at half their size
 SKETCHED = 2 / 3  # share of the steps at half size: 2,000 of 3,000 for ImageNet
 
 
@@ -33,7 +34,7 @@ class Canvas:
     teacher
         In eval mode, without gradients.
     labels
-        The class that each image is to be of (N,).
+        The target class of each image (N,).
     student
         A network that is learning from the images: they are then optimised to where its answers differ from the teacher's.
     """
@@ -49,7 +50,7 @@ class Canvas:
         self._images = self._blank(torch.randn(len(labels), 3, *self._first_size(), device=labels.device))
 
     def stages(self) -> Iterator[StageSpec]:
-        """From noise to images: one stage, or a sketch at half size and then the whole."""
+        """From noise to images: one stage, or a sketch at half size and then a stage at full size."""
         steps = self.recipe.pixels.steps
         if self._images.shape[-1] < self.teacher.image_size:
             sketched = round(SKETCHED * steps)
@@ -89,7 +90,7 @@ class Canvas:
         )
 
     def loss(self, index: Tensor) -> Terms:
-        """The weighted objective (DeepInversion, eqs. 2 to 4) of some of the images; statistics are theirs alone."""
+        """The weighted objective (DeepInversion, eqs. 2 to 4) of some of the images, with the statistics of these alone."""
         recipe, teacher = self.recipe, self.teacher
         with torch.no_grad():
             self._images.clamp_(self._low, self._high)  # values that the last step moved out of the range of pixels
@@ -108,7 +109,7 @@ class Canvas:
         return terms
 
     def _seen(self, images: Tensor) -> Tensor:
-        """Shifted with wrap-around, and mirrored in half of the steps where the recipe treats mirrored images as equal."""
+        """Shifted with wrap-around, and mirrored in half of the steps if the recipe treats mirrored images as equal."""
         jitter = self.recipe.pixels.jitter
         rows, columns = torch.randint(-jitter, jitter + 1, (2,)).tolist()
         images = images.roll((rows, columns), (2, 3))
@@ -116,10 +117,10 @@ class Canvas:
 
 
 def paint(pool: Pool, teacher: Network, wanted: Tensor, recipe: Recipe, student: Network | None = None) -> Iterator[StageSpec]:
-    """Fills a pool with pixel dreams of the wanted classes, an even share each, batch by batch; cut to those that came out.
+    """Fills a pool with pixel dreams of the wanted classes, in equal shares, batch by batch; then cuts it to those obtained.
 
-    Statistics are matched over a batch, so each has `pixel_batch` images of all the classes that the teacher knows, also
-    of those that are not wanted. Dreams in which the teacher sees no wanted class in the end are left out.
+    Statistics are matched over a batch, so each batch is filled up to `pixels.batch` images with all the classes that the
+    teacher knows, wanted or not. Dreams that the teacher finally assigns to no wanted class are left out.
     """
     size, filled, device = len(pool), 0, wanted.device
     everything = torch.arange(teacher.n_classes, device=device)

@@ -1,4 +1,4 @@
-"""Dreams on one picture: a contact sheet with a row for each class."""
+"""Dreams in one picture: a contact sheet with a row for each class."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def check_drawable(path: Path) -> None:
-    """Raises `SettingError` for a path that no picture can be written to. To be called before one is made."""
+    """Raises `SettingError` for a path to which no picture can be written. To be called before a picture is made."""
     if not path.parent.is_dir():
         raise SettingError(f"{path.parent} is not a folder; make it first")
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise SettingError(f"{path} does not end like a picture that can be written; name it .png")
+        raise SettingError(f"{path} does not have the ending of a picture format that can be written; name it .png")
 
 
 def contact_sheet(images: Tensor, labels: Sequence[str], names: Sequence[str], columns: int) -> Image.Image:
     """One picture of uint8 images (N, 3, S, S): a row for each name, with the name in front, at most `columns` images a row.
 
-    A name is written in a font of this system that has all its characters; else those that are missing are written as
-    their code (`\\u043a`), so that different names look different.
+    A name is written in a font of this system that has all its characters; otherwise missing characters are written as their
+    code (`\\u043a`), so that different names look different.
     """
     side, gap, zoom = images.shape[-1], 2, max(1, 64 // images.shape[-1])
     cell = side * zoom + gap
@@ -52,7 +52,7 @@ def contact_sheet(images: Tensor, labels: Sequence[str], names: Sequence[str], c
 
 
 def writable(name: str) -> tuple[str, Font]:
-    """A name as it can be written, and the font to write it with: of those found the one that lacks the fewest characters."""
+    """A name as it can be written, and the font to write it with: the one that lacks the fewest characters."""
     best = min(_fonts(name), key=lambda font: sum(not _has(font, character) for character in name))
     return "".join(c if _has(best, c) else c.encode("unicode_escape").decode() for c in name), best
 
@@ -67,7 +67,7 @@ def _fonts(name: str) -> Iterator[Font]:
         if path is not None:
             try:
                 yield ImageFont.truetype(path, TEXT_SIZE)
-            except OSError:  # a bitmap font, which has sizes of its own
+            except OSError:  # a bitmap font, which has fixed sizes
                 continue
 
 
@@ -81,7 +81,7 @@ def _has(font: Font, character: str) -> bool:
 
 
 def _font_of_matplotlib() -> str | None:
-    """DejaVu Sans (Latin, Greek, Cyrillic, Arabic, ...), which matplotlib brings; it is not imported for that."""
+    """DejaVu Sans (Latin, Greek, Cyrillic, Arabic, ...), a file of matplotlib, which is not imported for that."""
     found = importlib.util.find_spec("matplotlib")
     path = Path(found.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf" if found is not None and found.origin else None
     return str(path) if path is not None and path.is_file() else None

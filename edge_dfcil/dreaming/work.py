@@ -1,4 +1,4 @@
-"""Works that generate images: what they have in common, and that of `Learner.dream`."""
+"""Works of a session that generate images: their base class, and the work of `Learner.dream`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from edge_dfcil.training.session import PlainWork, Session
 from edge_dfcil.training.stage import Stage
 from exporters.values import is_one_of, whole_number
 
-FEW = 64  # images that are held as floats together
+FEW = 64  # images in memory together as floats
 
 
 class GeneratingWork(PlainWork):
-    """A work that generates images by a recipe; a memory plan may change the recipe, and says how many are generated together."""
+    """A work that generates images by a recipe; a memory plan may change the recipe, and sets how many are generated together."""
 
     _recipe: Recipe
     _at_once: int | None = None  # images that are generated together; None: a batch of the generator's
@@ -75,11 +75,11 @@ class Dreaming(GeneratingWork):
 
     def rehearsal(self, changes: Mapping[str, int]) -> Rehearsal:
         copied, n = copy.copy(self), min(self._n, rehearsal.POOL)
-        copied._wanted = list(range(self._model.network.n_classes))  # an untrained generator may miss the others
+        copied._wanted = list(range(self._model.network.n_classes))  # all: an untrained generator may give no image of some
 
         def generated() -> Generated:
             held = copied._pool.nbytes if copied._pool is not None else 0
-            an_image = 3 * self._model.image_size**2  # in the result, beside the pool
+            an_image = 3 * self._model.image_size**2  # in the result, in addition to the pool
             return Generated(now=held, whole=(held // n + an_image) * self._n)
 
         return Rehearsal(
@@ -88,7 +88,7 @@ class Dreaming(GeneratingWork):
 
     @property
     def pool(self) -> Pool:
-        """What has been generated."""
+        """The generated images."""
         assert self._pool is not None
         return self._pool
 

@@ -1,6 +1,6 @@
-"""Drift compensation: class statistics of an old backbone, moved to where a new one puts the same images.
+"""Drift compensation: class statistics of an old backbone, mapped to the feature space of a new one.
 
-A linear map from old to new features is fitted on images that both backbones see, and statistics are moved through it (LDC,
+A linear map from old to new features is fitted on images that both backbones see, and statistics are mapped by it (LDC,
 Gomez-Villa et al., ECCV 2024; DPCR, He et al., 2025). Here it is a ridge regression that shrinks to the identity.
 """
 
@@ -25,7 +25,7 @@ class DriftMap:
     offset
         b, (F,).
     residual
-        R, the covariance of what the map does not explain, (F, F).
+        R, the covariance of the map's residuals, (F, F).
     """
 
     matrix: Tensor
@@ -33,17 +33,17 @@ class DriftMap:
     residual: Tensor
 
     def means(self, means: Tensor) -> Tensor:
-        """Class means (C, F), moved."""
+        """Class means (C, F), mapped."""
         return means @ self.matrix + self.offset
 
     def covariance(self, covariance: Tensor) -> Tensor:
-        """A covariance (F, F), moved: M' S M + R. A new backbone separates images that the old one did not; without R the
-        moved classes would look narrower than they are."""
+        """A covariance (F, F), mapped: M' S M + R. A new backbone separates images that the old one did not; without R the
+        mapped classes would look narrower than they are."""
         return (self.matrix.T @ covariance @ self.matrix).add_(self.residual)
 
 
 class DriftSums:
-    """The sums that a drift map follows from: pairs of old and new features are added batch by batch, none is kept."""
+    """The sums from which a drift map is computed: pairs of old and new features are added batch by batch, and none is kept."""
 
     def __init__(self, features: int, dtype: torch.dtype, device: torch.device) -> None:
         self._within = torch.zeros(features, features, dtype=dtype, device=device)  # sum of x x'
@@ -64,9 +64,9 @@ class DriftSums:
         self._count += len(before)
 
     def solve(self, ridge: float = RIDGE) -> DriftMap:
-        """argmin over M and b of sum |x M + b - y|^2 + r |M - I|^2, with r a share `ridge` of the mean of sum (x - mean)^2.
+        """argmin over M and b of sum |x M + b - y|^2 + r |M - I|^2, where r is `ridge` times the mean of sum (x - mean)^2.
 
-        Without any pair, the identity. On the CPU, in float64.
+        The identity if no pair was added. On the CPU, in float64.
         """
         sums = (self._within, self._across, self._beyond, self._before, self._after)
         within, across, beyond, before, after = (each.cpu().double() for each in sums)

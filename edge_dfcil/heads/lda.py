@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 TINY = 1e-30  # of a variance
-SPARE, ITERATIONS = 16, 6  # of subspace iteration: directions beside those that are wanted, and passes
-FEW = 0.4  # the most shrinkage that a covariance of few images gets
+SPARE, ITERATIONS = 16, 6  # of subspace iteration: extra directions besides those requested, and passes
+FEW = 0.4  # the largest shrinkage of a covariance of few images
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Shrinkage:
     amount
         s, from 0 to 1.
     own
-        T is the mean variance of all features times the identity where this is 0. Else the first `own` features have their mean
-        variance in T, and the features behind them have theirs: groups of features of different size have the same weight.
+        0: T is the mean variance of all features times the identity. Else T has the mean variance of the first `own` features for
+        these, and that of the other features for the others: groups of features of different scale have the same weight.
     """
 
     amount: float
@@ -36,7 +36,7 @@ class Shrinkage:
         return torch.cat([group.mean().clamp_min(tiny).expand(len(group)) for group in groups])
 
     def of_more(self, share: float) -> Shrinkage:
-        """That of a covariance of so many images that `share` of them needed this one: Sigma counts for more."""
+        """The shrinkage for a covariance of more images, if this one is right for a `share` of them: Sigma has more weight."""
         if self.amount >= 1:
             return self
         odds = share * self.amount / (1 - self.amount)
@@ -44,7 +44,7 @@ class Shrinkage:
 
 
 def leading(covariance: Tensor, directions: int) -> Tensor:
-    """A covariance (F, F) with the same variances, whose correlations are those of its leading principal directions alone.
+    """A covariance (F, F) with the same variances, whose correlations come from its leading principal directions only.
 
     The directions are found by subspace iteration (Halko et al., SIAM Review 2011) from a fixed start, so that the result is the
     same in every run on one machine.
@@ -84,26 +84,27 @@ def lda_head(means: Tensor, covariance: Tensor, shrinkage: Shrinkage) -> tuple[T
 
 
 def centred(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """A head without what its rows have in common: softmax does not see it, a distillation weighted by the head does."""
+    """A head minus the mean of its rows, which does not change the softmax, but changes a distillation weighted by the head."""
     return weight - weight.mean(0), bias - bias.mean()
 
 
 def usual_shrinkage(features: int, images: float) -> Shrinkage:
-    """Where none can be chosen on held-out images: the fewer images for each feature, the less of a covariance counts."""
+    """The shrinkage if none can be chosen on held-out images: fewer images per feature give the covariance less weight."""
     return Shrinkage(FEW * features / (features + images))
 
 
 def shrunk(covariance: Tensor, shrinkage: Shrinkage) -> Tensor:
-    """S, as `Shrinkage` has it."""
+    """S, as defined in `Shrinkage`."""
     found = (1 - shrinkage.amount) * covariance
-    found.diagonal().add_(shrinkage.amount * shrinkage.target(covariance))  # in place: these matrices are the most that is held
+    found.diagonal().add_(shrinkage.amount * shrinkage.target(covariance))  # in place: these matrices are the largest in memory
     return found
 
 
 def within(count: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Means (C, F) and the covariance within classes (F, F), from sums: images (C,), of f (C, F), and of f f' (F, F).
+    """Means (C, F) and the covariance within classes (F, F), from the number of images (C,), the
+    sums of f (C, F), and the sum of f f' (F, F).
 
-    The mean of a class without images is 0. `second` is overwritten, for these matrices are large.
+    The mean of a class without images is 0. `second` is overwritten, because these matrices are large.
     """
     means = first / count.clamp_min(1)[:, None]
     second.addmm_((means * count[:, None]).T, means, alpha=-1)
@@ -127,15 +128,15 @@ def likelihood_ratios(means: Tensor, centre: Tensor, covariance: Tensor, shrinka
 
 @dataclass(frozen=True)
 class Frame:
-    """What the rows of a served LDA head have in common; with the covariance, a row says where its class lies.
+    """What the rows of a deployed LDA head have in common. With it and the covariance, a row gives the mean of its class.
 
     Attributes
     ----------
     centre
-        The mean of the classes' means, (F,). Rows are centred; what was taken off them says the same, but is so much larger
-        than they are that a rounded covariance moves it by whole deviations.
+        The mean of the classes' means, (F,). Rows are centred. The mean row that was subtracted would serve as well, but it is so
+        much larger than the centred rows that a rounded covariance shifts it by whole standard deviations.
     scale
-        What rows were multiplied by after that.
+        The factor by which the centred rows were multiplied.
     shrinkage
         Of the covariance.
     """
@@ -145,7 +146,7 @@ class Frame:
     shrinkage: Shrinkage
 
     def means(self, weight: Tensor, covariance: Tensor) -> Tensor:
-        """The means (C, F) of the classes with these rows (C, F)."""
+        """The class means (C, F) for these rows (C, F)."""
         return self.centre + (weight / self.scale) @ shrunk(covariance, self.shrinkage)
 
     def packed(self) -> Tensor:
@@ -155,20 +156,20 @@ class Frame:
 
     @classmethod
     def unpacked(cls, values: Tensor, features: int) -> Frame:
-        """The inverse, with F; older files have no number of own features."""
+        """The inverse of `packed`, for F features; older files do not have `own`."""
         scale, amount, *own = values[features:].tolist()
         return cls(values[:features], scale, Shrinkage(amount, int(own[0]) if own else 0))
 
 
 def solved(matrix: Tensor, right: Tensor) -> Tensor:
-    """By Cholesky, which takes half the time; a covariance that has been rounded or moved may be too flat for it."""
+    """matrix^-1 right, by Cholesky, which takes half the time; a rounded or mapped covariance may not be positive definite."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     return torch.linalg.solve(matrix, right) if bool(failed) else torch.cholesky_solve(right, factor)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Images that a head was not made from, as Gaussian classes: how it does on them follows without the images.
+    """Held-out images as Gaussian classes: the expected error of a head on them can be computed without the images.
 
     Attributes
     ----------
@@ -177,7 +178,7 @@ class HeldOut:
     means
         Their means, (H, F).
     covariance
-        Within them, (F, F).
+        Their within-class covariance, (F, F).
     """
 
     rows: Tensor
@@ -194,16 +195,16 @@ class HeldOut:
         return mean[others].view(len(mean), -1), variance[others].view(len(mean), -1).clamp_min(TINY)
 
     def errors(self, weight: Tensor, bias: Tensor) -> float:
-        """How often another class is ahead of the true one, all other classes added up: an upper bound of the error."""
+        """How often another class scores above the true one, summed over the other classes: an upper bound of the error."""
         mean, variance = self.leads(weight, bias)
         return float(torch.erfc(mean / (2 * variance).sqrt()).sum(1).mean()) / 2
 
     def sureness(self, weight: Tensor, bias: Tensor) -> float:
-        """What logits are to be multiplied by so that probabilities are as they should be.
+        """The factor for the logits that calibrates the probabilities.
 
-        Where a lead is normal, with mean m and variance v, the odds of the true class are exp(2 m x / v) at a lead of x. This
-        is the mean of 2 m / v over the classes, each against its nearest rival. An LDA head of as many images as it needs
-        has 1.
+        If a lead is normal, with mean m and variance v, the odds of the true class are exp(2 m x / v) at a lead of x. This
+        is the mean of 2 m / v over the classes, each against the nearest other class. It is 1 for an LDA head made from enough
+        images.
         """
         mean, variance = self.leads(weight, bias)
         nearest = (mean / variance.sqrt()).argmin(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""How an LDA head answers images that it was made from, as if it had been made without them: exact, without a second head."""
+"""Leave-one-out logits of an LDA head for the images that it was made from: exact, without a second head."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def leave_one_out(
 ) -> Tensor:
     """Logits (N, C) of images under the heads that `lda_head` would have made without each of them.
 
-    Without an image, the scatter within classes is less by v v' + e e', where v is the mean deviation of the image's views from
-    its class mean, times sqrt(n / (n - 1)), and e is half of their difference; the mean is less by v's share. The inverse
-    follows by the formula of Woodbury, so that one factorisation serves all images. The shrinkage's target stays as it is.
+    Without an image, the within-class scatter is smaller by v v' + e e', where v is the mean deviation of the image's views
+    from its class mean, times sqrt(n / (n - 1)), and e is half of their difference; the mean shifts along v. The inverse
+    follows from the Woodbury formula, so one factorisation is enough for all images. The shrinkage target is not updated.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def leave_one_out(
     share = (n / (n - 1) * (1 - shrinkage.amount) / images).sqrt()
     mean = views.mean(1) - means[rows]
     rest = (views[:, 0] - views[:, -1]) / 2 * ((1 - shrinkage.amount) / images) ** 0.5
-    less = torch.stack([mean * share[:, None], rest], 1)  # (N, 2, F): the covariance is less by the sum of its squares
+    less = torch.stack([mean * share[:, None], rest], 1)  # (N, 2, F): the covariance is smaller by the sum of its squares
 
     inverse = solved(shrunk(covariance, shrinkage), torch.cat([less.flatten(0, 1), means]).T)  # (F, 2 N + C)
     of_less, of_means = inverse[:, : 2 * len(n)].T.view_as(less), inverse[:, 2 * len(n) :]

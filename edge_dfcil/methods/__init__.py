@@ -1,4 +1,4 @@
-"""What is learnt from: one short file a method, found by its name. Adding a method means adding its file."""
+"""The methods: one short file each, found by its name. Adding a method means adding its file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from edge_dfcil.errors import SettingError
 from edge_dfcil.methods.base import Method
 from exporters.values import is_one_of
 
-_NO_METHODS = {"base", "task"}  # files here that are no method, beside those that begin with an underscore
+_NO_METHODS = {"base", "task"}  # files here that are not methods, in addition to those that begin with an underscore
 
 
 def names() -> list[str]:

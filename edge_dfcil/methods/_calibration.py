@@ -1,11 +1,11 @@
-"""Temperature and thresholds of a head, from answers to images of the task that it was not made from.
+"""Temperature and thresholds of a head, from its answers to images of the task that it was not made from.
 
-A closed-form head answers each image as if it had been made without it. A network that is trained in the task answers images
-that were held out of the training.
+For a closed-form head, each image is left out in turn. For a network that is trained in the task, the images are held out of
+training.
 
-Only the classes of this task have images. An old class has the mean and the covariance that its head row was made from: they
-say how high its score lies, and how far it spreads. Images that a head was not made from spread further, and the share that
-is to be rejected lies at so many of the predicted deviations below the mean. That number is taken from the new classes.
+Only the classes of this task have images. For an old class, the mean and the covariance that its head row was made from predict
+the mean and the deviation of its score. Images that a head was not made from spread further. The threshold is therefore a number
+of predicted deviations below the mean; this number is measured on the new classes, for the share of images to reject.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from edge_dfcil.training.data import Batch
 from edge_dfcil.training.stage import ClosedFormSpec, Stage
 from exporters.rejection import scores
 
-MOST = 256  # images whose features are held
+MOST = 256  # images whose features are in memory
 
 
 class HeldFeatures:
     """Features of some of a task's images, evenly over its classes, until the end of the stage. They are never stored.
 
-    Of a backbone that is trained in this task, the images are those held out. Their room is taken when the stage begins, so
+    If the backbone is trained in this task, the images are those held out. The memory is allocated when the stage begins, so
     that a plan counts it.
     """
 
@@ -46,12 +46,12 @@ class HeldFeatures:
 
     @classmethod
     def of(cls, task: Task, views: int) -> HeldFeatures | None:
-        """None where there is nothing to calibrate on: a backbone that was trained on the same images knows them too well."""
+        """None if there is nothing to calibrate on: on images that it was trained on, a backbone is overconfident."""
         refine = task.recipe.refine
         return cls(task, views) if refine.calibrate and (refine.held_out or stays_frozen(task)) else None
 
     def choose(self, batch: Batch) -> list[int]:
-        """Which images (indices) of a batch are held; each of their views is then to be `put`."""
+        """The indices of the images of a batch to use; `put` then takes the features of each of their views."""
         chosen = []
         usable = [True] * len(batch) if self._batches is None else self._batches.held_out(batch).tolist()
         for index, target in enumerate(batch.targets.tolist()):
@@ -80,7 +80,8 @@ class HeldFeatures:
         scale: float,
         head: tuple[Tensor, Tensor],
     ) -> Calibration | None:
-        """From what the head was made from, its rows (R,) in the order of `means`, and `scale` times the centred head itself."""
+        """The calibration, from the statistics that the head was made from, the indices of its `rows` (R,), and the centred
+        `head`, which is multiplied by `scale`."""
         targets = torch.tensor(self._targets, dtype=torch.long)
         usable = torch.nonzero(count[targets] > 1).flatten() if len(targets) else targets
         if len(usable) < task.recipe.remember.min_images or len(rows) < 2:
@@ -97,14 +98,14 @@ class HeldFeatures:
 
 
 def calibration_stage(task: Task) -> Iterator[Stage]:
-    """The last stage of a trained head: its answers to the images that were held out. None where there are too few."""
+    """The last stage of a trained head: its answers to the images that were held out. Too few give no calibration."""
     refine = task.recipe.refine
     if refine.calibrate and refine.held_out:
         yield ClosedFormSpec("calibrate", task.batches.plain(), lambda: _Answers(task))
 
 
 class _Answers:
-    """Probabilities and right classes of the images that were held out."""
+    """Probabilities and true classes of the images that were held out."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -126,9 +127,9 @@ class _Answers:
 
 
 def _spread(head: tuple[Tensor, Tensor], means: Tensor, covariance: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (R,) of the score of each class for its own images, as the statistics have it.
+    """Mean and deviation (R,) of the score of each class for its own images, as the statistics predict them.
 
-    Logits of a class are normal. Scores end where float32 does: on an easy task they lie closer together than logits do.
+    Logits of a class are assumed to be normal. Scores are limited by float32: on an easy task they spread less than logits.
     """
     weight, bias = scale * head[0], scale * head[1]
     logits = means @ weight.T + bias  # (R, R)
@@ -139,7 +140,8 @@ def _spread(head: tuple[Tensor, Tensor], means: Tensor, covariance: Tensor, scal
 
 
 def _thresholds(logits: Tensor, mean: Tensor, deviation: Tensor, share: float) -> Tensor:
-    """For each class (R,), as many deviations from its mean as reject `share` of the images with these logits (N, R)."""
+    """The threshold of each class (R,): its mean plus a number of deviations, the same for all classes, that rejects `share` of
+    the images with these logits (N, R)."""
     answers = logits.argmax(1)
     away = torch.quantile((_scores(logits) - mean[answers]) / deviation[answers], share)
     return (mean + away * deviation).clamp_min(0)

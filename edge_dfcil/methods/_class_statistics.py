@@ -17,7 +17,7 @@ def closes(task: Task) -> bool:
 
 
 def stays_frozen(task: Task) -> bool:
-    """Whether the backbone is left as it is in this task, where its head is closed-form."""
+    """Whether the backbone is not trained in this task, given a closed-form head."""
     adapt = task.recipe.schedule.adapt
     trained = task.pretrained or task.teacher is not None
     return adapt == "never" or (adapt == "first" and trained)

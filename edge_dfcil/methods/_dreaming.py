@@ -1,4 +1,4 @@
-"""What every method that remembers through dreams has in common."""
+"""The base class of methods that replay dreams."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edge_dfcil.training.stage import Stage
 
 
 class DreamingMethod(Method):
-    """Inverts the teacher before a task and leaves its dreams in the task; they, and a generator, are gone with it."""
+    """Inverts the teacher before a task and stores its dreams in the `Task`; dreams and generator are discarded with it."""
 
     def prepare(self, task: Task) -> Iterator[Stage]:
         if not task.remembers:

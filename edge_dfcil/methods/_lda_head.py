@@ -1,7 +1,7 @@
-"""The closing stage of a closed-form head: LDA from class statistics that follow the backbone as it changes.
+"""The last stage of a closed-form head: LDA from class statistics that are updated as the backbone changes.
 
-One pass over a task's images adds up their features, of all scales. The statistics of earlier tasks are moved through a drift
-map, fitted on the same images and on the task's generated ones, which the backbone before and after the task have both seen.
+One pass over a task's images adds up their features, of all scales. The statistics of earlier tasks are moved by a drift map. It
+is fitted to features of these images and of the task's generated images, from the backbone before the task and after it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from edge_dfcil.training.data import Batch
 from edge_dfcil.training.stage import ClosedFormSpec, Stage
 
 GENERATED_AT_ONCE = 64
-ASSUMED = 5.0  # images behind a row that has no statistics: fewer than are kept as one
+ASSUMED = 5.0  # images assumed behind a row without statistics: fewer than a stored statistic needs
 SHRINKAGES = (0.005, 0.02, 0.08, 0.3, 0.7)  # the one that does best on held-out images is taken
-GROUPED = (0.3, 0.7)  # those that are tried with features of other scales as a group of their own: it pays where images are few
-LEAST_SURE = 0.01  # of an LDA head's own logits
+GROUPED = (0.3, 0.7)  # also tried with features of other scales as a separate group, which helps if there are few images
+LEAST_SURE = 0.01  # the smallest factor for an LDA head's own logits
 
 
 def lda_stage(task: Task, moves: bool, name: str = "lda") -> Iterator[Stage]:
@@ -36,20 +36,20 @@ def lda_stage(task: Task, moves: bool, name: str = "lda") -> Iterator[Stage]:
 
 @dataclass(frozen=True)
 class _Known:
-    """What is known of classes, on the CPU; float64, but for the covariance of earlier tasks.
+    """The statistics of classes, on the CPU; float64, except the covariance of earlier tasks.
 
     Attributes
     ----------
     means
         (C, F).
     count
-        The images that are counted behind each mean, (C,).
+        The number of images counted for each mean, (C,).
     placed
-        Which means are known; also by a row of the head, with no image counted, (C,).
+        Which means are known, (C,) bool. One that is known only from a row of the head has a count of 0.
     covariance
         Within classes, (F, F).
     images
-        The images behind it.
+        The number of images behind it.
     """
 
     means: Tensor
@@ -60,9 +60,9 @@ class _Known:
 
 
 class _Sums:
-    """Sums of features over a task's images, joined with those that are kept, and the head that follows from them.
+    """Sums of features over a task's images, joined with the stored statistics, and the head that follows from them.
 
-    They are kept apart for two halves of the images: how sure a head may be shows on images that it was not made from.
+    The sums of two halves of the images are separate: the scale of a head's logits is found on images it was not made from.
     """
 
     def __init__(self, task: Task, moves: bool) -> None:
@@ -97,8 +97,8 @@ class _Sums:
         return features
 
     def solve(self) -> None:
-        """Serves a head over all scales. Rows of classes that nothing is known of stay as they were."""
-        # On the CPU, in float64, which MPS has not: the same everywhere.
+        """Sets the head over all scales. Rows of classes without statistics are not changed."""
+        # On the CPU, because MPS has no float64: the same result on every device.
         self._first, self._second, self._count = (sums.cpu().double() for sums in (self._first, self._second, self._count))
         task, old = self._task, self._moved()
         images = float(self._count.sum()) + (old.images if old is not None else 0)
@@ -120,12 +120,12 @@ class _Sums:
         head.bias.data[rows] = (scale * bias).to(head.bias)
 
     def _as_sure_as_trained(self, weight: Tensor, rows: Tensor) -> float:
-        """The scale of the head that was trained with the backbone."""
+        """The factor that gives the head the scale of the one that was trained with the backbone."""
         trained = self._task.student.head.weight.detach().to(weight)[rows]
         return float((trained - trained.mean(0)).norm() / weight.norm().clamp_min(torch.finfo(weight.dtype).tiny))
 
     def _tried(self, old: _Known | None, images: float) -> tuple[Shrinkage, float]:
-        """Shrinkage, and what logits are multiplied by: both by what a head from one half of the images does on the other."""
+        """Shrinkage, and the factor for logits: both from the answers of a head from one half of the images on the other."""
         here = (self._count > 0).all(0)
         known = here.clone()
         if old is not None:
@@ -138,14 +138,14 @@ class _Sums:
         groups = sorted({shrinkage.own for shrinkage in errors})
         best_of = [min((one for one in errors if one.own == own), key=errors.__getitem__) for own in groups]
         sureness = {shrinkage: held.sureness(*heads[shrinkage]) for shrinkage in best_of}
-        del held  # before the second trial: these matrices are the most that learning holds
-        if len(best_of) > 1:  # of two kinds: few images decide between them only if each half is held out in turn
+        del held  # before the second trial: these matrices are the largest in memory during learning
+        if len(best_of) > 1:  # two kinds: with few images, deciding between them needs each half held out in turn
             others, held = self._trial(old, 1, here, best_of)
             errors = {shrinkage: errors[shrinkage] + held.errors(*others[shrinkage]) for shrinkage in best_of}
             del held
         best = min(best_of, key=errors.__getitem__)
         self._task.expected_error = self._expected_error(old, heads[best])
-        share = (images - float(self._count[1].sum())) / images  # of all images, that are behind the first trial's heads
+        share = (images - float(self._count[1].sum())) / images  # of all images, used by the first trial's heads
         return best.of_more(share), min(max(sureness[best], LEAST_SURE), 1.0)
 
     def _candidates(self) -> list[Shrinkage]:
@@ -165,7 +165,7 @@ class _Sums:
         return heads, HeldOut(torch.searchsorted(rows, here), other.means[here], other.covariance)
 
     def _expected_error(self, old: _Known | None, head: tuple[Tensor, Tensor]) -> float | None:
-        """Of a head from one half of the images: on the other half, and on old classes as their statistics have them."""
+        """The error of a head from one half of the images, on the other half and, by their statistics, on old classes."""
         if not self._task.compared:
             return None
         all_classes = self._joined(old, slice(1, 2))
@@ -174,7 +174,8 @@ class _Sums:
         return held.errors(*head) if len(rows) == len(head[1]) else None
 
     def _joined(self, old: _Known | None, halves: slice) -> _Known:
-        """This task's halves and earlier tasks together; a known class that is refreshed has the mean of all its images."""
+        """The statistics of this task's halves and of earlier tasks together; the mean of a refreshed class is over all its
+        images."""
         count = self._count[halves].sum(0)
         means = self._first[halves].sum(0) / count.clamp_min(1)[:, None]
         scatter, images = self._second[halves].sum(0), float(count.sum())
@@ -183,7 +184,7 @@ class _Sums:
             covariance = scatter.div_(max(images - float((count > 0).sum()), 1))
             return _Known(means, count, count > 0, covariance, images)
         n, means, weight = len(old.count), means * count[:, None], count.clone()
-        # Of classes that are known by their rows alone the number of images is not kept.
+        # For classes that are known only by their rows, the number of images is not stored.
         before = torch.where(old.placed & (old.count == 0), ASSUMED, old.count)
         means[:n] += old.means * before[:, None]
         weight[:n] += before
@@ -193,7 +194,7 @@ class _Sums:
         return _Known(means, count, placed, covariance, old.images + images)
 
     def _moved(self) -> _Known | None:
-        """What is known of the classes of earlier tasks, moved to where the backbone puts them now."""
+        """The statistics of earlier tasks' classes, moved to the features of the current backbone."""
         kept = self._task.statistics
         if not kept.keys() >= SUMS.keys():
             return None
@@ -213,8 +214,8 @@ class _Sums:
         return _Known(means, count, placed, covariance, float(kept["covariance"].images[0]))
 
     def _with_generated(self, found: _Known) -> tuple[Tensor, Tensor]:
-        """Means (C, F), and the classes that have one: old classes of which nothing is known get that of their generated
-        images, where there are any."""
+        """Means (C, F), and the classes that have one: an old class without statistics gets the mean of its generated images,
+        if there are any."""
         means, placed = found.means, found.placed
         if not bool(placed.all()):
             first, number = torch.zeros_like(means), torch.zeros_like(found.count)
@@ -226,7 +227,7 @@ class _Sums:
         return means, torch.nonzero(placed).flatten()
 
     def _generated(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Generated images and their classes, as many as there are real ones, batch by batch; none where there are none."""
+        """Generated images and their classes, as many as there are real ones, batch by batch; none if the task has none."""
         if self._task.dreams is not None:
             for _ in range(-(-int(self._count.sum()) // GENERATED_AT_ONCE)):
                 dream = self._task.dreams.sample(GENERATED_AT_ONCE)

@@ -1,9 +1,9 @@
-"""The closing stage of a closed-form head of which nothing is kept but its rows (`recipe="strict"`).
+"""The last stage of a closed-form head that keeps only its rows and no class statistics (`recipe="strict"`).
 
-LDA rows of different tasks compare only under a common covariance, and none may be kept. What a frozen backbone does keep are
-its BatchNorm statistics: a generator that inverts these gives images whose features vary much as those of real ones do. Each
-task makes the same images again, from the same seed and without looking at the head, which grows; it mixes their covariance
-with that of its own images, and computes the rows of its own classes alone.
+LDA rows of different tasks are comparable only under a common covariance, and none may be stored. But a frozen backbone has
+BatchNorm statistics: a generator that inverts them makes images whose features vary much like those of real images. Each task
+generates the same images again, from the same seed and independent of the head, which grows. It mixes their covariance with
+that of its own images, and computes only the rows of its own classes.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from edge_dfcil.training.data import Batch
 from edge_dfcil.training.stage import ClosedFormSpec, Stage
 
 AT_ONCE = 64
-REAL_SHARE = 0.2  # of the task's own covariance in the mixture; from 0.1 to 0.3 is within a point of the best
+REAL_SHARE = 0.2  # of the task's own covariance in the mixture; 0.1 to 0.3 are within a point of the best
 SHRINKAGE = Shrinkage(0.02)
-ASSUMED = 100  # images behind a row
+ASSUMED = 100  # images behind a row that is refreshed
 SEED = 0  # of the generator
 FIRST_SPREAD = 3.0  # standard deviation of the first task's logits over generated images
 WITHOUT_CLASSES = {"inversion.content": 0.0, "inversion.diversity": 0.0}
 
 
 def keeps_rows(task: Task) -> bool:
-    """Whether a task ends so: its recipe allows no class statistics, and the rows of old classes were computed so as well.
+    """Whether a task ends with this stage: its recipe allows no class statistics, and the stage computed the old rows too.
 
-    Rows that were trained, those of an adopted classifier among them, do not read the scales beside the last features.
+    Rows that were trained, including those of an adopted classifier, read only the last features and no other scale.
     """
     schedule, teacher, own = task.recipe.schedule, task.teacher, task.student.own_features
     if task.recipe.remember.class_statistics or not task.recipe.remember.pool or schedule.adapt == "always":
@@ -46,10 +46,10 @@ def keeps_rows(task: Task) -> bool:
 def lda_rows_stages(task: Task) -> Iterator[Stage]:
     """Inverts the backbone as it is now, then computes the rows of the task's classes.
 
-    As many images are generated as the recipe's pool has, but a batch at a time: none is held.
+    As many images are generated as the recipe's pool has, but one batch at a time: none is kept.
     """
     network = task.teacher if task.teacher is not None else task.student.frozen()
-    devices.seed_all(SEED, task.device)  # the session gives the caller's random state back
+    devices.seed_all(SEED, task.device)  # the session restores the caller's random state
     dreamer = Dreamer(network, torch.arange(network.n_classes, device=task.device), task.recipe.changed(WITHOUT_CLASSES))
     yield dreamer.stage()
     yield ClosedFormSpec("lda", task.batches.plain(), lambda: _Rows(task, dreamer))
@@ -70,7 +70,7 @@ class _Moments:
         self.second.addmm_(features.T, features, alpha=weight)
 
     def solved(self) -> tuple[Tensor, Tensor]:
-        """Means (C, F) and the covariance within classes (F, F), on the CPU in float64, which MPS has not."""
+        """Means (C, F) and the covariance within classes (F, F), on the CPU in float64, which MPS lacks."""
         count, first, second = (value.cpu().double() for value in (self.count, self.first, self.second))
         return within(count, first, second)
 
@@ -89,7 +89,7 @@ class _Rows:
             self._real.add(self._task.student.of_all_scales(images), batch.targets, weight)
 
     def _views(self, images: Tensor) -> list[tuple[Tensor, float]]:
-        """Images, and their mirror images where the recipe treats these as equal."""
+        """Images, and their mirror images if the recipe treats these as equal, with weights."""
         return [(images, 0.5), (images.flip(3), 0.5)] if self._task.recipe.augmentation.flip else [(images, 1.0)]
 
     def solve(self) -> None:
@@ -107,8 +107,8 @@ class _Rows:
             values[task.current] = before.lerp(found.to(before), share.view(-1, *[1] * (before.dim() - 1)))
 
     def _share_of_these(self) -> Tensor:
-        """How much of each row (C,) follows from the images of this task: all of a new class's. How many images are behind a
-        row that is refreshed is not kept; it stands for `ASSUMED` of them."""
+        """The weight of this task's images in each row (C,): 1 for a new class. The number of images behind a refreshed row is
+        not stored; it is assumed to be `ASSUMED`."""
         task = self._task
         known = task.teacher.n_classes if task.teacher is not None else 0
         counts = task.counts[task.current]
@@ -123,7 +123,7 @@ class _Rows:
         return found
 
     def _scale(self, weight: Tensor, common: Tensor) -> float:
-        """What rows are multiplied by, so that those of all tasks have the same variance over generated images."""
+        """The factor for rows that gives those of all tasks the same variance over generated images."""
         task = self._task
         old = torch.arange(task.student.n_classes, device=task.device)
         old = old[~torch.isin(old, task.current)]
@@ -134,6 +134,6 @@ class _Rows:
 
 
 def _spread(weight: Tensor, covariance: Tensor) -> float:
-    """The standard deviation of logits, the mean over rows."""
+    """The standard deviation of logits, from the mean variance over rows."""
     variances = ((weight @ covariance) * weight).sum(1)
     return float(variances.mean().sqrt().clamp_min(torch.finfo(weight.dtype).tiny))

@@ -1,4 +1,4 @@
-"""Heads over a backbone's own features, where what is served reads features of several scales.
+"""Heads over a backbone's own (last) features, for models whose head reads features of several scales.
 
 The backbone itself is trained under a head over its own features alone: with a head over all scales it learns less (CIFAR-100,
 four classes, resnet20: 83.0 instead of 85.5 %, and 47.6 instead of 56.2 % of 20 classes when it is frozen after them).
@@ -17,22 +17,22 @@ from edge_dfcil.model.statistics import Statistics
 
 
 def train_own_features(task: Task) -> None:
-    """Gives student and teacher heads over the backbone's own features. What was served so far is closed-form: the teacher's
-    head, from which the student begins, follows from the same statistics."""
+    """Gives student and teacher heads over the backbone's own features. The head so far is closed-form: the teacher's new head,
+    from which the student's starts, is computed from the same statistics."""
     student, teacher = task.student, task.teacher
     if not student.reads_scales:
         return
     own, known = student.own_features, teacher.n_classes if teacher is not None else 0
     weight, bias = own_head(student, task.statistics)
-    weight[known:].uniform_(-(own**-0.5), own**-0.5)  # as torch initialises a linear layer of so many features
+    weight[known:].uniform_(-(own**-0.5), own**-0.5)  # as torch initialises a linear layer of this many features
     student.set_head(weight, bias)
     if teacher is not None:
         teacher.set_head(weight[:known], bias[:known])
 
 
 def own_head(network: Network, statistics: Statistics) -> tuple[Tensor, Tensor]:
-    """A head (C, own_features) and (C,) over the backbone's own features: LDA for the classes that have statistics, and what the
-    head over all scales has for these features for the others."""
+    """A head (C, own_features) and (C,) over the backbone's own features: LDA for the classes that have statistics; for the
+    others, the part of the head over all scales for these features."""
     own = network.own_features
     weight, bias = network.head.weight.detach()[:, :own].clone(), network.head.bias.detach().clone()
     if statistics.keys() >= SUMS.keys():
@@ -46,7 +46,7 @@ def own_head(network: Network, statistics: Statistics) -> tuple[Tensor, Tensor]:
 
 
 def serve_all_features(task: Task) -> None:
-    """Makes a head over the backbone's own features one over those of all scales, which answers the same."""
+    """Extends a head over the backbone's own features to those of all scales, with the same answers."""
     student = task.student
     if student.scales.layers and not student.reads_scales:
         own = student.head.weight.detach()

@@ -1,7 +1,7 @@
-"""Head refinement: a closing stage that settles the decision between old and new classes.
+"""Head refinement: a last stage that trains the decision between old and new classes.
 
 Our addition to ABD, after R-DFCIL (Gao et al., ECCV 2022, section 3.4): the backbone is frozen in eval mode and the
-head is trained with cross-entropy over all seen classes, on real images and dreams, each class weighing the same.
+head is trained with cross-entropy over all seen classes, on real images and dreams, with equal weight for each class.
 
 Dreams are easier to classify than real images, so what is learnt from them and from real images still favours the classes
 that had real ones: their rows of the head grow longer. They are scaled back (weight aligning, Zhao et al., CVPR 2020).
@@ -23,7 +23,7 @@ from edge_dfcil.training.stage import Stage, StageSpec, Terms
 
 
 def refine_head(task: Task) -> Iterator[Stage]:
-    """As far as the recipe asks for it, if there is something to remember."""
+    """Trains and aligns the head, as far as the recipe asks for it, if there is something to remember."""
     if not task.remembers:
         return
     if task.recipe.refine.epochs:
@@ -34,7 +34,7 @@ def refine_head(task: Task) -> Iterator[Stage]:
 
 @torch.no_grad()
 def align(head: nn.Linear, old: Tensor, current: Tensor, share: float) -> None:
-    """Scales the rows of the current classes down to a share of the mean norm of the old classes' rows; shorter ones stay."""
+    """Scales the current classes' rows down, so that their mean norm is at most a share of the mean norm of the old rows."""
     norm = head.weight.norm(dim=1)
     head.weight[current] *= (share * norm[old].mean() / norm[current].mean()).clamp(max=1)
 

@@ -1,8 +1,8 @@
-"""ABD, "Always Be Dreaming" (Smith et al., ICCV 2021, section 5): learn new classes while dreaming of the old ones.
+"""ABD, "Always Be Dreaming" (Smith et al., ICCV 2021, section 5): learns new classes from images and old ones from dreams.
 
-A step takes B real images and B dreams labelled by the teacher. Its three losses pull features apart between new
-classes only (eq. 6), let the head alone decide between old and new (eq. 8), and hold features where the old head
-looks (eq. 7).
+A step takes B real images and B dreams labelled by the teacher. Its three losses separate features between new classes
+only (eq. 6), train the head alone to decide between old and new (eq. 8), and preserve features in the directions that
+the old head uses (eq. 7).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The contract of a method: what it prepares before a task, and what a step's loss is. It owns no loop and no device code."""
+"""The contract of a method: what it prepares before a task, and a step's loss. It contains no loop and no device code."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from edge_dfcil.training.stage import Stage, StageSpec, Terms, set_batchnorm_mom
 
 
 class Method(ABC):
-    """A way of learning new classes. Instances hold no data: what one task needs lives in the `Task` and dies with it."""
+    """A way of learning new classes. Instances keep no data: what one task needs is in its `Task`, which is then discarded."""
 
     name: ClassVar[str]
-    mu: ClassVar[float] = 1.0  # the published weight of the term that remembers
+    mu: ClassVar[float] = 1.0  # the published weight of the term against forgetting
     state: ClassVar[Mapping[str, str]] = {}  # class statistics that it keeps, by name, with their roles
 
     def closed_form(self, recipe: Recipe) -> bool:
-        """Whether its head follows from class statistics; features of several scales are then worth their numbers."""
+        """Whether its head is computed from class statistics; features of several scales are then the default."""
         return False
 
     def stages(self, task: Task) -> Iterator[Stage]:
@@ -41,12 +41,12 @@ class Method(ABC):
             yield from calibration_stage(task)
 
     def instant(self, task: Task) -> Iterator[Stage]:
-        """Stages that learn a task within seconds with the network as it is; none where that cannot be, or where `stages` is
-        no slower. The model that they make is committed before `stages` begins, on a task of its own."""
+        """Stages that learn a task within seconds without training the network; none if that is impossible, or if `stages` is
+        no slower. They have a separate `Task`, and their model is committed before `stages` begins."""
         return iter(())
 
     def prepare(self, task: Task) -> Iterator[Stage]:
-        """Stages before the learning; what they make is left in `task`. The first task, with nothing to remember, has it too.
+        """Stages before training; what they make is stored in `task`. Also called at the first task, with nothing to remember.
 
         Making a stage may draw random numbers and read the teacher and what earlier stages made, but not the student's
         weights: a task that resumes from a checkpoint has those of a later step.
@@ -54,8 +54,8 @@ class Method(ABC):
         return iter(())
 
     def first_loss(self, task: Task, batch: Batch) -> Terms:
-        """One step's loss when there is nothing to remember: cross-entropy over the current classes, and over those of turned
-        images where the recipe asks for them."""
+        """One step's loss when there is nothing to remember: cross-entropy over the current classes, and over those of rotated
+        images if the recipe asks for them."""
         student, n = task.student, len(batch)
         if student.rotations is None:
             return {"cross_entropy": F.cross_entropy(student.classify(batch.images), batch.targets)}
@@ -72,11 +72,11 @@ class Method(ABC):
         """One step's loss from the second task on, as named terms whose sum is minimised."""
 
     def weight(self, task: Task) -> float:
-        """The weight of the term that remembers: the recipe's, else the published one."""
+        """The weight of the term against forgetting: the recipe's, else the published one."""
         return self.mu if task.recipe.remember.mu is None else task.recipe.remember.mu
 
     def refine(self, task: Task) -> Iterator[Stage]:
-        """Stages after the learning, at every task."""
+        """Stages after training, at every task."""
         return iter(())
 
 

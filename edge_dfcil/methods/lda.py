@@ -1,4 +1,4 @@
-"""LDA on a frozen backbone (SLDA, Hayes and Kanan, CVPR workshops 2020): the rival that every trained method must beat.
+"""LDA on a frozen backbone (SLDA, Hayes and Kanan, CVPR workshops 2020): the baseline that every trained method must beat.
 
 The backbone is trained in the first task (or adopted) and frozen after it. The head is linear discriminant analysis from
 class means and one shared within-class covariance; learning a later task is one pass over its images.
@@ -29,7 +29,10 @@ class LDA(Method):
 
     def stages(self, task: Task) -> Iterator[Stage]:
         if not task.recipe.remember.class_statistics:
-            raise SettingError("the method 'lda' keeps class means and a covariance, which this recipe does not allow")
+            raise SettingError(
+                "the method 'lda' keeps class means and a covariance, which this recipe does not allow; set "
+                "remember.class_statistics, or choose another method"
+            )
         if task.teacher is None and not stays_frozen(task):
             train_own_features(task)
             yield from super().stages(task)

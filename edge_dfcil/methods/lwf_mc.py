@@ -1,4 +1,4 @@
-"""LwF.MC (Rebuffi et al., CVPR 2017): one sigmoid a class; old classes keep the outputs they had."""
+"""LwF.MC (Rebuffi et al., CVPR 2017): one sigmoid per class; old classes keep their outputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LwFMC(Method):
             before = task.teacher.classify(batch.images).sigmoid()  # (B, K)
         logits = task.student.classify(batch.images)  # (B, C)
         targets = one_hot(batch.targets, logits)
-        # What a refreshed class's own images say of it stands.
+        # The images of a refreshed class keep 1 as its target.
         targets[:, task.old] = torch.maximum(targets[:, task.old], before[:, task.old].to(targets.dtype))
         return {"binary": binary_cross_entropy(logits, targets)}
 

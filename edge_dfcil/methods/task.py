@@ -19,7 +19,7 @@ from edge_dfcil.training.rehearsal import short
 
 @dataclass
 class Task:
-    """Everything a method may use while one task is learnt. It dies with the task, and so do all generated images.
+    """Everything a method may use while one task is learnt. It is discarded after the task, with all generated images.
 
     Attributes
     ----------
@@ -30,31 +30,31 @@ class Task:
     current
         Outputs (C,) of the classes that have real images now: the new ones, and those refreshed.
     old
-        Outputs (K,) of the classes to remember: all that the teacher knows, those that are refreshed among them. Empty when
+        Outputs (K,) of the classes to remember: all that the teacher knows, including those that are refreshed. Empty when
         there is nothing to remember.
     counts
         Real images by output (n_seen,) in one pass.
     batches
-        The real images: augmented, normalised, on the device; one pass is an epoch. `plain()` gives them as they are.
+        The real images: augmented, normalised, on the device; one pass is an epoch. `plain()` does not augment them.
     dreams
-        What `prepare` left for `loss`.
+        Made by `prepare` for `loss`.
     statistics
         The class statistics of the model before this task.
     kept
         The class statistics of the model after it, as the method declares them in `state`; committed with the network.
     calibration
-        Of the head in the end; None where there is nothing to calibrate on.
+        Of the final head; None if there is nothing to calibrate on.
     share
-        Of the recipe's steps that are made: below 1 when a time budget asks for a shorter schedule.
+        The share of the recipe's steps that are made: below 1 when a time budget asks for a shorter schedule.
     pretrained
         Whether the backbone had been trained before the first task.
     compared
-        Whether its model is compared with that of another task on the same images: `expected_error` is then wanted.
+        Whether its model is compared with that of another task on the same images: `expected_error` is then needed.
     expected_error
-        Of the head in the end, from what is held out of its images and from class statistics: an upper bound, so that two of
-        them compare; None where it is not known.
+        An upper bound for the error of the final head, from held-out images and class statistics, for the comparison of two
+        tasks on the same images; None if it is not known.
     micro_batches
-        Images that went through together at the end of each stage so far, by its name; None: whole batches.
+        The micro-batch at the end of each stage so far, by its name; None: whole batches.
     """
 
     student: Network
@@ -76,11 +76,11 @@ class Task:
     micro_batches: dict[str, int | None] = field(default_factory=dict)
 
     def share_of(self, steps: int) -> int:
-        """So many steps of the recipe come to this many of this task."""
+        """The number of steps in this task for a number of steps in the recipe."""
         return steps if self.share == 1.0 else max(1, round(self.share * steps))
 
     def make_short(self, recipe: Recipe, steps: int, pool: int) -> None:
-        """For a task that is thrown away: the sizes of `recipe`, but few batches, few steps and a small pool."""
+        """For a temporary task: the sizes of `recipe`, but few batches, few steps and a small pool."""
         self.batches = self.batches.first()
         self.recipe = short(recipe, steps, pool)
 
@@ -97,6 +97,6 @@ class Task:
 
     @property
     def rho(self) -> float:
-        """n_old / n_seen (ABD, section 5), by which all classes have the same weight. A refreshed class is of both kinds, and
-        counts once among the classes that are remembered, once among those with real images."""
+        """n_old / n_seen (ABD, section 5), which gives all classes the same weight. A refreshed class counts twice: among the
+        classes to remember, and among those with real images."""
         return len(self.old) / (len(self.old) + len(self.current))

@@ -1,7 +1,7 @@
-"""Networks that the caller brings: a classifier is taken apart into backbone and head, checked, and put together again.
+"""Networks of the caller: a classifier is split into backbone and head, and checked.
 
 `adopt` is for a classifier that was trained elsewhere, `rebuild` for a model file whose backbone is not registered, and
-`load_callable` for the command line, which can only name a module.
+`load_callable` for the command line, which takes the name of a module.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from exporters.texts import shown
 
 @dataclass(frozen=True)
 class Adopted:
-    """A classifier taken apart: ``classifier(x) == head(backbone(x))``.
+    """A classifier split in two: ``classifier(x) == head(backbone(x))``.
 
     Attributes
     ----------
     backbone
         A copy in eval mode, normalised images (N, 3, S, S) to features (N, F).
     head
-        (F) to (K).
+        Features (N, F) to logits (N, K).
     classes
         The K names, in the order of the outputs.
     image_size
@@ -57,7 +57,7 @@ class Adopted:
     mean, std
         What images in [0, 1] are normalised with, per channel.
     name
-        The registered name of the backbone, or None.
+        The registered name of the backbone; None for a module of the caller.
     """
 
     backbone: nn.Module
@@ -79,19 +79,19 @@ def adopt(
     head: str | None = None,
     backbone: str | None = None,
 ) -> Adopted:
-    """Takes a classifier apart that was trained elsewhere; the parameters are those of `Learner.from_classifier`.
+    """Splits a classifier that was trained elsewhere; the parameters are those of `Learner.from_classifier`.
 
-    `module` is copied, and neither changed nor switched between its modes. Statistics that were never learnt (all means 0
-    and variances 1) are a `UserWarning`.
+    `module` is copied; it is not changed or switched to another mode. BatchNorm statistics that were never learnt (all means 0
+    and variances 1) cause a `UserWarning`.
 
     Raises
     ------
     BackboneError
-        For anything but a module that can be taken apart, inverted, saved and loaded.
+        For anything but a module that can be split, inverted, saved and loaded.
     ClassError
-        For names that are no list of texts, repeat, or are not as many as the outputs.
+        For names that are not a list of strings, that repeat, or whose number is not that of the outputs.
     SettingError
-        For an image size, mean or deviation that is none.
+        For an invalid image size, mean or standard deviation.
     """
     module, size = check_module(module), check_image_size(image_size)
     mean, std = check_statistics(mean, std) or backbones.IMAGENET_STATISTICS
@@ -104,7 +104,7 @@ def adopt(
     if parts.head.out_features == 1:
         raise BackboneError(
             "the classifier has one output, as with a sigmoid; it must have one for each class, as with a softmax. A linear "
-            "layer of two outputs, zeros for the first class and the old weights for the second, answers the same"
+            "layer with two outputs, zeros for the first class and the old weights for the second, gives the same probabilities"
         )
     if len(names) != parts.head.out_features:
         raise ClassError(f"{len(names)} names were given for a classifier with {parts.head.out_features} outputs")
@@ -117,18 +117,18 @@ def adopt(
 def _check_names(classes: Any) -> tuple[str, ...]:
     expected = "pass a list of names in the order of the outputs, such as ['cat', 'dog']"
     if isinstance(classes, (str, bytes, Mapping, Set)) or not isinstance(classes, Iterable):
-        kind = "a text" if isinstance(classes, (str, bytes)) else f"a {type(classes).__name__}"
+        kind = "a string" if isinstance(classes, (str, bytes)) else f"a {type(classes).__name__}"
         raise ClassError(f"classes={classes!r} is {kind}; {expected}")
-    listed = [str(name) if isinstance(name, str) else name for name in classes]  # NumPy's texts are a kind of str
+    listed = [str(name) if isinstance(name, str) else name for name in classes]  # NumPy's strings are a subclass of str
     if not listed:
         raise ClassError(f"classes is empty; {expected}")
     return tuple(labels.name_targets(range(len(listed)), None, listed).values())
 
 
 def check_name(backbone: nn.Module, name: str, image_size: int) -> None:
-    """Raises `BackboneError` unless the registered architecture of that name gives, with its tensors, what the backbone gives.
+    """Raises `BackboneError` unless the registered architecture of that name gives the same features with the same tensors.
 
-    Tensors alone do not show it: the epsilon of a BatchNorm layer, or torchvision's `transform_input`, is in no state dict.
+    Comparing tensors is not enough: the epsilon of a BatchNorm layer, or torchvision's `transform_input`, is in no state dict.
     """
     advice = "leave backbone=None, and pass the module to load()"
     registered = backbones.build(name).eval()
@@ -155,7 +155,7 @@ def _warn_of_untouched(backbone: nn.Module) -> None:
 
 
 def _frames_inside() -> int:
-    """How many calls up the first frame outside this package is, from the caller: a warning names the user's line."""
+    """Number of frames from the caller up to the first one outside this package, so that a warning names the user's line."""
     frame, depth = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("edge_dfcil."):
         frame, depth = frame.f_back, depth + 1
@@ -166,20 +166,20 @@ def _frames_inside() -> int:
 
 
 def rebuild(backbone: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The backbone that a model file was made with, holding its tensors: layers of a pruned network are as wide as those.
+    """The backbone of a model file, with the file's tensors. Layers of a pruned network get the width of their tensors.
 
     Parameters
     ----------
     backbone
-        A registered name, the module that was given to `Learner.from_classifier` or `Learner` (a classifier with any number
-        of classes may still have its head), or the backbone alone. It is copied.
+        A registered name, the module that was given to `Learner.from_classifier` or `Learner` (a classifier may still have its
+        head, for any number of classes), or the backbone alone. It is copied.
     tensors
-        The file's, by the names they have in the backbone's state dict.
+        The file's tensors, by their names in the backbone's state dict.
 
-    Raises `ModelFileError` when the module has other tensors than the file, by name or shape.
+    Raises `ModelFileError` when the tensors of the module and the file differ in names or shapes.
     """
     if isinstance(backbone, str):
-        # Without memory first: a name may stand for gigabytes. What cannot be built so is checked below.
+        # First without memory, because a name may mean gigabytes. What cannot be built this way is checked below.
         with suppress(BackboneError), _Weightless():
             _check_tensor_names(backbones.build(backbone), tensors)
         module = backbones.build(backbone)
@@ -200,7 +200,7 @@ def rebuild(backbone: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 class _Weightless(TorchFunctionMode):
-    """Layers that are made inside have no values. `torch.device("meta")` would take values from numbers that decide on layers."""
+    """Layers made inside have no values. `torch.device("meta")` would also remove values of tensors used to define layers."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -214,7 +214,7 @@ def _check_tensor_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> Non
     if own != set(tensors):
         missing, surplus = sorted(own - set(tensors)), sorted(set(tensors) - own)
         whole = type(module).__name__
-        parts = [f"lacks {_some(missing)}" if missing else "", f"has {_some(surplus)} besides" if surplus else ""]
+        parts = [f"lacks {_some(missing)}" if missing else "", f"also has {_some(surplus)}" if surplus else ""]
         raise ModelFileError(
             f"the file does not fit the backbone {whole}: it {' and '.join(filter(None, parts))}. Pass the module "
             "that the model was made with"
@@ -222,7 +222,7 @@ def _check_tensor_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> Non
 
 
 def _head_left_on(module: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
-    """The linear layer that a classifier has and the file's backbone has not."""
+    """The name of the linear layer that a classifier has and the file's backbone lacks."""
     surplus = set(module.state_dict()) - set(tensors)
     for name, layer in module.named_modules():
         if name and isinstance(layer, nn.Linear) and surplus == {f"{name}.{key}" for key in layer.state_dict()}:
@@ -235,9 +235,9 @@ def _some(names: list[str]) -> str:
 
 
 def narrow(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Gives each layer the width of its tensors, where those are smaller: a pruned network has the layers of the whole one.
+    """Gives each layer the width of its tensors, if they are smaller: a pruned network has the layers of the whole one.
 
-    What the layers hold afterwards is not set. Tensors of other names or kinds are left to who loads them.
+    The values of these layers are to be loaded afterwards. Tensors with other names or numbers of dimensions are ignored.
     """
     for name, layer in backbone.named_modules():
         weight = tensors.get(f"{name}.weight")
@@ -264,13 +264,13 @@ def narrow(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_callable(text: str) -> nn.Module:
-    """The module that ``package.module:callable`` gives: the callable is called without arguments, unless it is a module itself.
+    """The module that ``package.module:callable`` returns. It is called without arguments, unless it is itself a module.
 
-    The working directory is searched as well. Raises `BackboneError` when it cannot be imported, called, or gives no module.
+    The working directory is searched too. Raises `BackboneError` when it cannot be imported or called, or returns no module.
     """
     path, colon, attribute = text.partition(":")
     if not path or not colon or not attribute:
-        raise BackboneError(f"{text!r} names no callable; write package.module:callable, such as my_networks:build")
+        raise BackboneError(f"{text!r} does not name a callable; write package.module:callable, such as my_networks:build")
     with _importing_from_here():
         try:
             found: Any = importlib.import_module(path)
@@ -280,7 +280,7 @@ def load_callable(text: str) -> nn.Module:
             raise BackboneError(f"{text!r} cannot be imported: {type(error).__name__}: {error}") from error
         if not isinstance(found, nn.Module):
             if not callable(found):
-                raise BackboneError(f"{text!r} is a {type(found).__name__}; name a function or class that gives an nn.Module")
+                raise BackboneError(f"{text!r} is a {type(found).__name__}; name a function or class that returns an nn.Module")
             try:
                 found = found()
             except EdgeDfcilError:

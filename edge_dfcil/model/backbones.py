@@ -5,7 +5,7 @@
     Learner("timm:resnet18.a1_in1k")         any network of timm with BatchNorm (pip install 'edge-dfcil[timm]')
     register_backbone("mine", build)         Learner("mine:NAME") from here on
 
-What a backbone must be is in `contract.py`. The families of the package are at the end of this file.
+`contract.py` defines what a backbone must be. The families of the package are at the end of this file.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ __all__ = [
     "smaller",
 ]
 
-IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what torchvision's weights are trained with
+IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # with which torchvision's weights are trained
 DEFAULT_IMAGE_SIZE = 32
 
 Channels = tuple[float, float, float]
@@ -64,16 +64,16 @@ Channels = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network without its last linear layer, and what its images should be.
+    """A network without its last linear layer, and the format of its images.
 
     Attributes
     ----------
     module
         Normalised images (N, 3, S, S) to features (N, F), with BatchNorm layers.
     mean, std
-        What images in [0, 1] are normalised with, per channel; None: they are measured on the first task.
+        Per-channel mean and standard deviation that normalise images in [0, 1]; None: measured on the first task.
     image_size
-        S that the network was made for; None: any.
+        S for which the network was made, in pixels; None: any.
     """
 
     module: nn.Module
@@ -101,9 +101,9 @@ _FAMILIES: dict[str, _Family] = {}
 def register_backbone(
     family: str, build: Build, *, names: Iterable[str] | Callable[[], Iterable[str]] = (), replace: bool = False
 ) -> None:
-    """Makes every network that `build` knows a backbone by the name ``family:name``.
+    """Makes every network that `build` knows available as the backbone ``family:name``.
 
-    Raises `SettingError` for a family that is registered already, or is no such name.
+    Raises `SettingError` for a family that is already registered or has an invalid name, and for a `build` that is not callable.
 
     Parameters
     ----------
@@ -111,12 +111,12 @@ def register_backbone(
         Lower-case letters, digits and underscores.
     build
         Called with the name, without the family, and with the learner's `weights` (None: from scratch). It returns an
-        `nn.Module` from normalised images (N, 3, S, S) to features (N, F), or a `Backbone` that also says how its images are
-        normalised. For one name it must build the same layers each time: a model file holds the name and the tensors.
+        `nn.Module` from normalised images (N, 3, S, S) to features (N, F), or a `Backbone` that also states how its images
+        are normalised. For one name it must build the same layers each time: a model file contains the name and the tensors.
     names
-        What `list_backbones` shows; `build` may know more. A function is called when they are asked for.
+        The names that `list_backbones` shows; `build` may know more. A function is called each time the names are listed.
     replace
-        Whether the family may be registered already.
+        Whether to replace a family that is already registered; False raises `SettingError`.
 
     Examples
     --------
@@ -124,9 +124,9 @@ def register_backbone(
     >>> Learner("mine:18")
     """
     if not isinstance(family, str) or not re.fullmatch("[a-z][a-z0-9_]*", family):
-        raise SettingError(f"family={family!r}; it is lower-case letters, digits and underscores, such as 'mine'")
+        raise SettingError(f"family={family!r}; it must be lower-case letters, digits and underscores, such as 'mine'")
     if family in _FAMILIES and not replace:
-        raise SettingError(f"a family {family!r} is registered already; choose another name, or pass replace=True")
+        raise SettingError(f"the family {family!r} is already registered; choose another name, or pass replace=True")
     if not callable(build):
         raise SettingError(f"build={build!r} of the family {family!r} must be a function of a name and weights")
     listed: Callable[[], Iterable[str]]
@@ -142,29 +142,29 @@ def register_backbone(
 
 
 def list_backbones(filter: str = "*") -> list[str]:
-    """The names of backbones, sorted, in full (``family:name``), that match `filter`, a shell pattern such as ``"*resnet*"``.
+    """The full names of backbones (``family:name``) that match `filter`, a shell pattern such as ``"*resnet*"``, sorted.
 
-    A pattern with a colon is for the full name, others for the part after the colon. timm's names are there when timm is
-    installed; those of its networks without BatchNorm are refused when they are built.
+    A pattern with a colon is matched with the full name, others with the part after the colon. timm's names are listed when
+    timm is installed; its networks without BatchNorm are refused when they are built.
     """
     found = [f"{family}:{name}" for family, entry in _FAMILIES.items() for name in entry.names()]
     return sorted(name for name in found if fnmatchcase(name if ":" in filter else name.partition(":")[2], filter))
 
 
 def names() -> list[str]:
-    """The short names that are best tried first."""
+    """The short names to try first."""
     return [*CIFAR_RESNETS, *TORCHVISION]
 
 
 def create(name: str, weights: str | None = None) -> Backbone:
     """A backbone by name, freshly initialised or with pretrained `weights` (for example ``"DEFAULT"``).
 
-    Raises `BackboneError` for an unknown name, weights that cannot be had, and networks that have no linear layer to leave out.
+    Raises `BackboneError` for an unknown name, unavailable weights, and networks without a linear layer to remove.
     """
     if not isinstance(name, str):
-        raise BackboneError(f"a backbone's name is a text such as 'resnet32', and not {name!r}")
+        raise BackboneError(f"a backbone's name must be a string such as 'resnet32', not {name!r}")
     if weights is not None and not isinstance(weights, str):
-        raise BackboneError(f"weights={weights!r}; pass a text such as 'DEFAULT', or None to begin from scratch")
+        raise BackboneError(f"weights={weights!r}; pass a string such as 'DEFAULT', or None to train from scratch")
     family, short = _parsed(name)
     try:
         made = _FAMILIES[family].build(short, weights)
@@ -184,12 +184,12 @@ def build(name: str, weights: str | None = None) -> nn.Module:
 
 
 def create_or_copy(backbone: Any, weights: str | None = None) -> Backbone:
-    """The backbone of a name, or a copy of a module of the caller's. Raises `BackboneError` for anything else."""
+    """The backbone of a name, or a copy of the caller's module. Raises `BackboneError` for anything else."""
     if isinstance(backbone, str):
         return create(backbone, weights)
     module = check_module(backbone, "backbone")
     if weights is not None:
-        raise SettingError(f"weights={weights!r} is for a backbone by name; load a module's weights before it is passed")
+        raise SettingError(f"weights={weights!r} is for a backbone by name; load a module's weights before you pass it")
     return Backbone(copied(module))
 
 
@@ -207,7 +207,7 @@ def _parsed(name: str) -> tuple[str, str]:
 
 
 def smaller(name: str | None) -> list[str]:
-    """The next backbone that takes less memory, if there is one; for an own module, the smallest for photographs."""
+    """The next backbone that takes less memory, if any; for a module of the caller, the smallest one for photographs."""
     sizes = [f"resnet{depth}" for depth in sorted(CIFAR_RESNETS.values())]
     family, short = _parsed(name) if name is not None else ("", "")
     if family == "cifar":
@@ -243,7 +243,7 @@ TORCHVISION = (
     "resnet50",
 )
 _WITHOUT_BATCHNORM = re.compile(r"alexnet|convnext|squeezenet|swin|vit_|vgg\d+$")
-# Heads beside the main one, for training alone. They would be outputs that nothing here reads.
+# They have auxiliary heads, for training only, whose outputs nothing here reads.
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
 
@@ -258,17 +258,17 @@ def _torchvision(name: str, weights: str | None) -> Backbone:
     try:
         classifier = models.get_model(name, weights=weights, **settings)
         mean, std = _torchvision_statistics(name, weights)
-    except Exception as error:  # torchvision raises KeyError, ValueError or URLError here, by cause
+    except Exception as error:  # torchvision raises KeyError, ValueError or URLError here, depending on the cause
         raise BackboneError(f"torchvision could not give {name} with weights={weights!r}: {error}") from error
     return Backbone(split(classifier).backbone, mean, std)
 
 
 def _torchvision_statistics(name: str, weights: str | None) -> tuple[Channels | None, Channels | None]:
-    """Mean and deviation that pretrained weights expect."""
+    """Mean and standard deviation that pretrained weights expect."""
     if weights is None:
         return None, None
     if name in _WITH_AUXILIARY_HEADS:
-        # They were trained with these; `transform_input`, which turns ImageNet's into them, is off: a file does not hold it.
+        # They were trained with these. `transform_input`, which converts from ImageNet's, is off: a file does not store it.
         return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     from torchvision import models
 
@@ -298,14 +298,14 @@ def _timm(name: str, weights: str | None) -> Backbone:
         raise BackboneError(f"timm has no model {name!r}{'; ' + ', '.join(close) if close else ''}; see timm.list_models()")
     try:
         module = timm.create_model(name, pretrained=weights is not None, num_classes=0)
-    except Exception as error:  # without a network, timm raises what its download library does
+    except Exception as error:  # without a network connection, timm raises errors of its download library
         raise BackboneError(
             f"timm could not give {name} with weights={weights!r}: {error}; weights=None builds it without a download"
         ) from error
     config = timm.data.resolve_model_data_config(module)
     channels, *side = config["input_size"]
     if channels != 3:
-        raise BackboneError(f"timm:{name} takes images of {channels} channels; choose a network for 3")
+        raise BackboneError(f"timm:{name} takes images with {channels} channels; choose a network for 3")
     return Backbone(module, tuple(config["mean"]), tuple(config["std"]), max(side))
 
 
@@ -314,7 +314,7 @@ def _timm_names() -> list[str]:
 
 
 def _import_timm() -> ModuleType:
-    # Its download library reports what it is used for unless this is set when it is imported.
+    # Its download library sends usage reports unless this is set before the import.
     before = os.environ.get("HF_HUB_DISABLE_TELEMETRY")
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:

@@ -1,4 +1,4 @@
-"""Calibration: how sure a model's probabilities are, and which images belong to no class that it knows."""
+"""Calibration: a temperature for a model's probabilities, and thresholds that reject images of unknown classes."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from edge_dfcil.model.network import Network
 from edge_dfcil.model.statistics import Statistic
 from exporters.rejection import FLOOR, scores
 
-COLDEST = 1e-6  # the lowest temperature: logits that are divided by less may leave the range of float32
-LARGEST = 1e30  # no number here is near it
-MIN_IMAGES = 10  # that a calibration is found on
-# Weight of (log T)^2. A head's own scale is an estimate already; where all images are answered right, the score alone would make
-# probabilities of 1.
+COLDEST = 1e-6  # the lowest temperature: logits divided by less may exceed the range of float32
+LARGEST = 1e30  # valid numbers are far below it
+MIN_IMAGES = 10  # needed for a calibration
+# Weight of (log T)^2. A head's own scale is already an estimate; if all images are classified correctly, the score alone would
+# give probabilities of 1.
 PRIOR = 0.01
-TEMPERATURES = [0.05 * 1.03**step for step in range(204)]  # to 20: the score may have more than one minimum
+TEMPERATURES = [0.05 * 1.03**step for step in range(204)]  # up to 20; a grid, because the score may have several minima
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is found on a task's images, answered by a head that was made without them.
+    """Temperature and thresholds, found on images of a task that the head was made without.
 
     Attributes
     ----------
     temperature
         T: probabilities are softmax(logits / T) (Guo et al., ICML 2017).
     thresholds
-        For each output, the score (`exporters.rejection.scores`) below which an image is rejected; empty: none is known.
+        For each output, the score (`exporters.rejection.scores`) below which an image is rejected; empty: no thresholds.
     images
         The images behind these numbers.
     false_rejections
         The share of those images that the thresholds reject, in [0, 1).
 
-    Raises `SettingError` for numbers that cannot be.
+    Raises `SettingError` for invalid numbers.
     """
 
     temperature: float
@@ -53,50 +53,50 @@ class Calibration:
         plain = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
         if not plain or not all(abs(number) <= LARGEST for number in numbers) or self.temperature <= 0 or self.images < 0:
             raise SettingError(
-                f"{self}: a calibration has finite numbers, a temperature above 0, and no negative count of images"
+                f"{self}: a calibration must have finite numbers, a temperature above 0, and no negative count of images"
             )
         if not COLDEST <= self.temperature <= 1 / COLDEST:
             raise SettingError(
-                f"temperature={self.temperature}; logits are divided by it, and it is {COLDEST} to {1 / COLDEST:g}"
+                f"temperature={self.temperature}; logits are divided by it; it must be from {COLDEST} to {1 / COLDEST:g}"
             )
         if not 0 <= self.false_rejections < 1:
-            raise SettingError(f"false_rejections={self.false_rejections}; it is a share of images, from 0 to below 1")
+            raise SettingError(f"false_rejections={self.false_rejections}; it must be a share of images, from 0 to below 1")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """As JSON values."""
         return {**asdict(self), "thresholds": list(self.thresholds)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None, outputs: int) -> Calibration | None:
-        """The inverse of `to_dict`, for a model with so many outputs; None for None, as in older files.
+        """The inverse of `to_dict`, for a model with this number of outputs; None for None, as in older files.
 
-        Raises `SettingError` for numbers that cannot be, and `TypeError` for other names.
+        Raises `SettingError` for invalid numbers, and `TypeError` for unknown names.
         """
         if values is None:
             return None
         found = cls(**{**values, "thresholds": tuple(values["thresholds"])})
         if found.thresholds and len(found.thresholds) != outputs:
-            raise SettingError(f"there are {len(found.thresholds)} thresholds for {outputs} outputs; each output has one")
+            raise SettingError(f"there are {len(found.thresholds)} thresholds for {outputs} outputs; each output needs one")
         return found
 
     def of_classes(self, groups: Tensor | None) -> tuple[float, ...]:
-        """The threshold of each class: the lowest of its outputs. `groups` as `Model.groups` has it."""
+        """The threshold of each class: the lowest one of its outputs. `groups` is as in `Model.groups`."""
         if groups is None or not self.thresholds:
             return self.thresholds
         thresholds = torch.tensor(self.thresholds, dtype=torch.float64)
         return tuple(float(thresholds[groups[:, column] > 0].min()) for column in range(groups.shape[1]))
 
     def moved(self, before: Tensor | None, after: Tensor | None, keep: Sequence[int] | None = None) -> Calibration:
-        """The same for outputs `keep` (None: all) of which other classes are competitors.
+        """The calibration for the outputs `keep` (None: all) after the competing classes have changed.
 
-        `before` and `after` are the `expected_scores` (O,), on which the thresholds move along. Without them there are no
-        thresholds any more; the temperature stays.
+        `before` and `after` are the `expected_scores` (O,): the thresholds shift by the difference. Without them the
+        thresholds are dropped; the temperature stays.
         """
         if before is None or after is None or not self.thresholds:
             return replace(self, thresholds=())
         kept = range(len(self.thresholds)) if keep is None else keep
         shift = after - before[list(kept)]
-        shift = torch.where(shift.isnan(), shift.nanmean(), shift)  # of classes of which no mean is kept
+        shift = torch.where(shift.isnan(), shift.nanmean(), shift)  # for classes without a stored mean
         if bool(shift.isnan().any()):
             return replace(self, thresholds=())
         found = (self.thresholds[output] + step for output, step in zip(kept, shift.tolist(), strict=True))
@@ -107,8 +107,8 @@ class Calibration:
 def expected_scores(
     network: Network, statistics: Mapping[str, Statistic], temperature: float, groups: Tensor | None
 ) -> Tensor | None:
-    """The score of an image at the mean of each output's class, (O,), not a number where that mean is not kept; None where
-    there are no means."""
+    """The score at the mean feature of each output's class, (O,); NaN for a class without a stored mean; None if no means are
+    stored."""
     kept, head = statistics.get("mean"), network.head
     if kept is None or kept.role != "class_mean" or kept.values.shape[1] != head.in_features:
         return None
@@ -126,8 +126,8 @@ def expected_scores(
 def best_temperature(logits: Tensor, targets: Tensor) -> float:
     """T for which softmax(logits / T) has the best Brier score for targets (N,); logits (N, C).
 
-    The likelihood (Guo et al., ICML 2017) has no bound: one image that is surely wrong, of 150 on sign digits, makes it 2.7
-    where 1 is better (docs/research-log.md).
+    The likelihood (Guo et al., ICML 2017) is unbounded: one of 150 images of sign digits with a confident wrong answer makes T
+    2.7, where 1 is better (docs/research-log.md).
     """
     wanted = F.one_hot(targets, logits.shape[1]).to(logits)
 
@@ -138,14 +138,14 @@ def best_temperature(logits: Tensor, targets: Tensor) -> float:
 
 
 def found_on(probabilities: Tensor, targets: Sequence[int], outputs: int, false_rejections: float) -> Calibration:
-    """From answers (N, C) at a temperature of 1 and the right classes, for a model with so many outputs: one threshold for all.
+    """A calibration from probabilities (N, C) at temperature 1 and true classes, with one threshold for all `outputs`.
 
     Raises `DataError` for fewer than `MIN_IMAGES` images, `SettingError` for a share out of range.
     """
     if len(targets) < MIN_IMAGES:
         raise DataError(f"{len(targets)} images are too few to calibrate on; give at least {MIN_IMAGES}")
     if not 0 <= false_rejections < 1:
-        raise SettingError(f"false_rejections={false_rejections}; it is a share of images, from 0 to below 1")
+        raise SettingError(f"false_rejections={false_rejections}; it must be a share of images, from 0 to below 1")
     logits = probabilities.double().clamp_min(FLOOR).log()
     temperature = best_temperature(logits, torch.tensor(targets))
     found = torch.from_numpy(scores((logits / temperature).softmax(1).numpy()))

@@ -1,6 +1,6 @@
 """What a backbone must be: normalised images (N, 3, S, S) to features (N, F), through BatchNorm with running statistics.
 
-Each check raises an error of the package that says what to pass instead; none changes the module that it is given.
+Each check raises an error that says what to pass instead. No check changes the module.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from edge_dfcil import devices
 from edge_dfcil.errors import BackboneError, SettingError
 from exporters.images import LARGEST_IMAGE
 
-# Inversion matches the statistics of BatchNorm inputs (ABD, eq. 4). With fewer layers than this, dreams are noise.
+# Inversion matches the statistics of BatchNorm inputs (ABD, eq. 4). With fewer layers, dreams are noise.
 MIN_BATCHNORM_LAYERS = 3
 BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 SMALLEST_IMAGE = 8  # pixels a side
 
-# How far an image's features may move with the other images of its batch, as a share of the largest feature. Kernels sum in
-# another order for another batch size, and TF32 rounds products to ten bits; a dependence on the batch is far larger.
+# How much an image's features may change with the other images of its batch, as a share of the largest feature. Kernels sum in
+# a different order for each batch size, and TF32 rounds products to ten bits; a real dependence on the batch is far larger.
 BATCH_TOLERANCE = 1e-2
 
 
@@ -36,7 +36,7 @@ def batchnorm_layers(module: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d 
 
 def check_image_size(image_size: Any) -> int:
     """The side in pixels as an int. Raises `SettingError` for anything but a whole number from 8 to 4096."""
-    expected = f"it is the side of a square in pixels, a whole number of {SMALLEST_IMAGE} or more (to {LARGEST_IMAGE})"
+    expected = f"it must be the side of a square in pixels, a whole number from {SMALLEST_IMAGE} to {LARGEST_IMAGE}"
     if isinstance(image_size, bool):
         raise SettingError(f"image_size={image_size}; {expected}")
     try:
@@ -49,7 +49,7 @@ def check_image_size(image_size: Any) -> int:
 
 
 def check_module(module: Any, argument: str = "module") -> nn.Module:
-    """The module, out of the wrappers of `torch.compile` and data parallelism. Raises `BackboneError` for anything else."""
+    """The module without `torch.compile` and data-parallel wrappers. Raises `BackboneError` for anything else."""
     if not isinstance(module, nn.Module):
         raise BackboneError(f"{argument} must be a torch.nn.Module; {_instead_of_module(module)}")
     while True:
@@ -60,7 +60,7 @@ def check_module(module: Any, argument: str = "module") -> nn.Module:
             break
         module = inner
     if isinstance(module, torch.jit.ScriptModule):
-        raise BackboneError(f"{argument} is a TorchScript module, which cannot be taken apart; pass the nn.Module behind it")
+        raise BackboneError(f"{argument} is a TorchScript module, which cannot be split; pass the nn.Module it was made from")
     return module
 
 
@@ -80,24 +80,24 @@ def copied(module: nn.Module) -> nn.Module:
     """A copy in eval mode. Raises `BackboneError` for a module that cannot be copied."""
     try:
         return copy.deepcopy(module).eval()
-    except Exception as error:  # a module may hold anything: locks, files, results of earlier passes
+    except Exception as error:  # a module may contain anything: locks, files, results of earlier passes
         raise BackboneError(
-            f"the module cannot be copied ({_first_line(error)}); remove what it holds besides layers and weights"
+            f"the module cannot be copied ({_first_line(error)}); remove attributes that are neither layers nor weights"
         ) from error
 
 
 def run(module: nn.Module, images: Tensor) -> Any:
-    """What a module of the caller's gives for images, without gradients. Raises `BackboneError` when it fails."""
+    """The output of a module for images, without gradients. Raises `BackboneError` when it fails."""
     try:
         with torch.no_grad():
             return module(images)
-    except Exception as error:  # the module is the caller's own code, and may raise anything
+    except Exception as error:  # the module is the caller's code, and may raise anything
         shape = ", ".join(map(str, images.shape))
         raise BackboneError(f"the network does not run on images of ({shape}): {_first_line(error)}") from error
 
 
 def probe(module: nn.Module, image_size: int, n: int = 2) -> Tensor:
-    """Images (n, 3, S, S) to try a module with, the same ones each time, on its device; each brighter than the one before."""
+    """Test images (n, 3, S, S) for a module, the same each time, on its device; each is brighter than the one before."""
     draw = torch.Generator().manual_seed(0)
     try:
         images = torch.randn(n, 3, image_size, image_size, generator=draw) + torch.arange(float(n)).view(n, 1, 1, 1)
@@ -108,12 +108,12 @@ def probe(module: nn.Module, image_size: int, n: int = 2) -> Tensor:
 
 
 def features_of(backbone: nn.Module, images: Tensor) -> Tensor:
-    """Features (N, F) of images (N, 3, S, S). Raises `BackboneError` for anything else that comes out."""
+    """Features (N, F) of images (N, 3, S, S). Raises `BackboneError` for any other output."""
     features = run(backbone, images)
     if not isinstance(features, Tensor):
         raise BackboneError(
             f"the network gives a {type(features).__name__} and not one tensor; switch auxiliary outputs off "
-            "(torchvision: aux_logits=False), or wrap the network so that it returns the main one alone"
+            "(torchvision: aux_logits=False), or wrap the network so that it returns only the main output"
         )
     if features.dim() != 2 or len(features) != len(images) or not features.shape[1]:
         raise BackboneError(
@@ -125,26 +125,27 @@ def features_of(backbone: nn.Module, images: Tensor) -> Tensor:
 def check_backbone(backbone: nn.Module, image_size: int) -> int:
     """The number of features F of a backbone at this image size.
 
-    Raises `BackboneError` when it does not run, gives no (N, F) features, in training as well, answers by the other images
-    of a batch, holds numbers that are not finite, or has too few BatchNorm layers to invert.
+    Raises `BackboneError` when the backbone does not run, does not give (N, F) features in eval and training mode, depends on
+    the other images of a batch, contains or gives numbers that are not finite, or has too few BatchNorm layers to invert.
     """
     check_layers(backbone)
     check_tensors(backbone)
     trial = copied(backbone)
     images = probe(trial, image_size)
     together = features_of(trial, images)
-    with devices.seeded(0, images.device):  # dropout draws in training
+    with devices.seeded(0, images.device):  # dropout is random in training mode
         alone, training = features_of(trial, images[:1]), features_of(trial.train(), images)
     if training.shape != together.shape:
         raise BackboneError(
-            f"the network gives {tuple(training.shape)} in training and {tuple(together.shape)} after; it must give the same"
+            f"the network gives {tuple(training.shape)} in training and {tuple(together.shape)} in eval mode; "
+            "both must have the same shape"
         )
     if not bool(together.isfinite().all()):
-        raise BackboneError("the network gives numbers that are not finite for plain images; check its weights")
+        raise BackboneError("the network gives NaN or infinite numbers for valid images; check its weights")
     if float((together[:1] - alone).abs().max()) > BATCH_TOLERANCE * float(together.abs().max()):
         raise BackboneError(
-            "the network's answer for an image depends on the other images of its batch, or on chance; use layers that behave "
-            "alike for any batch in eval mode, such as BatchNorm with running statistics"
+            "the network's answer for an image depends on the other images of its batch, or on chance; use layers that do not "
+            "depend on the batch in eval mode, such as BatchNorm with running statistics"
         )
     return int(together.shape[1])
 
@@ -176,12 +177,12 @@ def untouched(backbone: nn.Module) -> list[nn.Module]:
 
 
 def check_tensors(backbone: nn.Module) -> None:
-    """Raises `BackboneError` unless all that a module keeps are plain tensors: float32 and finite, or whole numbers."""
+    """Raises `BackboneError` unless a module's state dict has only plain tensors: finite float32, or whole numbers."""
     check_values(backbone.state_dict())
 
 
 def check_values(tensors: Mapping[str, Any]) -> None:
-    """The same for tensors by name."""
+    """As `check_tensors`, for tensors by name."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise BackboneError(f"{name} is a {type(tensor).__name__} in the state dict; a model file keeps tensors only")
@@ -193,16 +194,16 @@ def check_values(tensors: Mapping[str, Any]) -> None:
             raise BackboneError(f"{name} is {tensor.dtype}; weights must be torch.float32: call module.float() first")
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise BackboneError(
-                f"{name} holds NaN or infinite numbers; the training that made it has diverged. Take an earlier state"
+                f"{name} contains NaN or infinite numbers; the training that made it has diverged. Use an earlier state"
             )
         if name.endswith("running_var") and bool((tensor < 0).any()):
-            raise BackboneError(f"{name} holds negative variances; the file it came from is damaged")
+            raise BackboneError(f"{name} contains negative variances; the file it came from is damaged")
 
 
 def with_versions(tensors: Mapping[str, Any], module: nn.Module) -> OrderedDict[str, Any]:
-    """A state dict of plain tensors with the versions of a module's layers, which a file does not hold.
+    """A state dict of plain tensors with the versions of a module's layers, which a file does not store.
 
-    Layers may ask for the version of what they load; torchvision's MNASNet raises without one.
+    Layers may check the version of the state that they load; torchvision's MNASNet raises without one.
     """
     state = OrderedDict(tensors)
     own = getattr(module.state_dict(), "_metadata", {})

@@ -1,6 +1,6 @@
-"""The model file: one safetensors file, whose metadata holds the settings as JSON with a schema version and a SHA-256.
+"""The model file: one safetensors file, whose metadata contains the settings as JSON, a schema version and a SHA-256.
 
-Nothing in it can run code, and nothing else is in it: weights, BatchNorm statistics, class names, settings. A file is a
+It contains weights, BatchNorm and class statistics, class names and settings, and nothing that can run code. A file is a
 "model", or the "checkpoint" of a task in progress; one is never read as the other.
 """
 
@@ -31,7 +31,7 @@ __all__ = ["ANY", "SCHEMA", "check_writable", "claim", "digest", "digest_of", "l
 SCHEMA = 2
 MAX_HEADER = 3 * MAX_TEXT  # bytes: the settings, escaped, and the name and shape of each tensor
 Kind = Literal["model", "checkpoint"]
-# What a damaged or a hostile header makes of its readers: safetensors, JSON, and the look-ups in what they give.
+# What safetensors, JSON, and look-ups in their results raise for a damaged or malicious header.
 _DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError)
 
 
@@ -39,7 +39,7 @@ class _Any(Enum):
     ANY = "any"
 
 
-ANY = _Any.ANY  # `write` replaces whatever version of the file is there
+ANY = _Any.ANY  # `write` replaces any version of the file
 
 
 def digest(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
@@ -53,9 +53,9 @@ def digest(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
 
 
 def digest_of(path: str | Path) -> str | None:
-    """The SHA-256 that a file's header states, None where there is no file. Reads no tensor.
+    """The SHA-256 that a file's header states; None if there is no file. Reads no tensor.
 
-    Raises `ModelFileError` for a file that is foreign, damaged or from a later version.
+    Raises `ModelFileError` for a file that is damaged, of another program or from a later version.
     """
     if isinstance(path, (str, os.PathLike)) and not os.path.exists(path):
         return None
@@ -66,9 +66,9 @@ def digest_of(path: str | Path) -> str | None:
 
 
 def check_writable(path: str | Path, size: int | None = None) -> None:
-    """Raises `ModelFileError` when `write` could not write `size` bytes there; None takes the size of the file that is there.
+    """Raises `ModelFileError` when `write` could not write `size` bytes to `path`; None takes the size of the existing file.
 
-    To be called before hours of learning whose result goes there.
+    Call it before hours of learning whose result is written there.
     """
     try:
         files.check_writable(path, size)
@@ -84,23 +84,23 @@ def write(
     *,
     kind: Kind = "model",
 ) -> Path:
-    """Writes a model file, all or nothing, under its lock.
+    """Writes a model file atomically, under its lock.
 
     Parameters
     ----------
     path
-        Where to. A symbolic link stays, and the file that it points to is replaced.
+        The file. A symbolic link is kept, and the file that it points to is replaced.
     expected
-        `digest_of` the version that this model descends from, None if there was no file: a file that has changed since is
-        not overwritten. `ANY`, the default, overwrites.
+        `digest_of` the file version that this model is based on, None if there was no file: a file that has changed since then
+        is not overwritten. `ANY`, the default, always overwrites.
     kind
-        What the file is.
+        "model" or "checkpoint".
 
     Raises
     ------
     ModelFileError
-        When it cannot be written, when another process is writing it, or when it has changed. What was there before is
-        untouched then.
+        When it cannot be written, when another process is writing it, or when it has changed. The existing file is then
+        unchanged.
     """
     resolved(path)
     path = Path(path)
@@ -109,7 +109,7 @@ def write(
         about = {"schema": SCHEMA, "sha256": digest(plain, settings), "kind": kind}
         text = _canonical(settings).decode()
         if len(text) > MAX_TEXT:
-            raise ValueError(f"they take {len(text)} characters, and a file holds {MAX_TEXT} at most")
+            raise ValueError(f"they take {len(text)} characters; the limit is {MAX_TEXT}")
         content = save(plain, {"edge_dfcil": json.dumps(about), "settings": text})
     except UnicodeEncodeError as error:
         found = error.object[max(error.start - 20, 0) : error.end + 20]
@@ -124,7 +124,7 @@ def write(
             files.replace_file(path, content)
         except OSError as error:
             raise ModelFileError(
-                f"{_shown(path)} could not be written: {error.strerror or error}; what was there before is untouched"
+                f"{_shown(path)} could not be written: {error.strerror or error}; the existing file is unchanged"
             ) from error
     return path
 
@@ -141,9 +141,9 @@ def _check_unchanged(path: Path, expected: str | None) -> None:
 
 
 def read(path: str | Path, kind: Kind = "model") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors, on the CPU, and settings of a file of this kind whose SHA-256 is right.
+    """The tensors, on the CPU, and the settings of a file of this kind, after its SHA-256 has been verified.
 
-    Raises `ModelFileError` for a file that is missing, foreign, damaged, of another kind or from a later version.
+    Raises `ModelFileError` for a file that is missing, damaged, of another program, of another kind or from a later version.
     """
     _check_is_file(path)
     with _Reading(path) as file:
@@ -153,7 +153,7 @@ def read(path: str | Path, kind: Kind = "model") -> tuple[dict[str, Tensor], dic
         tensors, settings = file.tensors(), file.settings
         intact = digest(tensors, settings) == file.about["sha256"]
     if not intact:
-        raise ModelFileError(f"{_shown(path)} is damaged: its SHA-256 is not the one written. Restore it from a copy")
+        raise ModelFileError(f"{_shown(path)} is damaged: its SHA-256 does not match. Restore it from a copy")
     return tensors, settings
 
 
@@ -164,7 +164,7 @@ _ADVICE = {
 
 
 def resolved(path: Any) -> Path:
-    """The place that a path leads to. Raises `ModelFileError` for what is no path."""
+    """The absolute path, with links resolved. Raises `ModelFileError` for anything but a path."""
     try:
         return Path(path).resolve()
     except (TypeError, ValueError, OSError, RuntimeError) as error:
@@ -172,7 +172,7 @@ def resolved(path: Any) -> Path:
 
 
 class _Reading:
-    """An open file whose header has been checked. Whatever its content raises leaves as `ModelFileError`."""
+    """An open file whose header has been checked. Any error that its content causes becomes a `ModelFileError`."""
 
     about: dict[str, Any]
     settings: dict[str, Any]
@@ -201,7 +201,7 @@ class _Reading:
         return {name: self._file.get_tensor(name) for name in self._file.keys()}  # noqa: SIM118  not a mapping
 
     def _check_length(self) -> None:
-        """A header takes several times its length when it is read; a true one is short."""
+        """Limits the header, which takes several times its length in memory when it is read; a valid one is short."""
         with open(self._path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
@@ -240,7 +240,7 @@ class _Reading:
 def _check_is_file(path: str | Path) -> None:
     try:
         found = not isinstance(path, int) and os.path.isfile(path)
-    except (TypeError, ValueError):  # no path, or one with a null character
+    except (TypeError, ValueError):  # not a path, or one with a null character
         found = False
     if not found or isinstance(path, bytes):
         raise ModelFileError(f"{_shown(path)} is not a file; `learner.save` or `edge-dfcil learn` writes one")
@@ -248,7 +248,7 @@ def _check_is_file(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def _utf8_name(path: str | Path) -> Iterator[str]:
-    """A name of the file that safetensors takes. Old media hold names in other encodings; those are opened by descriptor."""
+    """A name of the file that safetensors accepts. File names that are not UTF-8, as on old media, are opened by descriptor."""
     name = os.fspath(path)
     try:
         name.encode()
@@ -263,7 +263,7 @@ def _utf8_name(path: str | Path) -> Iterator[str]:
 
 
 def _shown(path: str | Path) -> str:
-    """A path as text that any terminal and log can encode."""
+    """A path as a string that any terminal or log can encode."""
     text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else f"path={path!a:.80}"
     return text.encode("utf-8", "backslashreplace").decode()
 

@@ -1,4 +1,4 @@
-"""What the public calls accept: images, targets and loaders, checked and read batch by batch."""
+"""Inputs of the public calls: images, targets and loaders, checked and read batch by batch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _DEAD_WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by s
 def check_images(images: Any, where: str = "images") -> Tensor:
     """Images as a dense tensor (N, 3, H, W), uint8 or float in [0, 1], on their device; float64 becomes float32.
 
-    Raises `DataError` that says what came instead.
+    Raises `DataError` that says what was passed instead.
     """
     images = _dense(_tensor(images, where), where)
     shape = tuple(images.shape)
@@ -43,10 +43,10 @@ def check_images(images: Any, where: str = "images") -> Tensor:
     if images.dtype == torch.uint8:
         return images
     if not images.is_floating_point():
-        hint = "; .to(torch.uint8) makes it so, for whole numbers from 0 to 255" if "int" in str(images.dtype) else ""
+        hint = "; for whole numbers from 0 to 255, use images.to(torch.uint8)" if "int" in str(images.dtype) else ""
         raise DataError(f"{where}: the dtype is {images.dtype}; pass uint8, or float in [0, 1]{hint}")
     if images.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        images = images.float()  # an accelerator may have no float64, and networks are of float32
+        images = images.float()  # an accelerator may have no float64, and networks are float32
     if images.numel():
         _check_range(images, where)
     return images
@@ -58,17 +58,17 @@ def _tensor(images: Any, where: str) -> Tensor:
     if not isinstance(images, (Tensor, str, bytes)) and hasattr(images, "__array__"):
         images = _from_array(np.asarray(images), where)
     if not isinstance(images, Tensor):
-        raise DataError(f"{where}: a {type(images).__name__} came; pass a tensor or array of shape (N, 3, H, W)")
+        raise DataError(f"{where}: got a {type(images).__name__}; pass a tensor or array of shape (N, 3, H, W)")
     return images
 
 
 def _stacked(images: Sequence[Tensor], where: str) -> Tensor:
     if any(image.is_nested for image in images):
-        raise DataError(f"{where}: a list of nested tensors came; a batch needs one size, so resize the images in the data set")
+        raise DataError(f"{where}: got a list of nested tensors; a batch needs one size, so resize the images in the data set")
     shapes = sorted({tuple(image.shape) for image in images})
     if len(shapes) > 1:
         raise DataError(
-            f"{where}: a list of images of different shapes came, {shapes[0]} and {shapes[1]} among them; a batch needs one "
+            f"{where}: got a list of images of different shapes, such as {shapes[0]} and {shapes[1]}; a batch needs one "
             "size, so resize them in the data set"
         )
     try:
@@ -79,7 +79,7 @@ def _stacked(images: Sequence[Tensor], where: str) -> Tensor:
 
 def _from_array(array: np.ndarray[Any, Any], where: str) -> Tensor:
     if array.dtype.kind not in "biuf":
-        raise DataError(f"{where}: an array of dtype {array.dtype} came; pass uint8, or float in [0, 1]")
+        raise DataError(f"{where}: got an array of dtype {array.dtype}; pass uint8, or float in [0, 1]")
     if array.dtype == np.longdouble:
         array = array.astype(np.float32)
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
@@ -89,9 +89,9 @@ def _from_array(array: np.ndarray[Any, Any], where: str) -> Tensor:
 def _dense(images: Tensor, where: str) -> Tensor:
     images = images.detach()
     if images.is_meta:
-        raise DataError(f"{where}: a tensor on the meta device came, which has no pixels")
+        raise DataError(f"{where}: got a tensor on the meta device, which has no pixels")
     if images.is_nested:
-        raise DataError(f"{where}: a nested tensor came; pass a list of images, or images of one size")
+        raise DataError(f"{where}: got a nested tensor; pass a list of images, or images of one size")
     if images.is_quantized:
         images = images.dequantize()
     return images.to_dense() if images.layout != torch.strided else images
@@ -99,15 +99,15 @@ def _dense(images: Tensor, where: str) -> Tensor:
 
 def _shape_hint(shape: tuple[int, ...]) -> str:
     if len(shape) == 4 and shape[3] == 3:
-        return "; the channels come last, permute(0, 3, 1, 2) puts them second"
+        return "; the channels are last: use images.permute(0, 3, 1, 2)"
     if len(shape) == 4 and shape[1] == 1:
         return "; grey images need three channels, for example images.expand(-1, 3, -1, -1)"
     if len(shape) == 4 and 4 in (shape[1], shape[3]):
-        return "; of four channels the last is transparency: lay the images on a ground, and drop it"
+        return "; the fourth channel is transparency: blend the images onto a background, and remove it"
     if len(shape) == 3 and shape[0] == 3:
         return "; a single image needs a batch dimension, images[None]"
     if len(shape) == 3:
-        return "; a single image needs a batch dimension and grey ones three channels"
+        return "; a single image needs a batch dimension, and grey images need three channels"
     return ""
 
 
@@ -117,11 +117,11 @@ def _check_range(images: Tensor, where: str) -> None:
         raise DataError(f"{where}: a pixel is NaN or infinite; check how the images are read")
     if low < -1e-3:
         raise DataError(
-            f"{where}: pixels reach from {low:.3g} to {high:.3g}, as after normalisation; pass plain images in [0, 1], "
-            "because the learner normalises by itself"
+            f"{where}: pixels range from {low:.3g} to {high:.3g}, as after normalisation; pass images in [0, 1] without "
+            "normalisation, because the learner normalises them itself"
         )
     if high > 1 + 1e-3:
-        raise DataError(f"{where}: pixels reach {high:.4g}; floats must lie in [0, 1]: divide by 255, or pass uint8")
+        raise DataError(f"{where}: pixels reach {high:.4g}; floats must be in [0, 1]: divide by 255, or pass uint8")
 
 
 # Targets
@@ -130,12 +130,12 @@ def _check_range(images: Tensor, where: str) -> None:
 def check_targets(targets: Any, n: int, where: str) -> list[Any]:
     """Targets as a list of `n` plain integers or names.
 
-    Accepted are tensors and arrays (N,) of whole numbers or truth values, lists of numbers, of tensors of no dimension or of
-    names, and one such value for one image. Raises `DataError` that says what came and what to do.
+    Accepts tensors and arrays (N,) of whole numbers or bools, lists of numbers, of 0-dimensional tensors or of names, and a
+    single value for one image. Raises `DataError` that says what was passed and what to do.
     """
     if isinstance(targets, Tensor):
         if targets.is_meta:
-            raise DataError(f"{where}: targets on the meta device came, which hold no values")
+            raise DataError(f"{where}: got targets on the meta device, which have no values")
         _check_target_shape(tuple(targets.shape), str(targets.dtype), n, where)
         targets = targets.detach().to_dense().tolist() if targets.layout != torch.strided else targets.tolist()
     elif not isinstance(targets, (str, bytes, int, float, list, tuple)) and hasattr(targets, "__array__"):
@@ -145,9 +145,9 @@ def check_targets(targets: Any, n: int, where: str) -> list[Any]:
     if isinstance(targets, (int, str)) and n == 1:
         targets = [targets]
     if not isinstance(targets, Sequence) or isinstance(targets, (str, bytes)):
-        raise DataError(f"{where}: targets of type {type(targets).__name__} came; pass one integer an image, (N,)")
+        raise DataError(f"{where}: got targets of type {type(targets).__name__}; pass one integer per image, (N,)")
     if len(targets) != n:
-        raise DataError(f"{where}: {n} images came with {len(targets)} targets; each image needs one")
+        raise DataError(f"{where}: got {n} images with {len(targets)} targets; each image needs one")
     return [_plain_target(target, number, where) for number, target in enumerate(targets)]
 
 
@@ -156,17 +156,17 @@ def _check_target_shape(shape: tuple[int, ...], dtype: str, n: int, where: str) 
     if len(shape) == 0 and n != 1:
         hint = "one value for all images is not enough"
     elif len(shape) == 2 and shape[1] == 1:
-        hint = "targets.squeeze(1) takes the second dimension away"
+        hint = "targets.squeeze(1) removes the second dimension"
     elif len(shape) == 2:
-        hint = "if they are one-hot or probabilities, targets.argmax(1) makes them so"
+        hint = "if they are one-hot or probabilities, targets.argmax(1) converts them"
     elif len(shape) > 2:
-        hint = "masks and boxes are no targets of a classifier, which gives one class an image"
+        hint = "masks and boxes are not targets of a classifier, which gives one class per image"
     elif "float" in dtype:
-        hint = "if they are whole numbers, targets.long() makes them so"
+        hint = "if they are whole numbers, targets.long() converts them"
     elif "complex" in dtype:
-        hint = "complex numbers are no classes"
+        hint = "complex numbers are not classes"
     if hint is not None:
-        raise DataError(f"{where}: targets of shape {shape} and dtype {dtype} came; pass one integer an image, (N,): {hint}")
+        raise DataError(f"{where}: got targets of shape {shape} and dtype {dtype}; pass one integer per image, (N,): {hint}")
 
 
 def _plain_target(target: Any, number: int, where: str) -> int | str:
@@ -175,16 +175,16 @@ def _plain_target(target: Any, number: int, where: str) -> int | str:
         return str(value) if isinstance(value, str) else int(value)
     length = len(value) if isinstance(value, (list, tuple, Tensor, np.ndarray)) else 0
     if isinstance(value, float):
-        hint = "int(target) makes a whole number of it"
+        hint = "int(target) converts it to a whole number"
     elif isinstance(value, bytes):
-        hint = "target.decode() makes a text of it"
+        hint = "target.decode() converts it to a string"
     elif length == 1:
         hint = "target[0] takes it out of its list (squeeze)"
     elif length > 1:
-        hint = "if it is one-hot or probabilities, the place of the largest (argmax) is the class"
+        hint = "if it is one-hot or probabilities, the index of the largest (argmax) is the class"
     else:
         hint = "check what the data set gives"
-    raise DataError(f"{where}: the target of image {number} is {_brief(target)}; pass one integer or name an image: {hint}")
+    raise DataError(f"{where}: the target of image {number} is {_brief(target)}; pass one integer or name per image: {hint}")
 
 
 def _brief(value: Any) -> str:
@@ -198,8 +198,8 @@ def _brief(value: Any) -> str:
 def read(loader: Any) -> Iterator[tuple[Tensor, list[Any]]]:
     """One pass over a loader: checked images and targets, batch by batch.
 
-    A batch is a pair (images, targets), of which more than two parts may come (the others are passed over), or a mapping
-    with one of `IMAGE_KEYS` and one of `TARGET_KEYS`.
+    A batch is a pair (images, targets), whose further parts are ignored, or a mapping with one of `IMAGE_KEYS` and one of
+    `TARGET_KEYS`.
     """
     for number, batch in enumerate(_batches(loader), start=1):
         where = f"batch {number}"
@@ -209,7 +209,7 @@ def read(loader: Any) -> Iterator[tuple[Tensor, list[Any]]]:
             images, targets = batch[0], batch[1]
         else:
             raise DataError(
-                f"{where}: a {type(batch).__name__} came; each batch must be a pair (images, targets), or a dict of "
+                f"{where}: got a {type(batch).__name__}; each batch must be a pair (images, targets), or a dict of "
                 "'image' and 'label'"
             )
         if isinstance(loader, Dataset) and (isinstance(images, Image.Image) or getattr(images, "ndim", 4) == 3):
@@ -222,9 +222,9 @@ def read(loader: Any) -> Iterator[tuple[Tensor, list[Any]]]:
 
 
 def _batches(loader: Any) -> Iterator[Any]:
-    """What a loader yields. Its own exceptions, a corrupt file for instance, pass unchanged, with a note from Python 3.11 on.
+    """The batches of a loader. Its own exceptions, such as for a corrupt file, pass unchanged, with a note from Python 3.11 on.
 
-    Raises `DataError` when one of its worker processes died, which torch knows by the message alone.
+    Raises `DataError` when one of its worker processes died, which torch reports only in the message.
     """
     try:
         batches = iter(loader)
@@ -244,7 +244,7 @@ def _batches(loader: Any) -> Iterator[Any]:
             if isinstance(error, RuntimeError) and _DEAD_WORKER.search(str(error)):
                 raise DataError(
                     f"a worker process of the loader died at batch {number} ({error}); the model is unchanged. It may have run "
-                    "out of memory: take fewer workers, or num_workers=0, which shows an error of the data set itself"
+                    "out of memory: use fewer workers, or num_workers=0, which shows an error of the data set itself"
                 ) from error
             if hasattr(error, "add_note"):
                 error.add_note(f"the loader raised this at batch {number}; the model is unchanged")
@@ -256,7 +256,7 @@ def _entry(batch: Mapping[Any, Any], keys: Sequence[str], where: str) -> Any:
     for key in keys:
         if key in batch:
             return batch[key]
-    raise DataError(f"{where}: a dict with the keys {', '.join(map(str, batch))} came; one of {', '.join(keys)} was expected")
+    raise DataError(f"{where}: got a dict with the keys {', '.join(map(str, batch))}; one of {', '.join(keys)} was expected")
 
 
 # Images of any kind
@@ -269,16 +269,16 @@ def as_images(images: Any, size: int) -> Iterator[Tensor]:
     ----------
     images
         - a tensor or array: a batch (N, 3, H, W), (N, H, W, 3), (N, 1, H, W) or (N, H, W, 1), or one image (3, H, W),
-          (H, W, 3), (1, H, W), (H, W, 1) or (H, W). Channels first where both could be meant; one channel is grey.
-        - a PIL image or a path of a picture;
+          (H, W, 3), (1, H, W), (H, W, 1) or (H, W). An ambiguous shape is read as channels first; one channel is grey.
+        - a PIL image or the path of a picture;
         - a list or tuple of any of these, of any sizes;
         - a batch of a loader as a dict, with one of `IMAGE_KEYS`;
         - a loader, or anything else that can be iterated over and yields images or batches: tensors, pairs whose first part
           is the images, or dicts.
     size
-        Single images are scaled and cropped to a square of so many pixels; those of a batch keep their size.
+        Side in pixels of the square to which single images are scaled and cropped; those of a batch keep their size.
 
-    Raises `DataError` that names the image, by its place from 0, which cannot be used.
+    Raises `DataError` that names the unusable image by its index from 0.
     """
     group: list[Tensor] = []
     for piece in _pieces(images, size):
@@ -293,7 +293,7 @@ def as_images(images: Any, size: int) -> Iterator[Tensor]:
 
 
 class _Batch:
-    """Images that came as one tensor (N, 3, H, W), in contrast to single ones."""
+    """Images that were passed as one tensor (N, 3, H, W), in contrast to single ones."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
@@ -314,7 +314,7 @@ def _pieces(images: Any, size: int) -> Iterator[Tensor | _Batch]:
         return
     if images is None or isinstance(images, (bytes, int, float, Set)):
         raise DataError(
-            f"images: a {type(images).__name__} came; pass a tensor, an array, a PIL image, a path, a list of them, or a loader"
+            f"images: got a {type(images).__name__}; pass a tensor, an array, a PIL image, a path, a list of them, or a loader"
         )
     listed = isinstance(images, (list, tuple))
     for number, item in enumerate(images if listed else _batches(images)):
@@ -333,7 +333,7 @@ _SINGLE = (str, os.PathLike, Image.Image)
 
 
 def _is_array(images: Any) -> bool:
-    """Whether it is an array of pixels, not one of paths or of other objects."""
+    """Whether it is an array of pixels, not of paths or other objects."""
     return isinstance(images, Tensor) or (hasattr(images, "__array__") and np.asarray(images).dtype.kind not in "OU")
 
 
@@ -356,7 +356,7 @@ def _picture(item: Any, where: str) -> Image.Image:
 
 
 def _channels_first(images: Tensor, where: str) -> Tensor:
-    """(3, H, W) or (N, 3, H, W) from those, from (H, W), and from images whose channels come last; grey is made threefold."""
+    """(3, H, W) or (N, 3, H, W) from one of these, from (H, W), or from channels last; a grey channel is repeated."""
     if images.dim() == 2:
         images = images[None]
     if images.dim() not in (3, 4) or not {images.shape[-3], images.shape[-1]} & {1, 3}:

@@ -1,4 +1,4 @@
-"""Class names: which texts can be one, when two are the same, and which name a loader's target value has."""
+"""Class names: which strings are valid, when two are the same, and which name a loader's target value has."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _SHOWN = 20  # names in a message, at most
 def clean_name(name: Any, owner: str = "a class") -> str:
     """A class name in Unicode's composed form (NFC).
 
-    Raises `ClassError` for what is no text, is empty or blank, begins or ends with a space, or holds a character that cannot
-    be seen or stored: control and format characters, terminal escapes, halves of surrogate pairs.
+    Raises `ClassError` for a name that is not a string, is empty or blank, begins or ends with a space, or contains a character
+    that cannot be seen or stored: control and format characters, terminal escapes, halves of surrogate pairs.
     """
     if not isinstance(name, str) or not name.strip():
-        raise ClassError(f"the name of {owner} is {name!r}; it must be a text that is not empty")
-    name = str(name)  # numpy's kind of text, too
+        raise ClassError(f"the name of {owner} is {name!r}; it must be a string that is not empty")
+    name = str(name)  # also for NumPy's string type
     if name != name.strip():
         raise ClassError(f"the name of {owner} is {name!r}, with a space at its beginning or end; make it {name.strip()!r}")
     for place in range(len(name)):
@@ -40,17 +40,17 @@ def clean_name(name: Any, owner: str = "a class") -> str:
 
 
 def _visible(name: str) -> str:
-    """A name for a message; what cannot be seen is escaped."""
+    """A name for a message; invisible characters are escaped."""
     return "".join(ascii(c)[1:-1] if c in _VARIATIONS or c in BLANKS else c for c in repr(name))
 
 
 def same_name(a: str, b: str) -> bool:
-    """Whether two names are one: equal in Unicode's composed form (macOS stores folder names in the decomposed one)."""
+    """Whether two names are equal in Unicode's composed form (macOS stores folder names in the decomposed form)."""
     return unicodedata.normalize("NFC", a) == unicodedata.normalize("NFC", b)
 
 
 def folded(name: str) -> str:
-    """A key that is equal for names which differ as slips do: in case, in spaces, in characters that cannot be seen.
+    """A key that is equal for names that differ only by likely typos: in case, spaces or invisible characters.
 
     Single letters keep their case, because "a" and "A" are two classes of handwriting.
     """
@@ -63,8 +63,8 @@ def folded(name: str) -> str:
 
 
 def check_names(names: Iterable[Any], owner: str = "a class") -> tuple[str, ...]:
-    """Names as `clean_name` gives them. Raises `ClassError` for one that cannot be, that repeats, or that looks like a slip
-    for another one, and for what is no list of names."""
+    """Names as `clean_name` returns them. Raises `ClassError` for a name that is invalid, repeats, or looks like a typo of
+    another one, and for anything but a list of names."""
     if isinstance(names, (str, bytes, int, Set)) or not isinstance(names, Iterable):
         names = _ordered(names)
     cleaned = tuple(clean_name(name, owner) for name in names)
@@ -73,20 +73,20 @@ def check_names(names: Iterable[Any], owner: str = "a class") -> tuple[str, ...]
 
 
 def match_known(names: Mapping[Any, str], known: Sequence[str]) -> dict[Any, str]:
-    """Each name in the spelling that is known already, where it is the same name; a new one as it is.
+    """Each known name in its known spelling; new names are unchanged.
 
-    Raises `ClassError` for a new name that differs from a known one in case or spaces only.
+    Raises `ClassError` for a new name that differs from a known one only in case, spaces or invisible characters.
     """
     exact = set(known)
-    spellings = {_composed(name): name for name in reversed(known)}  # of two that an old model may have the first
+    spellings = {_composed(name): name for name in reversed(known)}  # an old model may have two such names: the first one counts
     slips = {folded(name): name for name in known}
     matched = {}
     for key, name in names.items():
         spelling = name if name in exact else spellings.get(_composed(name))
         if spelling is None and folded(name) in slips:
             raise ClassError(
-                f"{name!r} differs from the known class {slips[folded(name)]!r} in case, spaces or invisible characters only; "
-                "write it like that to refresh the class, or choose another name"
+                f"{name!r} differs from the known class {slips[folded(name)]!r} only in case, spaces or invisible characters; "
+                "use that spelling to refresh the class, or choose another name"
             )
         matched[key] = name if spelling is None else spelling
     return matched
@@ -119,7 +119,7 @@ def _listed(names: Sequence[Any]) -> str:
 
 
 def _check_distinct(names: Iterable[Any], repeated: bool = False) -> None:
-    """Raises `ClassError` when a name repeats, unless it may, or two look like slips for each other."""
+    """Raises `ClassError` when a name repeats (unless `repeated`), or when two names look like typos of each other."""
     same: set[Any] = set()
     alike: dict[str, str] = {}
     for name in names:
@@ -131,21 +131,21 @@ def _check_distinct(names: Iterable[Any], repeated: bool = False) -> None:
         other = alike.setdefault(folded(name), name)
         if other is not name:
             raise ClassError(
-                f"the class names {_visible(other)} and {_visible(name)} differ in case, spaces or invisible characters only; "
-                "if they are one class give it one name, else choose names that differ more"
+                f"the class names {_visible(other)} and {_visible(name)} differ only in case, spaces or invisible characters; "
+                "if they are one class, use one name, else choose names that differ more"
             )
         same.add(composed)
 
 
 def asked(names: Any) -> list[str]:
-    """The class names that a caller asks for, each once: one text, or several. Raises `ClassError` for anything else."""
+    """The class names in an argument, each once: one string, or several. Raises `ClassError` for anything else."""
     some = [names] if isinstance(names, str) else names
     if not isinstance(some, Iterable) or isinstance(some, bytes):
         raise ClassError(f"{names!a:.80} is a {type(names).__name__}; pass a list of class names")
     found = list(some)
     for name in found:
         if not isinstance(name, str):
-            raise ClassError(f"{name!a:.80} is a {type(name).__name__}; class names are texts")
+            raise ClassError(f"{name!a:.80} is a {type(name).__name__}; class names are strings")
     return list(dict.fromkeys(found))
 
 
@@ -153,9 +153,9 @@ def asked(names: Any) -> list[str]:
 
 
 def outputs_of_targets(targets: Sequence[Any], loader: Any, classes: Classes | None, known: Sequence[str]) -> list[int]:
-    """The output of each image's class, among those known. Several targets may have one name: that of a merged class.
+    """The output of each image's class, among the known ones. Several targets may share a name: that of a merged class.
 
-    Raises what `name_targets` raises, and `ClassError` for a class that is not known.
+    Raises the errors of `name_targets`, and `ClassError` for an unknown class.
     """
     outputs = outputs_of(name_targets(set(targets), loader, classes, repeated=True), known)
     return [outputs[target] for target in targets]
@@ -169,8 +169,8 @@ def name_targets(targets: Iterable[Any], loader: Any, classes: Classes | None, *
     repeated
         Whether several targets may have one name.
     classes
-        A list indexed by target, or a mapping from target; None takes what the loader's data set names (`classes`, or a
-        label's `names` in Hugging Face's `features`), through subsets too. Targets that are texts name themselves.
+        A list indexed by target, or a mapping from target; None takes the names of the loader's data set (`classes`, or a
+        label's `names` in Hugging Face's `features`), also through subsets. String targets are their own names.
 
     Raises `ClassError` for a repeated or unusable name, `DataError` for a target without one.
     """
@@ -190,7 +190,7 @@ def name_targets(targets: Iterable[Any], loader: Any, classes: Classes | None, *
 
 
 def _lookup(classes: Any) -> dict[Any, Any]:
-    """Names by target value. Raises `ClassError` for what is neither a list nor a mapping."""
+    """Names by target value. Raises `ClassError` for anything but a list or a mapping."""
     if isinstance(classes, Mapping):
         return {plain_value(key): name for key, name in classes.items()}
     return dict(enumerate(_ordered(classes)))
@@ -198,7 +198,7 @@ def _lookup(classes: Any) -> dict[Any, Any]:
 
 def _ordered(classes: Any) -> list[Any]:
     if isinstance(classes, (str, bytes)):
-        raise ClassError(f"classes={classes!r} is one text; pass a list of names, [{classes!r}]")
+        raise ClassError(f"classes={classes!r} is one string; pass a list of names, [{classes!r}]")
     if isinstance(classes, Set):
         raise ClassError(
             f"classes is a {type(classes).__name__}, whose order is arbitrary; pass a list whose order is that of the targets"
@@ -209,7 +209,7 @@ def _ordered(classes: Any) -> list[Any]:
 
 
 def plain_value(value: Any) -> Any:
-    """A number as a plain one: a whole number of NumPy's or a tensor of no dimension has another hash than its value."""
+    """A number as a Python number: a 0-dimensional tensor or array does not hash like its value. Other values are unchanged."""
     if isinstance(value, (Tensor, np.ndarray, np.generic)) and value.ndim == 0:
         value = value.item()
     return int(value) if isinstance(value, bool) else value
@@ -218,7 +218,7 @@ def plain_value(value: Any) -> Any:
 def _nameless(target: Any, lookup: Mapping[Any, Any]) -> str:
     if lookup and all(isinstance(key, str) and isinstance(name, int) for key, name in lookup.items()):
         return (
-            f"target {target!r} has no name: classes maps names to targets; turn it round, "
+            f"target {target!r} has no name: classes maps names to targets; invert it: "
             "{target: name for name, target in classes.items()}"
         )
     known = ", ".join(repr(key) for key in list(lookup)[:8])
@@ -236,12 +236,12 @@ def _dataset_classes(loader: Any) -> Any:
             named = [_own_classes(part) for part in parts]
             if named[0] is not None and all(list(other or ()) == list(named[0]) for other in named):
                 return named[0]
-        dataset = getattr(dataset, "dataset", None)  # torch's Subset and its like
+        dataset = getattr(dataset, "dataset", None)  # torch's Subset and similar
     raise ClassError("the loader's data set does not name its classes; pass classes=[...], a name for each target value")
 
 
 def _own_classes(dataset: Any) -> Any:
-    """What a data set of torchvision, or of Hugging Face, says its classes are."""
+    """The class names that a data set of torchvision or Hugging Face states."""
     if getattr(dataset, "classes", None) is not None:
         return dataset.classes
     features = getattr(dataset, "features", None)

@@ -1,13 +1,13 @@
-"""Locks that keep two processes from writing one model file, and say who holds them.
+"""Locks that keep two processes from writing one model file, and name their holder.
 
 Two kinds, both released by the kernel when their process dies:
 
-- `lock` is held for the moment of a write. Its file lies hidden beside the model, so that containers and machines that share
-  the folder see it, and is removed with the release.
-- `claim` is held for a whole run. Its file lies in the system's temporary folder, so that a killed run leaves nothing beside
-  the model; it is seen by the processes of one user on one machine.
+- `lock` is held during a write. Its file is hidden next to the model, so that containers and machines that share the folder
+  see it, and is removed on release.
+- `claim` is held for a whole run. Its file is in the system's temporary folder, so that a killed run leaves nothing next to
+  the model; only processes of one user on one machine see it.
 
-Where neither place can be written to, there is no lock: `write(..., expected=...)` still refuses a file that has changed.
+If neither place is writable, there is no lock, but `write(..., expected=...)` still refuses a file that has changed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from edge_dfcil.errors import ModelFileError
 from exporters.files import hidden_name, resolve
 
-WRITE_SECONDS = 60.0  # that a write waits for another one: a large model on a slow card takes that long
+WRITE_SECONDS = 60.0  # that a write waits for another one: a large model on a slow memory card takes that long
 
 logger = logging.getLogger("edge_dfcil")
 
@@ -40,9 +40,9 @@ def lock(path: str | Path, timeout: float = WRITE_SECONDS) -> Iterator[None]:
     path
         The model file, which need not exist; a symbolic link and its target share one lock.
     timeout
-        Seconds to wait for another process or thread that holds it.
+        Seconds to wait for another process or thread that holds the lock.
 
-    Raises `ModelFileError` that names the holder when it is still held after that.
+    Raises `ModelFileError` that names the holder if the lock is still held after that.
     """
     target = _target(path)
     with _held([target.with_name(hidden_name(target, ".lock")), _temporary(target, "write")], path, timeout):
@@ -51,9 +51,10 @@ def lock(path: str | Path, timeout: float = WRITE_SECONDS) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claim(path: str | Path, timeout: float = 0.0) -> Iterator[None]:
-    """Holds a model file for a long run, so that a second run on it is refused at its start and not at its end.
+    """Claims a model file for a long run, so that a second run on it is refused at its start and not at its end.
 
-    Raises `ModelFileError` that names the holder when another run has it. Writing needs no claim, and `lock` ignores it.
+    Raises `ModelFileError` that names the holder if another run has claimed the file. Writing needs no claim, and `lock`
+    ignores claims.
     """
     with _held([_temporary(_target(path), "run")], path, timeout):
         yield
@@ -61,7 +62,7 @@ def claim(path: str | Path, timeout: float = 0.0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(places: list[Path | None], path: str | Path, timeout: float) -> Iterator[None]:
-    """Holds the first lock file that can be made; none where none can."""
+    """Holds the first lock file that can be created; none if none can."""
     for place in places:
         found = place and FileLock(place, poll_interval=0.01, fallback_to_soft=False)
         if not found or not place:
@@ -73,13 +74,13 @@ def _held(places: list[Path | None], path: str | Path, timeout: float) -> Iterat
         except (OSError, NotImplementedError) as error:  # the folder is read-only, or its file system has no locks
             logger.debug("no lock file at %s: %s", place, error)
             continue
-        except RuntimeError as error:  # held by this very thread
+        except RuntimeError as error:  # held by this thread
             raise _busy(path, place) from error
         try:
             _note_holder(place)
             yield
         finally:
-            # Before the release: who waits for it looks whether its file is still there, and makes a new one.
+            # Before the release: a waiting process checks whether its file still exists, and creates a new one.
             with contextlib.suppress(OSError):
                 place.unlink()
             found.release()
@@ -116,4 +117,4 @@ def _busy(path: str | Path, place: Path) -> ModelFileError:
     holder = "another process"
     with contextlib.suppress(OSError, ValueError):
         holder = place.read_text().strip() or holder
-    return ModelFileError(f"{path} is in use by {holder}; wait until that is done, or stop it. Nothing was written")
+    return ModelFileError(f"{path} is in use by {holder}; wait until it has ended, or stop it. Nothing was written")

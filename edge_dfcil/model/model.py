@@ -1,4 +1,4 @@
-"""Model: a classifier that serves. It is immutable; learning and class surgery give a new one."""
+"""Model: a classifier for inference. It is immutable; learning and class surgery return a new one."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ class Model(FromHub):
     Attributes
     ----------
     network
-        Images (N, 3, H, W), uint8 or float in [0, 1], to logits. Not to be changed.
+        Images (N, 3, H, W), uint8 or float in [0, 1], to logits (N, outputs). Do not change it.
     tasks
         The name of each output, task by task. A merged class has several outputs of one name.
     backbone
         The registered name of the architecture; None for a module of the caller's own.
     normalizes
-        Whether the network's mean and standard deviation are settled.
+        Whether the network's mean and standard deviation have been set.
     statistics
-        What the method keeps beside the weights.
+        The class statistics that the method keeps in addition to the weights, by name.
     learning
         How it was learnt, as JSON: the method's name, the recipe, the seed. A `Learner` continues with these.
     pretrained
         Whether the backbone had been trained before the first task: its BatchNorm statistics were learnt.
     calibration
-        Temperature, and thresholds of rejection; None where none have been found: probabilities are softmax(logits) then.
+        Temperature and rejection thresholds; None: not calibrated, and probabilities are softmax(logits).
     """
 
     network: Network
@@ -78,7 +78,10 @@ class Model(FromHub):
         std: Sequence[float] | None = None,
         multiscale: bool = False,
     ) -> Model:
-        """A model that knows no class yet; the parameters are those of `Learner`."""
+        """A model without classes; the parameters are those of `Learner`.
+
+        Raises `BackboneError` for an unusable backbone or weights, `SettingError` for other invalid parameters.
+        """
         found, seed = devices.find_device(device), devices.check_seed(seed)
         devices.guard_forks()
         with devices.own_context(found), devices.seeded(seed, found):
@@ -117,24 +120,26 @@ class Model(FromHub):
         classes
             The names of its outputs, in order.
         mean, std
-            What its images were normalised with, for images in [0, 1]; None takes ImageNet's.
+            Per-channel mean and standard deviation that normalised its images in [0, 1]; None takes ImageNet's.
         head
-            The dotted name of the final linear layer; None takes the last one there is.
+            The dotted name of the final linear layer; None takes the last linear layer.
         multiscale
-            As for `Learner`; the classifier answers as before until it learns.
+            As for `Learner`; the answers are unchanged until the first task.
         backbone
-            The registered name of the module's architecture, if it has one: its file then loads by itself, while that of
-            a nameless module needs `load(path, backbone=module)`.
+            The registered name of the module's architecture, if any. The model file then loads without the module; otherwise
+            it needs `load(path, backbone=module)`.
 
         Raises
         ------
         BackboneError
             When the module does not end in that linear layer, has too few BatchNorm layers, cannot be inverted, saved or
-            loaded, or is not what it is named.
+            loaded, or is not the architecture that `backbone` names.
         ClassError
-            When the names repeat, or are not as many as the outputs.
+            When the names repeat, or their number is not that of the outputs.
+        SettingError
+            For an invalid image size, mean, standard deviation or device.
 
-        A `UserWarning` says when the module's BatchNorm statistics were never learnt.
+        A `UserWarning` is issued when the module's BatchNorm statistics were never learnt.
         """
         found = devices.find_device(device)
         with devices.own_context(found):
@@ -152,7 +157,7 @@ class Model(FromHub):
     def untrained(
         self, backbone: str | nn.Module, *, image_size: int | None = None, seed: int = 0, multiscale: bool | None = None
     ) -> Model:
-        """A model with another backbone, untrained, and all else the same, the classes included; `multiscale` None: as here."""
+        """An untrained model with another backbone, the same classes and settings; `multiscale` None: unchanged."""
         size = image_size or self.image_size
         scales = bool(self.network.scales.layers) if multiscale is None else multiscale
         empty = Model.new(backbone, image_size=size, device=self.device, seed=seed, multiscale=scales)
@@ -163,8 +168,8 @@ class Model(FromHub):
         return replace(self, network=network, backbone=empty.backbone, statistics={}, calibration=None)
 
     def smaller(self, seed: int = 0) -> Iterator[tuple[str, Model]]:
-        """Models that need less memory for the same classes, untrained, with the setting that makes them so: features of one
-        scale, half the image size, a smaller backbone."""
+        """Untrained models that need less memory for the same classes, each with the changed setting: features of one scale, half
+        the image size, a smaller backbone."""
         half = self.image_size // 2
         choices: list[tuple[str, str | None, dict[str, Any]]] = []
         if self.network.scales.layers:  # the sums of a closed-form head grow with the square of the features
@@ -173,28 +178,28 @@ class Model(FromHub):
             choices.append((f"image_size={half}", self.backbone, {"image_size": half}))
         choices += [(f"backbone={name!r}", name, {}) for name in backbones.smaller(self.backbone)]
         for text, backbone, changes in choices:
-            with contextlib.suppress(BackboneError):  # an own module that does not run on smaller images
+            with contextlib.suppress(BackboneError):  # a module of the caller that does not run on smaller images
                 yield text, self.untrained(backbone or self.network.backbone, seed=seed, **changes)
 
     def with_learning(self, learning: Mapping[str, Any], mirrored: bool) -> Model:
-        """The same with other settings of learning. Weights are shared."""
+        """The model with other learning settings. Weights are shared."""
         network = copy.copy(self.network)
         network.mirrored = mirrored
         return replace(self, network=network, learning=learning)
 
     def calibrated(self, calibration: Calibration | None) -> Model:
-        """The same with another calibration, whose thresholds are of outputs that all compete. Weights are shared."""
+        """The model with another calibration, whose thresholds are for competing outputs (not merged). Weights are shared."""
         model = replace(self, calibration=calibration)
         return model if calibration is None or self.groups is None else model._recalibrated(model._expected_scores(None))
 
     @devices.cpu_by_default()
     def calibrate(self, loader: Any, classes: Classes | None = None, *, false_rejections: float = 0.05) -> Model:
-        """A model with a temperature and a threshold that are found on labelled images of known classes, whatever its head.
+        """A model with a temperature and a threshold found on labelled images of known classes, for any kind of head.
 
-        It must not have learnt from them, nor should they be generated: it is surer of such. They are not kept. `loader` and
-        `classes` are as for `evaluate`; the threshold rejects the share `false_rejections` of the images, and is one for all
-        classes, so that they should all be there. Raises `SettingError` for a share out of range, `DataError` for fewer than 10
-        images, and what `evaluate` raises.
+        The images must not be training images or generated ones, on which the model is more confident. They are not kept.
+        `loader` and `classes` are as for `evaluate`. The threshold rejects the share `false_rejections`, in [0, 1), of the
+        images. It is the same for all classes, so all should be among the images. Raises `SettingError` for a share out of
+        range, `DataError` for fewer than 10 images, and the errors of `evaluate`.
         """
         plain, names = replace(self, calibration=None), self.classes
         self.check_answering()
@@ -208,7 +213,7 @@ class Model(FromHub):
         return expected_scores(self.network, self.statistics, self.temperature, groups)
 
     def _recalibrated(self, before: Tensor | None, keep: Sequence[int] | None = None) -> Model:
-        """This model, whose calibration is that of a model with the expected scores `before`; its outputs are `keep` of those."""
+        """This model, with thresholds shifted from the expected scores `before` of its predecessor; it has the outputs `keep`."""
         if self.calibration is None:
             return self
         return replace(self, calibration=self.calibration.moved(before, self._expected_scores(self.groups), keep))
@@ -229,7 +234,7 @@ class Model(FromHub):
 
     @property
     def image_size(self) -> int:
-        """The side in pixels that the network sees."""
+        """The side in pixels of the network's input images."""
         return self.network.image_size
 
     @property
@@ -242,7 +247,7 @@ class Model(FromHub):
         return self.backbone or type(self.network.backbone).__qualname__
 
     def to(self, device: str | torch.device) -> Model:
-        """This model on a device; itself if it is there already."""
+        """This model on a device, itself if it is already there. Raises `SettingError` for a device that cannot be used."""
         found = devices.find_device(device)
         if found == self.device:
             return self
@@ -258,10 +263,10 @@ class Model(FromHub):
 
     @devices.cpu_by_default()
     def probabilities(self, images: Any) -> Tensor:
-        """Probabilities (N, C) of `classes` for images, at the model's temperature; on the CPU.
+        """Probabilities (N, C), float32, of `classes` for images, at the model's temperature; on the CPU.
 
-        `images` is a tensor or an array, uint8 or float in [0, 1], of a batch (N, 3, H, W) or of one image, in either order of
-        channels; a PIL image; a path; a list of any of these; or a loader. See `model.inputs.as_images`. Raises `DataError`
+        `images` is a tensor or an array, uint8 or float in [0, 1], of a batch (N, 3, H, W) or of one image, with channels first
+        or last; a PIL image; a path; a list of any of these; or a loader. See `model.inputs.as_images`. Raises `DataError`
         for anything else, and `NotLearnedError` before the first task.
         """
         self.check_answering()
@@ -270,20 +275,20 @@ class Model(FromHub):
 
     @property
     def temperature(self) -> float:
-        """What logits are divided by; 1 without a calibration."""
+        """The number by which logits are divided; 1 without a calibration."""
         return self.calibration.temperature if self.calibration is not None else 1.0
 
     @property
     @devices.cpu_by_default()
     def thresholds(self) -> tuple[float, ...]:
-        """The threshold of rejection of each class; empty where there are none."""
+        """The rejection threshold of each class; empty if there are none."""
         return self.calibration.of_classes(self.groups) if self.calibration is not None else ()
 
     def predict(self, images: Any, top_k: int = 1, reject: bool = False) -> list[Prediction]:
         """The `top_k` most probable classes of each image, best first; `images` as for `probabilities`.
 
-        With `reject`, the label of an image that belongs to no known class is None; its score and its `top` stay what they are.
-        Raises `SettingError` for that when the model has no thresholds.
+        With `reject`, the label of an image that belongs to no known class is None; its score and its `top` are unchanged. Raises
+        `SettingError` when the model has no thresholds for `reject` or `top_k` is below 1, and the errors of `probabilities`.
         """
         most = whole_number("top_k", top_k)
         if reject:
@@ -303,15 +308,18 @@ class Model(FromHub):
         if not self.thresholds:
             raise SettingError(
                 "this model has no thresholds for reject=True. A task of 10 images or more finds them with refine.calibrate, "
-                "as recipe='frozen' has it, where it leaves the backbone as it is: a pretrained one, or after the first task. "
-                "A task that trains finds them with refine.held_out=0.1 as well. Or call calibrate(loader) with images that it "
-                "has not learnt from"
+                "as in recipe='frozen', if it does not train the backbone: with a pretrained one, or after the first task. A "
+                "task that trains the backbone also needs refine.held_out=0.1. Or call calibrate(loader) with images that the "
+                "model has not learnt from"
             )
 
     @torch.inference_mode()
     @devices.cpu_by_default()
     def embed(self, images: Any) -> Tensor:
-        """Features (N, F), float32, on the CPU: what the head sees. They are not stored; `images` as for `probabilities`."""
+        """Features (N, F), float32, on the CPU: the head's inputs. They are not stored.
+
+        `images` as for `probabilities`. Raises `DataError` for unusable images.
+        """
         network = self.network
         with devices.plain_precision(self.device):
             found = (network.features(network.normalize(network.pixels(c))) for c in as_images(images, self.image_size))
@@ -320,9 +328,11 @@ class Model(FromHub):
 
     @devices.cpu_by_default()
     def evaluate(self, loader: Any, classes: Classes | None = None) -> Evaluation:
-        """Accuracy and calibration error over a loader, every known class competing.
+        """Accuracy and calibration error over a loader, with all known classes as candidates.
 
-        Raises `DataError` for a loader without images, `ClassError` for a class that is not known.
+        `loader` yields pairs (images, targets), or dicts; `classes` names the targets: a list indexed by target, or a mapping;
+        None takes the names of the loader's data set. Raises `DataError` for a loader without images or with unusable ones,
+        `ClassError` for an unknown class, `NotLearnedError` before the first task.
         """
         self.check_answering()
         names = self.classes
@@ -349,7 +359,7 @@ class Model(FromHub):
     @property
     @devices.cpu_by_default()
     def groups(self) -> Tensor | None:
-        """1 where an output (row) is of a class (column), else 0, (outputs, C); None where each class has one output."""
+        """1 where an output (row) belongs to a class (column), else 0, (outputs, C); None if each class has one output."""
         outputs, classes = self.outputs, self.classes
         if len(outputs) == len(classes):
             return None
@@ -361,10 +371,10 @@ class Model(FromHub):
 
     @devices.cpu_by_default()
     def forget(self, names: str | Iterable[str]) -> Model:
-        """A model without these classes: their rows of the head and their statistics are gone.
+        """A model without these classes: their rows of the head and their statistics are removed.
 
-        The shared weights still carry traces of what was learnt: a generator trained to invert them may bring back images
-        like those of a forgotten class. To be rid of that, train without the class from the start.
+        The shared weights still contain traces of them: a generator trained to invert the weights may reproduce images like
+        those of a forgotten class. To avoid this, train from scratch without the class.
 
         Raises `ClassError` for a name that is not known, or when no class would be left.
         """
@@ -380,9 +390,9 @@ class Model(FromHub):
         return model._recalibrated(self._expected_scores(self.groups), keep)
 
     def rename(self, names: Mapping[str, str]) -> Model:
-        """A model that calls classes by other names, given as `{old: new}`.
+        """A model with other class names, given as `{old: new}`.
 
-        Raises `ClassError` for an old name that is not known, and for a new one that is in use or unusable.
+        Raises `ClassError` for an unknown old name, and for a new one that is in use or invalid.
         """
         if not isinstance(names, Mapping):
             raise ClassError(f"names={names!a:.80} is a {type(names).__name__}; pass {{old name: new name}}")
@@ -392,9 +402,9 @@ class Model(FromHub):
 
     @devices.cpu_by_default()
     def merge(self, names: Sequence[str], into: str) -> Model:
-        """A model that takes these classes for one, called `into`. Its probability is the sum of theirs.
+        """A model that treats these classes as one, called `into`. Its probability is the sum of theirs.
 
-        Raises `ClassError` for a name that is not known, and when `into` is a class that is not among them.
+        Raises `ClassError` for an unknown name, and when `into` is a class that is not among them.
         """
         gone, name = self.known(names), labels.clean_name(into)
         if name in self.classes and name not in gone:
@@ -406,14 +416,14 @@ class Model(FromHub):
         return replace(self, tasks=tuple(tuple(names.get(name, name) for name in task) for task in self.tasks))
 
     def known(self, names: str | Iterable[str]) -> set[str]:
-        """The classes of these names, as the model spells them. Raises `ClassError` for a name that is not known."""
+        """The classes with these names, in the model's spelling. Raises `ClassError` for an unknown name."""
         found = labels.asked(names)
         return {self.classes[index] for index in labels.outputs_of({name: name for name in found}, self.classes).values()}
 
     # Files
 
     def settings(self) -> dict[str, Any]:
-        """What the model file holds beside its tensors, as JSON takes it."""
+        """The settings in the model file, as JSON values."""
         network = self.network
         return {
             "version": __version__,
@@ -433,28 +443,32 @@ class Model(FromHub):
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that is kept, by its name in the file."""
+        """Every tensor of the model file, by its name in the file."""
         return self.network.state_dict() | statistics.packed(self.statistics)
 
     def digest(self) -> str:
-        """SHA-256 over all that is kept; that of the file that `save` writes."""
+        """SHA-256 over tensors and settings, in hex: the one in the file that `save` writes."""
         return file.digest(self.tensors(), self.settings())
 
     def save(self, path: str | Path, **options: Any) -> Path:
-        """Writes one file, all or nothing; `options` are those of `file.write`. Raises `ModelFileError` when that fails."""
+        """Writes one file atomically, and returns its path; `options` are those of `file.write`.
+
+        Raises `ModelFileError` on failure.
+        """
         return file.write(path, self.tensors(), self.settings(), **options)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "auto", *, backbone: nn.Module | None = None) -> Model:
-        """Reads a model file of any schema; it predicts the same to the bit on the same device.
+        """Reads a model file of any schema. Predictions are bit-identical on the same device.
 
-        Raises `ModelFileError` for a file that is missing, damaged, foreign, or does not fit the backbone.
+        Raises `ModelFileError` for a file that is missing, damaged, not a model file, or does not fit the backbone, and
+        `SettingError` for a device that cannot be used.
 
         Parameters
         ----------
         backbone
-            For a file whose backbone was the caller's own module (adopted ones included): that module, built again. It is
-            copied, with the file's weights. A classifier may still have its head, for any number of classes.
+            For a file whose backbone was the caller's module (including adopted classifiers): that module, built again. It is
+            copied, and the copy gets the file's weights. A classifier may still have its head, for any number of classes.
         """
         tensors, settings = file.read(path)
         devices.guard_forks()
@@ -468,7 +482,7 @@ class Model(FromHub):
     def _of_file(
         cls, path: str | Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], backbone: nn.Module | None
     ) -> Model:
-        """The model that a file's content is, on the CPU."""
+        """The model of a file's content, on the CPU."""
         with _fits(path):
             stored.check(tensors, settings)
         weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("statistics.")}
@@ -498,7 +512,7 @@ class Model(FromHub):
 
 @contextlib.contextmanager
 def _fits(path: str | Path, *passing: type[Exception]) -> Iterator[None]:
-    """What a file's content raises as a `ModelFileError`, except for the errors that pass."""
+    """Turns errors that a file's content causes into `ModelFileError`, except for those in `passing`."""
     try:
         yield
     except ModelFileError:
@@ -511,7 +525,7 @@ def _fits(path: str | Path, *passing: type[Exception]) -> Iterator[None]:
 
 
 def _network(backbone: nn.Module, image_size: int, multiscale: bool) -> Network:
-    """A network without a class over a backbone, which is checked."""
+    """A network without classes over a backbone, which is checked."""
     features = backbones.check_backbone(backbone, image_size)
     return Network(backbone, features, image_size, find_layers(backbone, image_size) if multiscale else ())
 
@@ -519,11 +533,11 @@ def _network(backbone: nn.Module, image_size: int, multiscale: bool) -> Network:
 def _module(
     path: str | Path, settings: Mapping[str, Any], backbone: nn.Module | None, tensors: Mapping[str, Tensor]
 ) -> nn.Module:
-    """The backbone of a file with its tensors: the caller's module, copied, or one built by its name."""
+    """The backbone of a file with its tensors: a copy of the caller's module, or one built by its name."""
     if backbone is None and settings["backbone"] is None:
         architecture = shown(settings["architecture"])[:80]
         raise ModelFileError(
-            f"{path} was made with a backbone of its own ({architecture}); build that module and pass it with "
+            f"{path} was made with a backbone that is not registered ({architecture}); build that module and pass it with "
             "load(path, backbone=module)"
         )
     return adoption.rebuild(settings["backbone"] if backbone is None else backbone, tensors)

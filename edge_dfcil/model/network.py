@@ -1,4 +1,4 @@
-"""Network: preprocessing, backbone and growing head as one module, so that an app feeds plain pixels everywhere."""
+"""Network: preprocessing, backbone and growing head as one module, so that an app always passes plain pixels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edge_dfcil.model.scales import Scales
 
 
 class Network(nn.Module):
-    """A classifier over named classes that grows.
+    """A classifier whose head grows with new classes.
 
     Parameters
     ----------
@@ -29,18 +29,18 @@ class Network(nn.Module):
     image_size
         S, in pixels. Other sizes are scaled and cropped to it.
     scales
-        Layers of the backbone whose feature maps are features too (`model/scales.py`).
+        Layers of the backbone whose pooled feature maps are features too (`model/scales.py`).
     spread
-        Whether the maps' deviations are features.
+        Whether the maps' standard deviations are features.
 
     Attributes
     ----------
     mean, std
-        What images in [0, 1] are normalised with, per channel (3, 1, 1); 0 and 1 until `set_statistics`.
+        Per-channel mean and standard deviation that normalise images in [0, 1], (3, 1, 1); 0 and 1 until `set_statistics`.
     rotations
-        A head for the classes of turned images, while the first task is learnt with them.
+        A head for the classes of rotated images, while the first task is learnt with them.
     mirrored
-        Whether plain images are answered by the mean of their logits and their mirror images'.
+        Whether `forward` returns the mean of the logits of images and of their mirror images.
     """
 
     mean: Tensor
@@ -54,7 +54,7 @@ class Network(nn.Module):
         self.image_size = image_size
         self.backbone = backbone
         self.scales = Scales(backbone, scales, spread)
-        self.reads_scales = bool(scales)  # else the head is over the backbone's own features
+        self.reads_scales = bool(scales)  # else the head takes only the backbone's own features
         self.rotations: nn.Linear | None = None
         self.own_features, self.all_features = self._measured() if scales or features is None else (features, features)
         self.head = linear_head(self.all_features, 0)
@@ -63,16 +63,16 @@ class Network(nn.Module):
         self.register_buffer("std", torch.ones(3, 1, 1), persistent=False)
 
     def _measured(self) -> tuple[int, int]:
-        """How many features the backbone has, and how many there are of all scales."""
+        """The number of the backbone's own features, and of the features of all scales."""
         try:
-            trial = copy.deepcopy(self.backbone).to("meta")  # takes no memory, whatever the size of the images
+            trial = copy.deepcopy(self.backbone).to("meta")  # takes no memory, for any image size
             images = torch.empty(2, 3, self.image_size, self.image_size, device="meta")
             return _features_of(trial, Scales(trial, self.scales.layers, self.scales.spread), images)
         except Exception:  # a module of the caller's own may need values
             return _features_of(self.backbone, self.scales, probe(self.backbone, self.image_size))
 
     def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Sets what images are normalised with, three numbers each."""
+        """Sets the mean and standard deviation that normalise images, three numbers each."""
         for buffer, values in ((self.mean, mean), (self.std, std)):
             buffer.copy_(torch.tensor(values, device="cpu").view(3, 1, 1))
 
@@ -89,33 +89,33 @@ class Network(nn.Module):
         return images.contiguous(memory_format=devices.memory_format(images.device))
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Float images in [0, 1] to what the backbone sees."""
+        """Float images in [0, 1] to the normalised images that the backbone takes."""
         return (pixels - self.mean) / self.std
 
     def denormalize(self, images: Tensor) -> Tensor:
-        """What the backbone sees, as uint8 images."""
+        """Normalised images to uint8 images."""
         return ((images.float() * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the head sees of normalised images (N, 3, S, S): the backbone's features, and those of the other scales."""
+        """The head's inputs (N, F) for normalised images (N, 3, S, S): the backbone's features, and those of the other scales."""
         if self.reads_scales:
             return self.of_all_scales(images)
         features: Tensor = self.backbone(images)
         return features
 
     def of_all_scales(self, images: Tensor) -> Tensor:
-        """The backbone's own features of normalised images, with those of the other scales behind them (N, all_features)."""
+        """The backbone's own features of normalised images, followed by those of the other scales (N, all_features)."""
         return self.scales.features(self.backbone, images)
 
     def without_scales(self, weight: Tensor, bias: Tensor) -> Network:
-        """A copy that has the backbone's own features alone, with a head (C, own_features) and (C,) over them."""
+        """A copy with only the backbone's own features, and a head (C, own_features) and (C,) over them."""
         network = self.grown(0)
         network.scales, network.all_features = Scales(network.backbone, ()), network.own_features
         network.set_head(weight, bias)
         return network
 
     def set_head(self, weight: Tensor, bias: Tensor) -> None:
-        """Another head: (C, all_features) and (C,), or (C, own_features) over the backbone's own features alone."""
+        """Replaces the head: (C, all_features) and (C,), or (C, own_features) over the backbone's own features only."""
         head = linear_head(weight.shape[1], len(weight)).to(weight.device)
         with torch.no_grad():
             head.weight.copy_(weight)
@@ -136,12 +136,12 @@ class Network(nn.Module):
         return self.classify(images)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As `nn.Module.load_state_dict`, also for plain tensors of a file: layers that ask for the version of what they load
-        (torchvision's MNASNet fails without one) get their own."""
+        """As `nn.Module.load_state_dict`, also for plain tensors of a file: layers that check the version of the loaded state
+        (torchvision's MNASNet fails without one) get their own version."""
         return super().load_state_dict(with_versions(state_dict, self), strict, assign)
 
     def grown(self, n_new: int) -> Network:
-        """A copy with `n_new` more classes; the rows of known classes are kept to the bit."""
+        """A copy with `n_new` more classes; the rows of known classes stay bit-identical."""
         network = copy.deepcopy(self)
         old = self.head
         head = linear_head(old.in_features, old.out_features + n_new).to(old.weight.device)
@@ -160,8 +160,8 @@ class Network(nn.Module):
         return head.requires_grad_(old.weight.requires_grad)
 
     def frozen(self) -> Network:
-        """A teacher: the same weights in eval mode without gradients. The tensors are shared, the modules are not, so that
-        hooks on it are its own."""
+        """A teacher: the same weights in eval mode without gradients. It shares the tensors but not the modules, so that
+        hooks on the teacher do not affect this network."""
         shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
         for tensor in shared.values():
             tensor.requires_grad_(False)
@@ -178,7 +178,7 @@ def _features_of(backbone: nn.Module, scales: Scales, images: Tensor) -> tuple[i
 
 
 def check_statistics(mean: Any, std: Any) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
-    """Mean and deviation as three floats each; None when neither was given. Raises `SettingError` for anything else."""
+    """Mean and standard deviation as three floats each; None if neither is given. Raises `SettingError` for anything else."""
     if mean is None and std is None:
         return None
     try:
@@ -189,12 +189,12 @@ def check_statistics(mean: Any, std: Any) -> tuple[tuple[float, float, float], t
         numbers = [m0, m1, m2, s0, s1, s2]
     limits = torch.finfo(torch.float32)
     if not numbers or not all(abs(number) <= limits.max for number in numbers) or min(numbers[3:]) < limits.tiny:
-        raise SettingError(f"mean={mean}, std={std}; give both, three numbers each, one a channel, and std above 0")
+        raise SettingError(f"mean={mean}, std={std}; give both, three numbers each, one per channel, and std above 0")
     return (m0, m1, m2), (s0, s1, s2)
 
 
 def linear_head(features: int, classes: int) -> nn.Linear:
-    """A new head; where no class is known yet, torch would warn that there is nothing to initialise."""
+    """A new head. For a head without classes, it suppresses torch's warning that there is nothing to initialise."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return nn.Linear(features, classes)

@@ -1,4 +1,4 @@
-"""Pictures on disk: a folder a class, or single files, as batches of uint8 images."""
+"""Pictures on disk, one folder per class or single files, as batches of uint8 images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from exporters.texts import shown
 
 __all__ = ["PictureBatch", "PictureFolder", "open_folder", "read_each", "read_picture", "read_pictures", "to_image"]
 
-# What systems and tools leave behind, in any case; whatever begins with a dot is hidden besides.
+# Folders that systems and tools create, in lower or upper case. Names that begin with a dot are also treated as hidden.
 _SYSTEM_FOLDERS = {
     *("__macosx", "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler", "lost+found"),
     *("system volume information", "__pycache__"),
@@ -37,23 +37,23 @@ def to_image(picture: Image.Image, size: int) -> Tensor:
 
 
 def read_pictures(paths: Sequence[str | Path], size: int) -> Tensor:
-    """Pictures as uint8 images (N, 3, size, size). Raises `DataError` that names the first which cannot be read."""
+    """Pictures as uint8 images (N, 3, size, size). Raises `DataError` that names the first unreadable one."""
     images = [to_image(read_picture(path), size) for path in paths]
     return torch.stack(images) if images else torch.zeros(0, 3, size, size, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
 class PictureBatch:
-    """Some of many pictures, read as far as they can be.
+    """A part of many pictures, as far as they are readable.
 
     Attributes
     ----------
     paths
-        Of the pictures that were read.
+        Paths of the pictures that were read.
     images
         Those pictures (N, 3, S, S), uint8.
     failed
-        The others, each with the reason.
+        Paths of the others, each with the reason.
     """
 
     paths: tuple[Path, ...]
@@ -62,7 +62,7 @@ class PictureBatch:
 
 
 def read_each(paths: Iterable[str | Path], size: int, at_once: int = 64) -> Iterator[PictureBatch]:
-    """Reads pictures as uint8 images (N, 3, size, size), `at_once` files at a time; one that cannot be read stops none.
+    """Reads pictures as uint8 images (N, 3, size, size), `at_once` files at a time; unreadable ones are skipped.
 
     The batches keep the order of `paths`; one in which no picture could be read has images (0, 3, size, size).
     """
@@ -83,16 +83,16 @@ def read_each(paths: Iterable[str | Path], size: int, at_once: int = 64) -> Iter
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """A folder of pictures, a folder a class.
+    """A folder of pictures, with one subfolder per class.
 
     Attributes
     ----------
     loader
         Batches of uint8 images (N, 3, S, S) and targets; `loader.dataset.classes` names the classes.
     skipped
-        Pictures that cannot be read, and pictures that lie beside the class folders.
+        Paths of pictures that cannot be read, and of pictures outside the class folders.
     reasons
-        Why, by path.
+        The reason by path.
     """
 
     loader: DataLoader[Any]
@@ -101,7 +101,7 @@ class PictureFolder:
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """Pictures of classes, read when they are asked for.
+    """Pictures of classes, read on access.
 
     Attributes
     ----------
@@ -127,19 +127,19 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 def open_folder(
     path: str | Path, size: int, *, batch_size: int = 32, shuffle: bool = True, strict: bool = False
 ) -> PictureFolder:
-    """Opens a folder that holds a folder a class. Every picture is decoded once, so that damage is found now.
+    """Opens a folder that contains one folder per class. Every picture is decoded once, to find damaged ones immediately.
 
-    Pictures may lie in folders within a class's folder. A file is a picture by its ending (by its content, if it has none).
-    Hidden folders and files, and those that systems and tools leave behind, are passed over, and so are files that are no
-    pictures. A link to a folder is followed once, if it leads out of `path`.
+    Pictures may be in subfolders of a class's folder. Picture files are recognised by their extension, or by content if they
+    have none. Other files, hidden folders and files, and folders that systems and tools create are ignored. A link to a folder
+    is followed once, if it leads out of `path`.
 
     Raises `DataError` when there is no such folder, no class in it, a class without a readable picture, folders that are
-    splits rather than classes, or, if `strict`, a picture that cannot be read. Raises `ClassError` for folders whose names
-    cannot be those of classes.
+    splits rather than classes, or, if `strict`, a picture that cannot be read. Raises `ClassError` for folders whose
+    names are invalid as class names.
     """
     path = Path(path)
     if not path.is_dir():
-        raise DataError(f"{shown(path)} is not a folder; it should hold a folder of pictures for each class")
+        raise DataError(f"{shown(path)} is not a folder; it must be a folder with a folder of pictures for each class")
     try:
         folders, loose = _class_folders(path)
         check_names([folder.name for folder in folders], "a class folder")
@@ -147,8 +147,8 @@ def open_folder(
         _check_distinct(folders, homes[1:])
         files = [_picture_files(folder, homes) for folder in folders]
     except OSError as error:
-        raise DataError(f"a folder cannot be looked into ({error}); check its permissions") from error
-    reasons = {str(file): "it lies beside the class folders, in none of them" for file in loose}
+        raise DataError(f"a folder cannot be read ({error}); check its permissions") from error
+    reasons = {str(file): "it is not in a class folder" for file in loose}
     samples: list[tuple[str, int]] = []
     empty = []
     for target, folder in enumerate(folders):
@@ -170,7 +170,7 @@ def open_folder(
     return PictureFolder(loader, tuple(reasons), reasons)
 
 
-# Looking around
+# Finding folders and files
 
 
 def _is_hidden(name: str) -> bool:
@@ -178,24 +178,24 @@ def _is_hidden(name: str) -> bool:
 
 
 def _class_folders(path: Path) -> tuple[list[Path], list[Path]]:
-    """The folders of the classes, sorted, and the pictures beside them. Raises `DataError` when there are none."""
+    """The class folders, sorted, and the pictures next to them. Raises `DataError` when there is no class folder."""
     entries = [path / name for name in sorted(os.listdir(path)) if not _is_hidden(name)]
     folders = [entry for entry in entries if os.path.isdir(entry) and not _leads_up(entry, path)]
     loose = [entry for entry in entries if not os.path.isdir(entry) and is_picture_name(entry.name)]
     if not folders:
-        hint = f"; it holds {len(loose)} pictures itself: sort them into folders, one for each class" if loose else ""
-        raise DataError(f"{shown(path)} should hold a folder of pictures for each class, and it holds no folder{hint}")
+        hint = f"; it contains {len(loose)} pictures itself: sort them into folders, one for each class" if loose else ""
+        raise DataError(f"{shown(path)} must contain a folder of pictures for each class, and it contains no folder{hint}")
     splits = [folder.name for folder in folders if folder.name.lower() in _SPLITS and _holds_folders(folder)]
     if len(splits) >= 2:
         raise DataError(
-            f"{shown(path)} holds {' and '.join(splits)}, which look like the parts of a data set and not like classes; "
+            f"{shown(path)} contains {' and '.join(splits)}, which look like the parts of a data set and not like classes; "
             f"name one of them, for example {shown(path / splits[0])}"
         )
     return folders, loose
 
 
 def _leads_up(folder: Path, root: Path) -> bool:
-    """Whether it is a link to the picture folder, or to one above: its pictures are those of the classes."""
+    """Whether it is a link to the picture folder, or to one above it: its pictures are already those of the classes."""
     place, home = Path(os.path.realpath(folder)), Path(os.path.realpath(root))
     return place == home or place in home.parents
 
@@ -205,7 +205,7 @@ def _holds_folders(folder: Path) -> bool:
 
 
 def _check_distinct(folders: Sequence[Path], places: Sequence[Path]) -> None:
-    """Raises `DataError` when a link makes a class's folder, or a part of it, another class's as well."""
+    """Raises `DataError` when a link makes a class folder, or a part of it, part of another class too."""
     owners: dict[Path, Path] = {}
     for folder, place in zip(folders, places, strict=True):
         other = owners.setdefault(place, folder)
@@ -219,15 +219,15 @@ def _check_distinct(folders: Sequence[Path], places: Sequence[Path]) -> None:
 
 def _refuse_shared(first: Path, second: Path) -> NoReturn:
     raise DataError(
-        f"{shown(first)} and {shown(second)} share pictures by a link, so that these would have two names; remove the link"
+        f"{shown(first)} and {shown(second)} share pictures by a link, so these would have two class names; remove the link"
     )
 
 
 def _picture_files(folder: Path, homes: Sequence[Path]) -> list[str]:
-    """The pictures in a class's folder and in those within it, in the order of their folders and names.
+    """The pictures in a class folder and its subfolders, in the order of their folders and names.
 
-    `homes` are the real places of the picture folder and of every class's folder. A link to one of them, into one or above
-    one would count pictures twice, or as another class's.
+    `homes` are the resolved paths of the picture folder and of every class folder. A link to, into or above one of them would
+    count pictures twice, or for another class.
     """
     seen: set[str] = set()
     found: list[tuple[str, str]] = []
@@ -262,6 +262,6 @@ def _without_pictures(path: Path, empty: Sequence[str], damaged: int) -> str:
     names = ", ".join(empty)
     note = f"; {damaged} pictures that cannot be read were skipped" if damaged else ""
     return (
-        f"{shown(path)} should hold a folder of pictures for each class, and there is no picture that can be read for {names}"
+        f"{shown(path)} must contain a folder of pictures for each class, and there is no readable picture for {names}"
         f"{note}; add some, or remove the folder"
     )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
-LONGEST = 4  # times the short side: what is further from the centre is cut off before scaling, because it is never seen
+LONGEST = 4  # times the short side: the rest is cut off before scaling, because the crop removes it anyway
 
 
 def fit(images: Tensor, size: int) -> Tensor:
     """Images (..., 3, H, W) scaled until the short side is `size`, then cropped to the centre square; dtype kept.
 
-    Of a side that is more than `LONGEST` times the other, the middle part of that length is scaled: else a picture of
-    1 x 20,000 pixels would be scaled to 224 x 4,480,000 of them first.
+    If one side is more than `LONGEST` times the other, only the middle part of that length is scaled: otherwise an image of
+    1 x 20,000 pixels would first be scaled to 224 x 4,480,000 pixels.
     """
     height, width = images.shape[-2:]
     if (height, width) == (size, size):

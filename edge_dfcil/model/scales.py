@@ -1,9 +1,9 @@
-"""Features of several scales: beside a backbone's own, the feature maps of its blocks, pooled.
+"""Features of several scales: the backbone's own features, and the pooled feature maps of its blocks.
 
-The last features of a network are made for the classes it was trained on. What separates new classes is often still there
-in the middle of it: where in the image it is (hypercolumns, Hariharan et al., CVPR 2015), as means over the cells of a grid, and
-how it varies over the image, as deviations (as in style transfer, Gatys et al., CVPR 2016). A linear head over all of it is
-served as before; the backbone does no more work.
+The last features of a network fit the classes that it was trained on. What separates new classes is often still present in
+earlier layers. Feature maps are read by position (hypercolumns, Hariharan et al., CVPR 2015), as means over the cells of a grid,
+and by their variation over the image, as standard deviations (as in style transfer, Gatys et al., CVPR 2016). One linear head
+takes all of them; the backbone does no more work.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from edge_dfcil.errors import BackboneError
 from edge_dfcil.model.contract import copied, probe, run
 
-GRID = 2  # cells a side that a feature map is pooled to
-SMALLEST = 4  # pixels a side: a grid of smaller maps says little more than their mean, which the last features have
-MOST = 2560  # features, own ones included: a covariance grows with their square
-ROOM = 1280  # numbers that may be added in any case
-TINY = 1e-5  # added to variances: a gradient of a deviation of 0 has no end
+GRID = 2  # cells a side to which a feature map is pooled
+SMALLEST = 4  # pixels a side: on smaller maps a grid adds little to the mean, which the last features contain
+MOST = 2560  # features, including the backbone's own: a covariance grows with their square
+ROOM = 1280  # features that may be added in any case
+TINY = 1e-5  # added to variances: the gradient of a standard deviation is infinite at 0
 
 
 class Scales:
     """Reads the outputs of some layers while their network runs.
 
-    Hooks stay on the layers, because several threads may run the network: each reads what its own run has left. Copies of a
-    network have hooks of their own.
+    Hooks stay on the layers, because several threads may run the network: each thread reads the outputs of its own run. Copies
+    of a network have separate hooks.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class Scales:
     layers
         Dotted names of layers in it that give feature maps (N, C, H, W).
     spread
-        Whether a map's deviations are read, and not its means alone, as older files have it.
+        Whether a map's standard deviations are read in addition to its means; older files use the means only.
 
     Raises `BackboneError` for a name that is not in the backbone.
     """
@@ -55,7 +55,7 @@ class Scales:
             layer.register_forward_hook(_Hook(self, name))
 
     def features(self, backbone: nn.Module, images: Tensor) -> Tensor:
-        """The backbone's features (N, F) with the pooled maps behind them, (N, F + the sum of C (GRID^2 + 1))."""
+        """The backbone's features (N, F) followed by the pooled maps, (N, F + the sum of C (GRID^2 + 1))."""
         if not self.layers:
             found: Tensor = backbone(images)
             return found
@@ -73,7 +73,7 @@ class Scales:
         if seen is not None:
             seen[name] = output
 
-    # A thread's store is neither copied nor pickled.
+    # Thread-local data is neither copied nor pickled.
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers, "spread": self.spread}
@@ -91,7 +91,7 @@ class _Hook:
 
 
 def _pooled(maps: Tensor, spread: bool) -> Tensor:
-    """Means of the cells (N, C GRID^2), and the deviations of the whole maps (N, C) behind them."""
+    """Means of the cells (N, C GRID^2), followed by the standard deviations of the whole maps (N, C)."""
     cells = F.adaptive_avg_pool2d(maps, GRID).flatten(1)
     if not spread:
         return cells
@@ -100,10 +100,10 @@ def _pooled(maps: Tensor, spread: bool) -> Tensor:
 
 
 def find_layers(backbone: nn.Module, image_size: int) -> tuple[str, ...]:
-    """The blocks to read, in the backbone's order, none for a network without feature maps of at least `SMALLEST` pixels.
+    """The blocks to read, in the backbone's order; none for a network without feature maps of at least `SMALLEST` pixels a side.
 
-    First the last block at each resolution, the deepest first; then other blocks, the narrowest first: as many as there is
-    room for.
+    Chosen are first the last block at each resolution, the deepest first, then other blocks, the narrowest first, as long as
+    there is room.
     """
     trial = copied(backbone)
     found: dict[str, tuple[int, int]] = {}  # by name, in order: side and channels
@@ -131,7 +131,7 @@ def find_layers(backbone: nn.Module, image_size: int) -> tuple[str, ...]:
 
 
 def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The parts that a network is a chain of: containers are opened, blocks are not."""
+    """The blocks of a network in order: containers are expanded, blocks are not."""
     for name, child in module.named_children():
         if isinstance(child, (nn.Sequential, nn.ModuleList)):
             yield from _blocks(child, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""What answers by a current model, which may be replaced meanwhile: the half of `Learner` that forwards."""
+"""The half of `Learner` that forwards calls to the current model, which may be replaced at any time."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from edge_dfcil.results import Evaluation, Prediction
 
 
 class Serving:
-    """Forwards to the current model. Each call reads it once, so that an answer is of one model, whichever thread commits."""
+    """Forwards to the current model. Each call reads it once, so an answer comes from one model even during a commit."""
 
     _model: Model
 
     @property
     def model(self) -> Model:
-        """The current model: immutable, and enough to serve. A task that is committed puts another in its place."""
+        """The current model: immutable, and sufficient for inference. A committed task replaces it."""
         return self._model
 
     @property
     def network(self) -> Network:
-        """The current network, plain pixels to logits. To look at, not to change."""
+        """The current network, plain pixels to logits. Do not change it."""
         return self._model.network
 
     @property
@@ -37,22 +37,22 @@ class Serving:
 
     @property
     def tasks(self) -> tuple[tuple[str, ...], ...]:
-        """The class names that each task brought."""
+        """The class names that each task added."""
         return self._model.tasks
 
     @property
     def image_size(self) -> int:
-        """The side in pixels that the network sees."""
+        """The side in pixels of the network's input images."""
         return self._model.image_size
 
     @property
     def backbone(self) -> str | None:
-        """The backbone's registered name; None for a module of the caller's own."""
+        """The backbone's registered name; None for a module of the caller."""
         return self._model.backbone
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return self._model.device
 
     def to(self, device: str | torch.device) -> Self:
@@ -61,7 +61,7 @@ class Serving:
         return self
 
     def settings(self) -> dict[str, Any]:
-        """What the model file holds beside its tensors, as JSON takes it."""
+        """The settings in the model file, as JSON values."""
         return self._model.settings()
 
     def check_answering(self) -> None:
@@ -89,15 +89,15 @@ class Serving:
         self._replace(self._model.calibrate(loader, classes, false_rejections=false_rejections))
 
     def forget(self, names: str | Iterable[str]) -> None:
-        """Forgets classes; see `Model.forget`, also for what the weights still carry."""
+        """Forgets classes; see `Model.forget`, also for what the weights still contain."""
         self._replace(self._model.forget(names))
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Calls classes by other names, `{old: new}`; see `Model.rename`."""
+        """Gives classes other names, `{old: new}`; see `Model.rename`."""
         self._replace(self._model.rename(names))
 
     def merge(self, names: Sequence[str], into: str) -> None:
-        """Takes several classes for one; see `Model.merge`."""
+        """Treats several classes as one; see `Model.merge`."""
         self._replace(self._model.merge(names, into))
 
     def _replace(self, model: Model) -> None:

@@ -1,4 +1,4 @@
-"""A classifier taken apart into backbone and head."""
+"""Splits a classifier into backbone and head."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor, nn
 from edge_dfcil.errors import BackboneError
 from edge_dfcil.model.contract import copied, features_of, probe, run
 
-# How far parts and whole may differ, as a share of the largest logit: the same layers in the same order, so hardly at all.
+# How much split and whole classifier may differ, as a share of the largest logit: both run the same layers in the same order.
 SAME = 1e-4
 
 
 @dataclass(frozen=True)
 class Split:
-    """A classifier taken apart: ``classifier(x) == head(backbone(x))``."""
+    """A classifier split in two: ``classifier(x) == head(backbone(x))``."""
 
     backbone: nn.Module
     head: nn.Linear
 
 
 def split(classifier: nn.Module, head: str | None = None) -> Split:
-    """Takes the final linear layer off a copy of `classifier`.
+    """Removes the final linear layer from a copy of `classifier`.
 
     Parameters
     ----------
@@ -47,13 +47,13 @@ def split(classifier: nn.Module, head: str | None = None) -> Split:
 
 
 def remove(module: nn.Module, name: str) -> None:
-    """Puts nothing in the place of a layer."""
+    """Replaces a layer by the identity."""
     parent, _, attribute = name.rpartition(".")
     setattr(module.get_submodule(parent), attribute, nn.Identity())
 
 
 def check_split(classifier: nn.Module, parts: Split, image_size: int) -> None:
-    """Raises `BackboneError` unless the parts give what the whole classifier, in eval mode, gives."""
+    """Raises `BackboneError` unless both parts together give the logits of the whole classifier in eval mode."""
     images = probe(classifier, image_size)
     whole = features_of(classifier, images)
     features = run(parts.backbone, images)

@@ -1,7 +1,7 @@
-"""Class statistics: what a method keeps beside the weights, by name, with a role and the number of images behind it.
+"""Class statistics: what a method keeps in addition to the weights, by name, with a role and the number of images behind it.
 
-A statistic is a sum over images (a mean, a count, a covariance), never a single image's feature. One of a class needs at
-least `min_images` images of that class, one of all classes as many in all; what has fewer is not stored.
+A statistic is a sum over images (a mean, a count, a covariance), never a single image's feature. A statistic of one class
+needs at least `min_images` images of that class, and a statistic of all classes needs as many in total. Others are not stored.
 """
 
 from __future__ import annotations
@@ -18,29 +18,38 @@ from edge_dfcil.errors import SettingError
 
 MIN_IMAGES = 10
 
-# The roles there are, and the axis of the tensor that runs over classes; None where it is of all classes together.
-ROLES: dict[str, int | None] = {
-    "class_mean": 0,  # (C, F)
-    "class_variance": 0,  # (C, F)
-    "class_count": 0,  # (C,)
-    "class_covariance": 0,  # (C, F, F)
-    "shared_covariance": None,  # (F, F)
-    "head_frame": None,  # (F + 3,), in older files (F + 2,): what a closed-form head's rows have in common
-    "gram": None,  # (D, D), sum of h h'
-    "class_correlation": 1,  # (D, C), sum of h y'
-}
+
+@dataclass(frozen=True)
+class Role:
+    """What a statistic is.
+
+    Attributes
+    ----------
+    shape
+        A letter for each axis: C outputs, F features, D chosen by the method, P parameters.
+    meaning
+        In words, for people who read what a model keeps.
+    """
+
+    shape: str
+    meaning: str
+
+    @property
+    def axis(self) -> int | None:
+        """The axis that runs over classes; None for a statistic of all classes together."""
+        return self.shape.index("C") if "C" in self.shape else None
 
 
-# Their shapes: C outputs, F features, D of a method's own.
-_SHAPES = {
-    "class_mean": "CF",
-    "class_variance": "CF",
-    "class_count": "C",
-    "class_covariance": "CFF",
-    "shared_covariance": "FF",
-    "head_frame": "P",
-    "gram": "DD",
-    "class_correlation": "DC",
+ROLES = {
+    "class_mean": Role("CF", "The mean feature of a class, over at least the stated number of its images."),
+    "class_variance": Role("CF", "How each feature varies within a class."),
+    "class_count": Role("C", "The number of images of a class."),
+    "class_covariance": Role("CFF", "How the features of a class vary together."),
+    "shared_covariance": Role("FF", "How features vary within classes, over all images together."),
+    # P is F + 3, in older files F + 2: see `heads.lda.Frame`.
+    "head_frame": Role("P", "What the rows of the head have in common."),
+    "gram": Role("DD", "Sums of products of features, over all images together."),
+    "class_correlation": Role("DC", "The sum of the features of a class."),
 }
 
 
@@ -65,17 +74,17 @@ class Statistic:
     @property
     def axis(self) -> int | None:
         """The axis that runs over classes."""
-        return ROLES[self.role]
+        return ROLES[self.role].axis
 
     def only(self, outputs: Sequence[int]) -> Statistic:
-        """Without the classes that are not among `outputs`. One of all classes together stays as it is."""
+        """The statistic for these outputs only. A statistic of all classes together is returned unchanged."""
         if self.axis is None:
             return self
         values = self.values.index_select(self.axis, torch.tensor(outputs, dtype=torch.long))
         return Statistic(self.role, values, tuple(self.images[output] for output in outputs))
 
     def to_dict(self) -> dict[str, Any]:
-        """What describes it in a file, beside the tensor."""
+        """Its description in a file, in addition to the tensor."""
         return {"role": self.role, "images": list(self.images)}
 
 
@@ -83,7 +92,7 @@ Statistics = Mapping[str, Statistic]
 
 
 def check(statistics: Statistics, declared: Mapping[str, str], classes: int, min_images: int = MIN_IMAGES) -> None:
-    """Raises `SettingError` unless each statistic is as its method declared it, and is of enough images.
+    """Raises `SettingError` unless each statistic is as its method declared it, and comes from enough images.
 
     Parameters
     ----------
@@ -100,9 +109,7 @@ def check(statistics: Statistics, declared: Mapping[str, str], classes: int, min
             )
         axis = statistic.axis
         if len(statistic.images) != (classes if axis is not None else 1):
-            raise SettingError(
-                f"the statistic {name!r} counts the images of {len(statistic.images)} classes; there are {classes}"
-            )
+            raise SettingError(f"the statistic {name!r} counts images of {len(statistic.images)} classes; there are {classes}")
         if axis is not None and statistic.values.shape[axis] != classes:
             raise SettingError(
                 f"the statistic {name!r} has the shape {tuple(statistic.values.shape)}; it needs {classes} classes on axis {axis}"
@@ -111,13 +118,13 @@ def check(statistics: Statistics, declared: Mapping[str, str], classes: int, min
             row = statistic.values if axis is None else statistic.values.select(axis, output)
             if images < min_images and bool((row != 0).any()):
                 raise SettingError(
-                    f"the statistic {name!r} is of {images} images{'' if axis is None else f' of output {output}'}; fewer than "
-                    f"{min_images} are not stored: leave such a row zero"
+                    f"the statistic {name!r} is from {images} images{'' if axis is None else f' of output {output}'}; at least "
+                    f"{min_images} are needed: leave such a row zero"
                 )
 
 
 def rounded(statistics: Statistics) -> dict[str, Statistic]:
-    """As a file holds them: a model that is saved and loaded again has the same."""
+    """The statistics with the precision of a file, so that a model is the same after saving and loading."""
     return unpacked(packed(statistics), described(statistics))
 
 
@@ -130,7 +137,7 @@ def described(statistics: Statistics) -> dict[str, Any]:
 def packed(statistics: Statistics) -> dict[str, Tensor]:
     """Tensors by their names in a file.
 
-    A shared covariance, by far the largest, is stored as its variances and, two bytes each, the correlations above them.
+    A shared covariance, by far the largest, is stored as its variances and the correlations above the diagonal, two bytes each.
     """
     tensors: dict[str, Tensor] = {}
     for name, statistic in statistics.items():
@@ -155,29 +162,29 @@ def unpacked(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> dic
 
 
 def check_stored(tensors: Mapping[str, Tensor], described: Mapping[str, Any], outputs: int) -> None:
-    """Raises `SettingError` unless the statistics of a file are those that it describes, in the shapes of their roles.
+    """Raises `SettingError` unless the statistics of a file match its description, in the shapes of their roles.
 
-    To be called before `unpacked`, which needs the memory that the shapes say.
+    Call it before `unpacked`, which allocates memory according to the shapes.
     """
     expected = set()
     for name, found in described.items():
         if not isinstance(found, dict) or found.keys() != {"role", "images"} or found["role"] not in list(ROLES):
             raise SettingError(
-                f"the statistic {name!r} is described by {ascii(found)[:200]}; its role is one of {', '.join(ROLES)}"
+                f"the statistic {name!r} is described by {ascii(found)[:200]}; its role must be one of {', '.join(ROLES)}"
             )
         role, images, key = found["role"], found["images"], f"statistics.{name}"
-        counts = outputs if ROLES[role] is not None else 1
+        counts = outputs if ROLES[role].axis is not None else 1
         if not isinstance(images, list) or len(images) != counts or not all(type(n) is int and 0 <= n < 2**53 for n in images):
-            raise SettingError(f"the statistic {name!r} is of {ascii(images)[:200]} images; {counts} whole numbers are needed")
+            raise SettingError(f"the statistic {name!r} states the images {ascii(images)[:200]}; {counts} whole numbers needed")
         values, variances = tensors.get(key), tensors.get(key + VARIANCES)
         if values is None:
-            raise SettingError(f"the statistic {name!r} is described, and has no tensor")
+            raise SettingError(f"the statistic {name!r} is described but has no tensor")
         expected |= {key} if variances is None else {key, key + VARIANCES}
         if variances is not None:
             pairs = len(variances) * (len(variances) - 1) // 2 if variances.dim() == 1 else -1
             right = role == "shared_covariance" and values.shape == (pairs,) and values.dtype == torch.int16
         else:
-            shape = _SHAPES[role]
+            shape = ROLES[role].shape
             sizes = dict(zip(shape, values.shape, strict=False))
             right = tuple(values.shape) == tuple(outputs if axis == "C" else sizes[axis] for axis in shape if axis in sizes)
             right = right and values.dim() == len(shape) and values.dtype.is_floating_point
@@ -191,14 +198,14 @@ def check_stored(tensors: Mapping[str, Tensor], described: Mapping[str, Any], ou
 
 
 def is_of(statistic: Statistic, features: int) -> bool:
-    """Whether its shape is that of a network with so many features."""
-    shape, values = _SHAPES[statistic.role], statistic.values
+    """Whether its shape fits a network with this number of features."""
+    shape, values = ROLES[statistic.role].shape, statistic.values
     if shape == "P":
         return len(values) - features in (2, 3)
     return "F" not in shape or values.shape[shape.index("F")] == features
 
 
-VARIANCES = ":variances"  # what the second tensor of a covariance is called in a file, behind its name
+VARIANCES = ":variances"  # suffix of the name of a covariance's second tensor in a file
 STEPS = 32767  # of a correlation from 0 to 1
 
 
@@ -207,7 +214,7 @@ def _correlations(covariance: Tensor) -> tuple[Tensor, Tensor]:
     variances = covariance.diagonal().clamp_min(0).clone()
     deviations = variances.double().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     above = [torch.zeros(0, dtype=torch.int16)]
-    for row, values in enumerate(covariance):  # a row at a time: indices of all would take more than the covariance
+    for row, values in enumerate(covariance):  # row by row: indices of all pairs would take more memory than the covariance
         correlations = values[row + 1 :].double() / (deviations[row] * deviations[row + 1 :])
         above.append((correlations.clamp(-1, 1) * STEPS).round().to(torch.int16))
     return variances, torch.cat(above)

@@ -1,4 +1,4 @@
-"""What a model file states, checked as a whole before any of its tensors is used: a right SHA-256 proves no settings right."""
+"""Checks all of a model file before any of its tensors is used: a correct SHA-256 does not prove that the settings are valid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edge_dfcil.model.contract import check_image_size, check_values
 from edge_dfcil.model.labels import clean_name
 from edge_dfcil.model.network import Network, check_statistics
 
-# Of settings that older files may lack, or have as None.
+# Types of settings that older files may lack.
 _KINDS: dict[str, tuple[type, ...]] = {
     "backbone": (str, type(None)),
     "architecture": (str,),
@@ -31,21 +31,21 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def check(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-    """Checks that each setting can be, that the head and the class statistics have a row for each output, and that all numbers
-    are finite. What a backbone must have is left to `adoption.rebuild` and `check_network`.
+    """Checks that each setting is valid, that the head and the class statistics have a row for each output, and that all numbers
+    are finite. `adoption.rebuild` and `check_network` check the backbone.
 
     Raises `SettingError`, `ClassError` or `BackboneError`.
     """
     for name, kinds in _KINDS.items():
         if name in settings and not isinstance(settings[name], kinds):
-            raise SettingError(f"its setting {name!r} is {_of(settings[name])}, and must be {_kind(kinds[0])}")
+            raise SettingError(f"its setting {name!r} is {_of(settings[name])}; it must be {_kind(kinds[0])}")
     check_image_size(settings["image_size"])
     _check_pixels(settings["mean"], settings["std"])
     if "seed" in settings:
         devices.check_seed(settings["seed"])
     scales = settings.get("scales", [])
     if not all(isinstance(name, str) for name in scales) or len(set(scales)) < len(scales):
-        raise SettingError(f"its scales are {_of(scales)}; they are names of layers, each once")
+        raise SettingError(f"its scales are {_of(scales)}; they must be names of layers, each once")
     outputs = _check_tasks(settings["tasks"])
     weight, bias = tensors["head.weight"], tensors["head.bias"]
     if weight.dim() != 2 or len(weight) != outputs or not weight.shape[1] or bias.shape != (outputs,):
@@ -56,14 +56,16 @@ def check(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
 
 
 def check_network(tensors: Mapping[str, Tensor], network: Network, kept: statistics.Statistics) -> None:
-    """Raises `SettingError` unless the tensors have the network's dtypes, and the statistics are of its features."""
+    """Raises `SettingError` unless the tensors have the network's dtypes, and the statistics its number of features."""
     for name, own in network.state_dict().items():
         if name in tensors and tensors[name].dtype != own.dtype:
-            raise SettingError(f"{name} is {tensors[name].dtype} and must be {own.dtype}")
+            raise SettingError(f"{name} is {tensors[name].dtype}; it must be {own.dtype}")
     for name, statistic in kept.items():
         if not any(statistics.is_of(statistic, features) for features in (network.own_features, network.all_features)):
             shape = tuple(statistic.values.shape)
-            raise SettingError(f"the statistic {name!r} has the shape {shape}; the network has {network.all_features} features")
+            raise SettingError(
+                f"the statistic {name!r} has the shape {shape}, but the network has {network.all_features} features"
+            )
 
 
 def _check_pixels(mean: Any, std: Any) -> None:
@@ -71,17 +73,17 @@ def _check_pixels(mean: Any, std: Any) -> None:
     if given == [None, None]:
         return
     if not all(type(value) in (int, float) for value in given):
-        raise SettingError(f"its mean and std are {_of([mean, std])}; they are three numbers each, one a channel")
+        raise SettingError(f"its mean and std are {_of([mean, std])}; they must be three numbers each, one per channel")
     check_statistics(mean, std)
 
 
 def _check_tasks(tasks: Any) -> int:
     """The number of outputs."""
     if not isinstance(tasks, list) or not all(isinstance(task, list) and task for task in tasks):
-        raise SettingError(f"its tasks are {_of(tasks)}; they are lists of class names")
+        raise SettingError(f"its tasks are {_of(tasks)}; they must be lists of class names")
     names = [name for task in tasks for name in task]
     for name in names:
-        clean_name(name)  # older files may hold one in Unicode's decomposed form
+        clean_name(name)  # older files may contain one in Unicode's decomposed form
     return len(names)
 
 
@@ -91,4 +93,4 @@ def _of(value: Any) -> str:
 
 
 def _kind(kind: type) -> str:
-    return {str: "text", bool: "true or false", list: "a list", dict: "an object"}[kind]
+    return {str: "a string", bool: "true or false", list: "a list", dict: "an object"}[kind]

@@ -1,4 +1,4 @@
-"""What a model keeps, tensor by tensor. Weights are derived from data: this is an account, not a guarantee."""
+"""A list of every tensor that a model keeps. Weights are derived from data: the list is no privacy guarantee."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Kept:
     kind
         `weight`, `batchnorm statistic`, `batchnorm counter`, or the role of a class statistic, such as `class_mean`.
     bytes
-        Its size.
+        Size in bytes.
     images
         The images behind a class statistic: of each class, or one number for all together; None for the other kinds.
     """
@@ -39,7 +39,7 @@ class Kept:
 
     @property
     def from_data(self) -> bool:
-        """Whether it is derived from images; all but counters are."""
+        """Whether it is derived from images: true of all kinds but counters."""
         return self.kind != COUNTER
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def account(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> list[
     Parameters
     ----------
     tensors, settings
-        What `model.file.read` gave, or `Model.tensors()` and `Model.settings()`.
+        The result of `model.file.read`, or `Model.tensors()` and `Model.settings()`.
     """
     statistics, kept = settings.get("statistics", {}), []
     for name, tensor in sorted(tensors.items()):
@@ -68,6 +68,6 @@ def account(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> list[
             kind = _BATCHNORM.get(last, WEIGHT)
             known = name.startswith(("backbone.", "head."))
         if not known:
-            raise ModelFileError(f"the model holds {name}, which is neither a weight nor a statistic that it declares")
+            raise ModelFileError(f"the model contains {name}, which is neither a weight nor a statistic that it declares")
         kept.append(Kept(name, kind, tuple(tensor.shape), tensor.numel() * tensor.element_size(), images))
     return kept

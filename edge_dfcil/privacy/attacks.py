@@ -1,8 +1,8 @@
-"""Membership inference: how well it shows from a model's answers whether an image was learnt from.
+"""Membership inference: how well a model's answers reveal whether an image was used in training.
 
-An attack gives each image a score, higher for images that it takes for members. Its figures are those of "Membership inference
-attacks from first principles" (Carlini et al., S&P 2022): the area under the curve, and the share of members that are found while
-few others are taken for one. Pure functions of scores.
+An attack gives each image a score, higher for images that it takes for members. The metrics are those of "Membership inference
+attacks from first principles" (Carlini et al., S&P 2022): the area under the ROC curve, and the share of members found at a low
+false-positive rate. Pure functions of scores.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ def auc(members: Tensor, others: Tensor) -> float:
 
 
 def auc_error(value: float, members: int, others: int) -> float:
-    """Standard error of an area under the curve from so many scores (Hanley and McNeil, Radiology 1982)."""
+    """Standard error of an area under the curve, by the numbers of scores (Hanley and McNeil, Radiology 1982)."""
     one, two = value / (2 - value), 2 * value**2 / (1 + value)
     spread = value * (1 - value) + (members - 1) * (one - value**2) + (others - 1) * (two - value**2)
     return math.sqrt(max(spread, 0.0) / (members * others))
 
 
 def found_at(members: Tensor, others: Tensor, share: float) -> float | None:
-    """The share of members with a score above all but a `share` of the others' scores; None where that share is less than one
-    image."""
+    """True-positive rate at the false-positive rate `share`; None if `share` is less than one of the other images."""
     allowed = int(share * len(others))
     if allowed < 1:
         return None
@@ -41,7 +40,7 @@ def found_at(members: Tensor, others: Tensor, share: float) -> float | None:
 
 
 def confidence(probabilities: Tensor, targets: Tensor) -> Tensor:
-    """log(p / (1 - p)) of the right class (N,), which is nearly normal; probabilities (N, C), targets (N,)."""
+    """log(p / (1 - p)) of the true class (N,), which is nearly normal; probabilities (N, C), targets (N,)."""
     p = probabilities.double().gather(1, targets[:, None]).squeeze(1)
     return p.clamp_min(TINY).log() - (1 - p).clamp_min(TINY).log()
 
@@ -49,9 +48,9 @@ def confidence(probabilities: Tensor, targets: Tensor) -> Tensor:
 def likelihood_ratio(members: Tensor, member_classes: Tensor, others: Tensor, other_classes: Tensor) -> tuple[Tensor, Tensor]:
     """log N(x; member) - log N(x; other) of each image, (N,) and (M,), for signals (N, K) and (M, K).
 
-    The two normal distributions are fitted on every second image of both kinds and applied to the rest, and the other way
-    round: an attacker who knows half of the images of both kinds. Signals are taken relative to their class, whose mean comes
-    from the same half.
+    The two normal distributions are fitted on every second image of both kinds and applied to the rest, and vice versa: this
+    models an attacker who knows half of the images of both kinds. Signals are taken relative to the mean of their class in
+    the known half.
     """
     found = (torch.zeros(len(members), dtype=torch.float64), torch.zeros(len(others), dtype=torch.float64))
     for half in range(2):
@@ -77,13 +76,13 @@ class _Normal:
         self._factor = torch.linalg.cholesky(covariance + floor * torch.eye(len(covariance), dtype=covariance.dtype))
 
     def log_likelihood(self, signals: Tensor) -> Tensor:
-        """Up to a constant, (N,)."""
+        """Log-likelihood up to a constant, (N,)."""
         whitened = torch.linalg.solve_triangular(self._factor, (signals - self._mean).T, upper=False)
         return -whitened.square().sum(0) / 2 - self._factor.diagonal().log().sum()
 
 
 class _ClassMeans:
-    """The mean signal of each class that is there; of others the mean of all."""
+    """The mean signal of each class; for a class without signals, the mean of all."""
 
     def __init__(self, signals: Tensor, classes: Tensor) -> None:
         number = int(classes.max()) + 1

@@ -1,7 +1,7 @@
-"""What a model reveals of the images that it learnt from, measured: for those who answer for the data.
+"""Measures what a model reveals about its training images, for the people responsible for the data.
 
-The images that were learnt from (members) are compared with images of the same classes that were not. What an attacker finds who
-has such images is a lower bound: a better attack may find more.
+Images used in training (members) are compared with other images of the same classes. What these attacks find is a lower bound:
+a better attack may find more.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from edge_dfcil.privacy.account import Kept, account
 from edge_dfcil.privacy.attacks import auc, auc_error, confidence, found_at, likelihood_ratio
 
 LEAST = 20  # images of each kind
-SHARES = (0.01, 0.001)  # of others that may be taken for members
-SIDE = 32  # pixels a side at most, by which images are compared
+SHARES = (0.01, 0.001)  # of others taken for members: false-positive rates
+SIDE = 32  # pixels a side, at most, at which images are compared
 NO_PROMISE = "This model is not differentially private: no epsilon is claimed, and none can be derived from these figures."
 
 
@@ -37,16 +37,17 @@ class Attack:
     Attributes
     ----------
     name
-        "loss": the probability of the right class. "likelihood ratio": the same, beside the distributions of members and of
-        others as an attacker knows them who has half of both. "class statistics": the distance to the class mean that the model
+        "loss": the probability of the true class. "likelihood ratio": the same, relative to the distributions of members and of
+        others, known to an attacker who has half of both. "class statistics": the distance to the class mean that the model
         keeps. "likelihood ratio with class statistics": both signals together.
     auc, error
-        The share of pairs, a member and another image, in which the member is found, in [0, 1]: 0.5 is chance. Its standard
-        error.
+        The share of pairs of a member and another image in which the member has the higher score, in [0, 1]: 0.5 is chance.
+        And the standard error of this share.
     found
-        By a share of others that are taken for members: the share of members that are found then. None: too few images.
+        True-positive rate by false-positive rate: the share of members found, by the share of others taken for members. None:
+        too few images.
     by_task
-        `auc` of the classes of each task, in the order learnt; None for a task without images of both kinds.
+        `auc` on the classes of each task, in the order learnt; None for a task without images of both kinds.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Attack:
 
 @dataclass(frozen=True)
 class Nearest:
-    """Generated images beside real ones of the same class, as many members as others.
+    """Generated images compared with real ones of the same class, with equal numbers of members and others.
 
     Attributes
     ----------
@@ -68,10 +69,10 @@ class Nearest:
     generated
         Number of generated images.
     nearer
-        The share of them that are nearest to a member, in [0, 1]: 0.5 where members are like any other image. Its standard error
-        by chance is 0.5 / sqrt(generated).
+        The share of generated images whose nearest image is a member, in [0, 1]: 0.5 is chance, with a standard error of
+        0.5 / sqrt(generated).
     member, other
-        Median distance to the nearest member and to the nearest other image.
+        Median distance to the nearest member, and to the nearest other image.
     """
 
     space: str
@@ -83,7 +84,7 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Audit:
-    """What a model keeps, and what it reveals of the images that it learnt from.
+    """What a model keeps, and what it reveals about its training images.
 
     Attributes
     ----------
@@ -92,9 +93,9 @@ class Audit:
     members, others
         Numbers of images.
     accuracy
-        On members and on others, in [0, 1].
+        Accuracy on members and on others, in [0, 1].
     attacks, nearest
-        Those that could be made: some need class statistics, generated images, or two images of a class.
+        Those that were possible: some need class statistics, generated images, or both members and others of a class.
     """
 
     classes: tuple[str, ...]
@@ -111,14 +112,14 @@ class Audit:
         return {role: sum(one.bytes for one in self.kept if one.kind == role) for role in roles}
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """As JSON values."""
         kept = [one.to_dict() for one in self.kept]
         return {**asdict(self), "kept": kept, "bytes_by_role": self.bytes_by_role, "no_promise": NO_PROMISE}
 
     def __str__(self) -> str:
         lines = [f"keeps {count} bytes of {role}s" for role, count in self.bytes_by_role.items()]
-        lines.append(f"{self.members} images learnt from, answered right {self.accuracy[0]:.1%}")
-        lines.append(f"{self.others} other images, answered right {self.accuracy[1]:.1%}")
+        lines.append(f"{self.members} images learnt from, {self.accuracy[0]:.1%} classified correctly")
+        lines.append(f"{self.others} other images, {self.accuracy[1]:.1%} classified correctly")
         lines.append("membership attacks (0.5 is chance):")
         lines += [f"  {line}" for line in map(_attack_line, self.attacks)]
         lines += [_nearest_line(one) for one in self.nearest]
@@ -148,23 +149,23 @@ def audit(
     generated: Tensor | None = None,
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> Audit:
-    """Measures what a model reveals of the images that it learnt from.
+    """Measures what a model reveals about its training images.
 
-    Features and images scaled to 32 pixels a side are held in memory until it returns, and nothing is stored. Raises
-    `DataError` for fewer than 20 images of a kind, `ClassError` for a class that is not known, and what `evaluate` raises.
+    Features and images scaled to at most 32 pixels a side are kept in memory until it returns; nothing is stored. Raises
+    `DataError` for fewer than 20 images of a kind, `ClassError` for an unknown class, and the errors of `evaluate`.
 
     Parameters
     ----------
     members
-        A loader of images that the model learnt from, as for `Model.evaluate`; of all tasks, so far as they are still there.
+        A loader of training images of the model, as for `Model.evaluate`: of all tasks whose images still exist.
     others
-        A loader of images of the same classes and the same source that it did not learn from.
+        A loader of images of the same classes and the same source that were not used in training.
     classes
         Names by target value, as for `Model.evaluate`.
     generated
-        Images (N, 3, S, S), uint8, that were generated from the model, as `Learner.dream` gives them.
+        Images (N, 3, S, S), uint8, that were generated from the model, as by `Learner.dream`.
     on_batch
-        Called after every batch with its number of images. What it raises ends the audit.
+        Called after every batch with its number of images. If it raises, the audit ends with its error.
     """
     model.check_answering()
     inside, outside = (_Seen.of(model, loader, classes, on_batch) for loader in (members, others))
@@ -184,7 +185,7 @@ def audit(
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a model makes of images: probabilities (N, C), features (N, F), small pixels (N, P); right classes (N,)."""
+    """Results of a model for images: probabilities (N, C), features (N, F), scaled pixels (N, P); true classes (N,)."""
 
     probabilities: Tensor
     features: Tensor
@@ -200,7 +201,7 @@ class _Seen:
             parts.append(_answered(model, images))
             on_batch(len(images))
         if not parts:
-            raise DataError("a loader gave no image to audit with")
+            raise DataError("a loader gave no images; an audit needs some")
         probabilities, features, pixels = (torch.cat(part) for part in zip(*parts, strict=True))
         return cls(probabilities, features, pixels, torch.tensor(targets))
 
@@ -247,8 +248,8 @@ def _attack(model: Model, name: str, scores: _Pair, inside: _Seen, outside: _See
 
 
 def _distance(model: Model, seen: _Seen) -> Tensor | None:
-    """Mahalanobis distance (N,) of features to the mean of the right class, by the covariance that the model keeps; None where it
-    keeps no mean of one of the classes."""
+    """Mahalanobis distance (N,) of features to the mean of the true class, by the covariance that the model keeps; None if the
+    mean of one of the classes is missing."""
     mean, covariance = model.statistics.get("mean"), model.statistics.get("covariance")
     if mean is None or covariance is None or mean.values.shape[1] != seen.features.shape[1] or model.groups is not None:
         return None
@@ -261,7 +262,7 @@ def _distance(model: Model, seen: _Seen) -> Tensor | None:
 
 
 def _nearest(model: Model, generated: Tensor, inside: _Seen, outside: _Seen) -> list[Nearest]:
-    """Each generated image beside as many members as others of the class that the model takes it for."""
+    """Each generated image compared with equal numbers of members and others of the class that the model predicts for it."""
     parts = [_answered(model, part) for part in generated.split(64)]
     probabilities, features, pixels = (torch.cat(part) for part in zip(*parts, strict=True))
     classes = probabilities.argmax(1)
@@ -286,7 +287,7 @@ def _nearest(model: Model, generated: Tensor, inside: _Seen, outside: _Seen) -> 
 
 
 def _spread(real: Tensor, n: int) -> Tensor:
-    """`n` of them, evenly over their order."""
+    """`n` of the images, evenly spaced in their order."""
     return real[torch.linspace(0, len(real) - 1, n).round().long()]
 
 

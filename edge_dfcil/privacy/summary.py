@@ -1,4 +1,4 @@
-"""What a model file knows and keeps, in words: for `edge-dfcil inspect` and for model cards."""
+"""Descriptions of what a model file contains, for `edge-dfcil inspect` and for model cards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def bytes_by_kind(kept: Iterable[Kept]) -> dict[str, int]:
 
 
 def recipe_line(values: dict[str, Any]) -> str:
-    """A file's recipe: its preset, what differs from that, and which class statistics it may store."""
+    """A file's recipe: its preset, the settings that differ, and which class statistics it may store."""
     try:
         recipe = Recipe.from_dict(values)
     except SettingError as error:

@@ -1,9 +1,10 @@
-"""What a long operation leaves in freed memory, overwritten at its end; and core dumps, switched off on request.
+"""Overwrites freed memory at the end of a long operation, and switches off core dumps on request.
 
 Freed memory is not cleared: images and features stay readable in a process's heap until something else is written there. Large
-blocks go back to the system. Of what stays, `malloc_trim` returns the whole pages; the rest of a heap's holes is small pieces
-and the ends of larger ones. They are allocated, overwritten and freed again. glibc could overwrite all that is freed
-(M_PERTURB), but that costs 8 to 10 % of the time of a task (digits, resnet8, both recipes, in turns); this takes milliseconds.
+blocks go back to the system. Of the rest, `malloc_trim` returns whole pages; what remains free in the heap is small pieces and
+the ends of larger ones. These are allocated, overwritten and freed again. glibc can overwrite all memory when it is freed
+(M_PERTURB), but that costs 8 to 10 % of the time of a task (digits, resnet8, both recipes, timed alternately); this takes
+milliseconds.
 """
 
 from __future__ import annotations
@@ -22,26 +23,26 @@ import torch
 from edge_dfcil.errors import SettingError
 
 PAGE = 4096  # bytes
-CACHED = 1032  # bytes: up to this size glibc keeps freed pieces for a thread, by size
-IN_A_ROW = 17  # neighbours: more than it keeps of a size
-MOST = 2**17  # pieces: another thread that allocates in the same heap must not keep this one busy
-HEADER, MAPPED = 8, 2  # bytes before a piece, with its size; the flag there of a piece that is a mapping of its own
+CACHED = 1032  # bytes: up to this size glibc caches freed pieces per thread, by size
+IN_A_ROW = 17  # neighbours: more pieces than glibc caches of a size
+MOST = 2**17  # pieces: a limit in case another thread allocates in the same heap meanwhile
+HEADER, MAPPED = 8, 2  # bytes before a piece, with its size; the flag in them of a piece that is a separate mapping
 PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4  # of prctl
 
 
 @contextlib.contextmanager
 def overwritten() -> Iterator[None]:
-    """At its end, what was allocated inside and is no longer referred to is unreadable, as far as this process can see to it.
+    """At its end, memory that was allocated inside and is no longer referenced is overwritten or returned to the system.
 
-    In the heap of the calling thread, on Linux with glibc; elsewhere unreferenced objects are collected and no more is done.
-    After an error nothing is done either: its traceback refers to what was in use.
+    This covers the heap of the calling thread, on Linux with glibc; elsewhere unreferenced objects are only collected. After an
+    error nothing is done: its traceback still references the data.
     """
     yield
     overwrite_freed()
 
 
 def overwrite_freed() -> None:
-    """Overwrites what is free in the heap of the calling thread, and returns free pages of all heaps to the system.
+    """Overwrites free memory in the heap of the calling thread, and returns free pages of all heaps to the system.
 
     Long operations end with it. Call it after dropping a loader that held images in ordinary memory.
     """
@@ -51,7 +52,7 @@ def overwrite_freed() -> None:
         return
     free_buffers = _free_buffers()
     if free_buffers is not None:
-        free_buffers()  # matrices that were multiplied lie there, packed
+        free_buffers()  # they contain packed copies of multiplied matrices
     libc.malloc_trim(0)
     held: list[int] = []
     free = int(libc.mallinfo2().fordblks)
@@ -66,8 +67,9 @@ def overwrite_freed() -> None:
 def _fill(libc: Any, size: int, held: list[int]) -> None:
     """Allocates pieces of a size and overwrites them until no hole of the heap has room for one.
 
-    Larger holes have been filled, so that a hole has room for one piece: neighbours are cut from the end of the heap, behind all
-    holes. Of pieces larger than a page only the ends are overwritten: the pages between them have gone back to the system.
+    Larger holes have been filled before, so a hole has room for one piece: neighbouring pieces come from the end of the heap,
+    behind all holes. Of pieces larger than a page only the ends are overwritten: the pages between them were returned to the
+    system.
     """
     step, last, in_a_row = (size + HEADER + 15) // 16 * 16, 0, 0
     while in_a_row < (IN_A_ROW if size <= CACHED else 2) and len(held) < MOST:
@@ -104,7 +106,7 @@ class _MallocInfo(ctypes.Structure):
 def _glibc() -> Any:
     """The C library with the signatures that are used here; None where it is not glibc 2.33 or later."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    others = ("mallctl", "tc_malloc", "mi_malloc")  # of allocators that take glibc's place
+    others = ("mallctl", "tc_malloc", "mi_malloc")  # of allocators that replace glibc's
     if libc is None or not hasattr(libc, "mallinfo2") or any(hasattr(libc, name) for name in others):
         return None
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -117,7 +119,7 @@ def _glibc() -> Any:
 
 
 def _has_headers(libc: Any) -> bool:
-    """Whether `malloc` is glibc's own, on 64 bits, and no other allocator in its place: by the size before a piece."""
+    """Whether `malloc` is glibc's, on 64 bits, and not another allocator: tested by the size stored before a piece."""
     if ctypes.sizeof(ctypes.c_size_t) != HEADER:
         return False
     sizes = (24, 1000, 5000)
@@ -131,7 +133,7 @@ def _has_headers(libc: Any) -> bool:
 
 @cache
 def _free_buffers() -> Any:
-    """MKL's function that frees the buffers which it keeps; None where torch computes with another library."""
+    """MKL's function that frees its buffers; None if torch uses another library."""
     try:
         return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).mkl_serv_free_buffers
     except (OSError, AttributeError):
@@ -140,17 +142,17 @@ def _free_buffers() -> Any:
 
 @contextlib.contextmanager
 def no_core_dumps() -> Iterator[None]:
-    """Inside, a crash of this process leaves no core dump, which would hold the images that are learnt from.
+    """Inside, a crash of this process leaves no core dump, which would contain training images.
 
-    It holds for the whole process, and is restored afterwards. A debugger of the same user cannot read the process either.
-    Raises `SettingError` where the system has no way to ask for it (Linux has).
+    This applies to the whole process, and is restored afterwards. A debugger of the same user cannot read the process either.
+    Raises `SettingError` if the system does not support it (Linux does).
     """
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
     before = -1 if prctl is None else prctl(PR_GET_DUMPABLE, 0, 0, 0, 0)
     if prctl is None or before < 0:
-        raise SettingError("core dumps can be switched off on Linux only; on this system, do it outside of the process")
+        raise SettingError("core dumps can be switched off on Linux only; on this system, switch them off outside the process")
     if prctl(PR_SET_DUMPABLE, 0, 0, 0, 0):
-        raise SettingError("this system does not let a process switch off its core dumps; do it outside of the process")
+        raise SettingError("this system does not let a process switch off its core dumps; switch them off outside the process")
     try:
         yield
     finally:

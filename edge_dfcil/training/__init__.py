@@ -1,4 +1,4 @@
-"""Runs stages: the loop, the data that goes through it, and what watches it. Knows no method."""
+"""Runs stages: the loop, its data, sessions and callbacks. Independent of the methods."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import warnings
 from typing import Any
 
-# Names of the module that this package was, for one release.
+# Names from when this package was a module, kept for one release.
 _MOVED = {
     "Callback": "edge_dfcil.training.callbacks",
     "Stage": "edge_dfcil.training.stage",

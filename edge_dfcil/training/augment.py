@@ -1,4 +1,4 @@
-"""Augmentation on the device, each image with draws of its own (torchvision's transforms draw once a batch)."""
+"""Augmentation on the device, with separate random draws for each image (torchvision's transforms draw once per batch)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def views(images: Tensor, network: Network, recipe: Recipe) -> Tensor:
 
 
 def jitter(pixels: Tensor, brightness: float, contrast: float) -> Tensor:
-    """Brightness and contrast by factors drawn from 1 -/+ their argument, in an order that is drawn for each image, too."""
+    """Changes brightness and contrast by factors from 1 - x to 1 + x, x being the argument. Factors and their order are drawn
+    for each image."""
     if not brightness and not contrast:
         return pixels
     light, depth = _factors(pixels, brightness), _factors(pixels, contrast)
@@ -56,7 +57,7 @@ def _contrast(pixels: Tensor, factor: Tensor) -> Tensor:
 
 
 def crop(pixels: Tensor, padding: int) -> Tensor:
-    """A crop of the old size from each image padded with `padding` zeros on every side."""
+    """A random crop, of the old size, from each image padded with `padding` zeros on every side."""
     n, _, height, width = pixels.shape
     padded = F.pad(pixels, [padding] * 4).permute(0, 2, 3, 1)  # (N, H + 2p, W + 2p, 3): gathers whole pixels
     rows, columns = torch.randint(2 * padding + 1, (2, n, 1, 1), device=pixels.device)

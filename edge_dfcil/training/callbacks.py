@@ -13,17 +13,17 @@ from edge_dfcil.training.stage import Stage
 
 
 class Callback:
-    """Empty hooks, called in this order. Override those you want; raise to stop, and nothing is committed."""
+    """Empty hooks, called in this order. Override those you need. An exception stops the session; nothing more is committed."""
 
     def on_plan_begin(self) -> None:
         """Once, before a memory budget is planned or the speed of a step is measured, which takes some seconds to a minute.
-        Not called where neither is needed."""
+        Not called if neither is needed."""
 
     def on_task_begin(self, learner: Any) -> None:
-        """Before the first stage. `learner` answers with the model from before the task until it is committed."""
+        """Before the first stage. Until a commit, `learner` answers with the model from before the task."""
 
     def on_stage_begin(self, stage: Stage) -> None:
-        """Before a stage's first step, also of one that continues from a checkpoint."""
+        """Before a stage's first step, and when a stage continues after a pause or from a checkpoint."""
 
     def on_step_end(self, stage: Stage, step: int, losses: Mapping[str, Tensor], images: int) -> None:
         """After each step, numbered from 1. `losses` are detached scalars; `images` went through this step."""
@@ -41,7 +41,7 @@ class Callback:
         """After the last commit."""
 
     def on_exit(self) -> None:
-        """However the session ended, errors included: close here what was opened."""
+        """When the session pauses or ends, even by an error: close here what the hooks have opened."""
 
 
 def check_callbacks(callbacks: Iterable[Callback] | None) -> Sequence[Callback]:
@@ -53,6 +53,6 @@ def check_callbacks(callbacks: Iterable[Callback] | None) -> Sequence[Callback]:
         ]
         if missing:
             raise SettingError(
-                f"callbacks holds a {type(callback).__name__} without {missing[0]}; pass a list of edge_dfcil.Callback objects"
+                f"callbacks has a {type(callback).__name__} without {missing[0]}; pass a list of edge_dfcil.Callback objects"
             )
     return found

@@ -1,6 +1,6 @@
 """Activation checkpointing: a block keeps only its input, and computes its activations again for the backward pass.
 
-It takes about a third more time and a fraction of the memory; the results are the same to the bit.
+It takes about a third more time and a fraction of the memory; the results are bit-identical.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edge_dfcil.model.backbones import batchnorm_layers
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The parts of a network that are worth it: the elements of its sequences, unless they are single operations."""
+    """The parts of a network worth recomputing: the elements of its `nn.Sequential` modules, except single operations."""
     for child in module.children():
         if isinstance(module, nn.Sequential) and type(child) is not nn.Sequential:
             if any(True for _ in child.children()):
@@ -28,7 +28,7 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def recomputing(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, every block of the modules is recomputed for the backward pass instead of kept."""
+    """Inside, the activations of every block of the modules are recomputed for the backward pass instead of kept."""
     found = [block for module in modules for block in blocks(module)]
     for block in found:
         block.forward = _recomputed(block, block.forward)
@@ -36,7 +36,7 @@ def recomputing(modules: Sequence[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for block in found:
-            del block.forward  # the instance's own; the class's is used again
+            del block.forward  # of the instance; the method of the class is used again
 
 
 def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What a loader may give, checked once and read batch by batch: only the current batch is held."""
+"""A loader's batches, checked once and then read one by one: only the current batch is in memory."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from edge_dfcil.recipe import Recipe
 from edge_dfcil.training.augment import augment
 from edge_dfcil.training.holding import held_out, without
 
-SMALLEST_STD = 0.02  # per channel; images of one flat colour have none
-PASSES = 3  # over the loader, at most, to find out whether a class is left out always or by chance
+SMALLEST_STD = 0.02  # per channel; images of one uniform colour have a standard deviation of 0
+PASSES = 3  # over the loader, at most, to find out whether a class is always left out or only by chance
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Batch:
     source
         Images as the loader gives them (B, 3, H, W).
     see
-        Makes of those what the backbone sees; called for a part at a time when a batch is split.
+        Converts them to what the backbone sees; called for one part at a time when a batch is split.
     """
 
     source: Tensor
@@ -57,18 +57,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Scan:
-    """One pass over a loader: images by target value, the sizes of its batches, and the pixels' statistics.
+    """One pass over a loader: numbers of images by target value, the sizes of its batches, and the pixels' statistics.
 
     Attributes
     ----------
     counts
-        Images by target value.
+        Number of images by target value.
     batch_sizes
-        Batches by their number of images.
+        Number of batches by their number of images.
     mean, std
         Per channel, over all pixels of all images in [0, 1]: six numbers for a whole task.
     counts_by_size
-        Images by target value, apart for each size of batch.
+        Number of images by target value, separately for each size of batch.
     """
 
     counts: Mapping[Any, int]
@@ -97,7 +97,7 @@ def scan(loader: Any, cancelled: Callable[[], bool] = lambda: False) -> Scan:
         )
     by_size: defaultdict[int, Counter[Any]] = defaultdict(Counter)
     sizes: Counter[int] = Counter()
-    first, second = np.zeros(3), np.zeros(3)  # moments, each image weighing the same
+    first, second = np.zeros(3), np.zeros(3)  # moments, with equal weight for each image
     for images, targets in read(loader):
         if cancelled():
             raise Cancelled("learning was cancelled while the loader was read for the first time; nothing has changed")
@@ -124,8 +124,8 @@ class RealBatches:
     """A task's images as the student sees them: augmented, normalised, on the device. One pass is an epoch.
 
     Batches too small to learn from are left out: those of one image, and with `schedule.drop_incomplete` all that are smaller
-    than the largest. Warns (`UserWarning`) of images that are left out, unless torch's
-    `RandomSampler` is known to choose others in each epoch.
+    than the largest. Warns (`UserWarning`) of images that are left out, unless the loader has torch's `RandomSampler`, which
+    leaves out others in each epoch.
 
     Attributes
     ----------
@@ -152,7 +152,7 @@ class RealBatches:
         self._augments, self._batches = True, sum(scanned.batch_sizes.values())
         self._held_out = recipe.refine.held_out if recipe.refine.calibrate else 0.0
         few = (outputs[target] for target, count in scanned.counts.items() if count * self._held_out < 1)
-        self._few = torch.tensor(sorted(few), dtype=torch.long, device=network.mean.device)  # classes that nothing is held out of
+        self._few = torch.tensor(sorted(few), dtype=torch.long, device=network.mean.device)  # classes without held-out images
         self._length = sum(n for size, n in scanned.batch_sizes.items() if size >= self._smallest)
 
         self.left_out = sum(size * n for size, n in scanned.batch_sizes.items() if size < self._smallest)
@@ -170,7 +170,7 @@ class RealBatches:
         return self._largest
 
     def first(self) -> RealBatches:
-        """A batch of each size there is, for a rehearsal; all cut from one."""
+        """One batch of each size, for a rehearsal; all are cut from one batch."""
         few = copy.copy(self)
         batches = ((images, targets) for images, targets in read(self._loader) if len(images) >= self._smallest)
         images, targets = max(itertools.islice(batches, 2), key=lambda batch: len(batch[0]))
@@ -182,14 +182,14 @@ class RealBatches:
         yield from self._read(self.see, self._smallest)
 
     def plain(self) -> RealBatches:
-        """The same, but of every image, normalised and not augmented."""
+        """The same with every image, normalised but not augmented."""
         every = copy.copy(self)
         every._augments, every._smallest, every._length = False, 1, self._batches
         return every
 
     def held_out(self, batch: Batch) -> Tensor:
-        """Which images of a batch of `plain()` are never trained on, (B,) bool on the CPU: `refine.held_out` of each class, where
-        that makes an image at least and the recipe asks for a calibration."""
+        """Which images of a batch of `plain()` are never trained on, (B,) bool on the CPU: a share `refine.held_out` of each
+        class, if that is at least one image and the recipe asks for a calibration."""
         return held_out(batch.source, self._held_out) & ~torch.isin(batch.targets, self._few).cpu()
 
     def see(self, images: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ class RealBatches:
                 "batches of one size, shuffle it, or set schedule.drop_incomplete to False in the recipe"
             )
         return (
-            "they are all alone in a batch, and BatchNorm cannot learn from one image; give the loader batches of another "
+            "each of them is alone in a batch, and BatchNorm cannot learn from one image; give the loader batches of another "
             "size, shuffle it, or add images"
         )
 
@@ -233,7 +233,7 @@ class RealBatches:
         kind = "of one image" if self._smallest == 2 else f"of fewer than {self._largest} images"
         warnings.warn(
             f"{self.left_out} of {scanned.images} images are left out of an epoch, because they are in batches {kind}; unless "
-            "the loader shuffles they are never learnt from, so choose a batch size that leaves no such rest",
+            "the loader shuffles, they are never learnt from; choose a batch size that leaves no such remainder",
             UserWarning,
             stacklevel=3,
         )
@@ -246,7 +246,8 @@ class RealBatches:
                 outputs = [self._outputs[target] for target in targets]
             except KeyError as error:
                 raise DataError(
-                    f"target {error.args[0]!r} appeared on a later pass over the loader but not on the first"
+                    f"target {error.args[0]!r} appeared on a later pass over the loader but not on the first; "
+                    "pass a loader that gives the same targets on every pass"
                 ) from error
             batch = Batch(images, torch.tensor(outputs, device=self._network.mean.device), see)
             if self._augments and self._held_out:

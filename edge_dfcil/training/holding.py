@@ -1,4 +1,4 @@
-"""Images that training leaves out, for what must be found on images that were not learnt from."""
+"""Held-out images: training leaves them out, because a calibration needs images that were not learnt from."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 def held_out(images: Tensor, share: float) -> Tensor:
     """Which images (B, 3, H, W) of a batch are held out, (B,) bool on the CPU: `share` of all of them, chosen by their content.
 
-    An image is held out in every pass or in none, in whatever order a loader gives them, and nothing is kept to know it by. A
-    loader that augments makes other images of it; these are chosen afresh.
+    An image is held out in every pass or in none, independent of its place, and nothing has to be stored to recognise it. If the
+    loader augments, its images differ in each pass, and the choice is made for each of them.
     """
     if not share:
         return torch.zeros(len(images), dtype=torch.bool)
@@ -22,8 +22,8 @@ def held_out(images: Tensor, share: float) -> Tensor:
 
 
 def without(images: Tensor, targets: Tensor, left_out: Tensor) -> tuple[Tensor, Tensor]:
-    """A batch (B, 3, H, W), (B,) of the same size in which others take the places of images that are left out, (B,) bool; as
-    it is where all are."""
+    """A batch (B, 3, H, W), (B,) of the same size, in which other images replace those that are left out, (B,) bool; unchanged
+    if all or none are left out."""
     if not bool(left_out.any()) or bool(left_out.all()):
         return images, targets
     stay = torch.nonzero(~left_out).flatten()

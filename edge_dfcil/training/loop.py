@@ -23,7 +23,7 @@ from edge_dfcil.training.stage import ClosedFormSpec, Stage, StageSpec, StageSta
 
 
 class StageEnded(Exception):
-    """Raised by `check` to end a stage with the steps that it has made."""
+    """Raised by `check` to end a stage after the steps made so far."""
 
 
 def run(
@@ -46,10 +46,10 @@ def fit(
     check: Callable[[], object] = lambda: None,
     state: StageState | None = None,
 ) -> StageReport:
-    """Runs a training stage on from `state`: the only place that steps an optimizer.
+    """Runs a training stage from `state` to its end: the only place that steps an optimizer.
 
-    `check` is called before each step and may raise: `StageEnded` ends the stage with what it has learnt, anything else
-    leaves `state` as it is between two steps, from which `fit` continues when it is called again.
+    `check` is called before each step and may raise: `StageEnded` ends the stage with what it has learnt. Any other exception
+    leaves `state` between two steps, and the next call of `fit` continues from there.
 
     Raises `DivergedError` when a loss is not finite, `DataError` from the batches, and `BudgetError` when there is too
     little memory for two images.
@@ -102,7 +102,7 @@ def fit(
 
 @torch.no_grad()
 def solve(stage: ClosedFormSpec, callbacks: Sequence[Callback], check: Callable[[], object]) -> StageReport:
-    """Runs a closed-form stage: one pass over its batches, then its solution."""
+    """Runs a closed-form stage: one pass over its batches, then the solution."""
     for callback in callbacks:
         callback.on_stage_begin(stage)
     begin, steps, images, sums = time.perf_counter(), 0, 0, stage.sums()
@@ -139,16 +139,14 @@ def _batches(stage: StageSpec, state: StageState, device: torch.device, check: C
         if batch is not None:
             yield batch
         elif state.consumed == 0:
-            raise DataError(
-                "the loader gave no batch on a later pass; pass a DataLoader or a list, which can be read again and again"
-            )
+            raise DataError("the loader gave no batch on a later pass; pass a DataLoader or a list, which can be read repeatedly")
         else:
             state.iterator = None
     state.iterator = None
 
 
 def _note(stage: StageSpec, state: StageState, callbacks: Sequence[Callback]) -> None:
-    """Adds a step's losses to the mean of its pass; at the end of a pass, that goes into the history."""
+    """Adds a step's losses to the mean of its pass; at the end of a pass, the mean is added to the history."""
     for name, value in state.losses.items():
         state.sums[name] = state.sums.get(name, 0.0) + value  # type: ignore[assignment]  # read once a pass
     into = (state.step - 1) % stage.per_epoch + 1
@@ -161,7 +159,8 @@ def _note(stage: StageSpec, state: StageState, callbacks: Sequence[Callback]) ->
 
 
 def _check_finite(stage: StageSpec, state: StageState, losses: Terms, device: torch.device) -> None:
-    """Raises `DivergedError`. Reading a number waits for the device: each step on the CPU, now and then elsewhere."""
+    """Raises `DivergedError`. Checks each step on the CPU, and every 20th elsewhere, because reading a number waits for the
+    device."""
     step = state.step + 1
     if device.type != "cpu" and step % 20 and step != stage.steps:
         return
@@ -185,27 +184,27 @@ def _within_memory(stage: StageSpec, state: StageState, batch: Any, device: torc
         except (RuntimeError, MemoryError) as error:
             if not devices.is_out_of_memory(error):
                 raise
-            lack = error.with_traceback(None)  # which would keep the step's tensors alive
+            lack = error.with_traceback(None)  # the traceback would keep the step's tensors alive
         _restore(statistics, before)  # the repeated step must not move the running statistics twice
         micro_batch = min(state.micro_batch or len(batch), len(batch))
         if micro_batch < 4:
             raise BudgetError(
-                f"stage {stage.name!r} took more memory than it may with a micro-batch of {micro_batch} images; nothing was "
+                f"stage {stage.name!r} took more memory than allowed with a micro-batch of {micro_batch} images; nothing was "
                 "committed. Smaller images or a smaller backbone need less"
             ) from lack
         state.micro_batch, state.halvings = micro_batch // 2, state.halvings + 1
 
 
 def _add_within_memory(stage: ClosedFormSpec, sums: Sums, part: Any) -> None:
-    """A batch cannot be taken out of sums again, so there is no second try with fewer images."""
+    """A batch cannot be removed from sums again, so there is no second try with fewer images."""
     try:
         sums.add(part)
     except (RuntimeError, MemoryError) as error:
         if not devices.is_out_of_memory(error):
             raise
         raise BudgetError(
-            f"stage {stage.name!r} took more memory than it may with a micro-batch of {len(part)} images; nothing was committed. "
-            "Pass a loader with a smaller batch size"
+            f"stage {stage.name!r} took more memory than allowed with a micro-batch of {len(part)} images; nothing was "
+            "committed. Pass a loader with a smaller batch size"
         ) from error
 
 
@@ -235,7 +234,7 @@ def _backward(stage: StageSpec, state: StageState, batch: Any, device: torch.dev
 
 
 def _split(batch: Any, micro_batch: int | None) -> list[Any]:
-    """The batch in parts as even as can be: BatchNorm learns little from a part of one image."""
+    """The batch in parts of nearly equal size, because BatchNorm learns little from a part of one image."""
     if micro_batch is None or len(batch) <= micro_batch:
         return [batch]
     count = math.ceil(len(batch) / micro_batch)

@@ -1,4 +1,4 @@
-"""Progress through rich: bars on a terminal's stderr, or in a notebook; quiet where neither is."""
+"""Progress bars by rich, on a terminal's stderr or in a notebook; none elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Progress(Callback):
-    """A bar for each stage: epoch, step, losses, images a second and time left."""
+    """A bar for each stage: epoch, step, losses, images per second and remaining time."""
 
     def __init__(self) -> None:
         notebook = in_notebook()
@@ -75,7 +75,7 @@ def _terminal_bars() -> Bars:
 
 
 def _notebook_bars() -> Bars:
-    """Bars that are HTML in the output of a cell, and replace themselves there. rich's own would need ipywidgets."""
+    """Bars as HTML in the output of a cell, updated in place. rich's own would need ipywidgets."""
     from IPython.display import display
     from rich.console import Console
     from rich.progress import Progress
@@ -107,13 +107,13 @@ def _notebook_bars() -> Bars:
 
 
 def in_notebook() -> bool:
-    """Whether this runs in the kernel of a notebook (Jupyter, Colab), where rich draws although stderr is no terminal."""
+    """Whether this runs in the kernel of a notebook (Jupyter, Colab), where rich draws although stderr is not a terminal."""
     shell = getattr(sys.modules.get("builtins"), "get_ipython", None)
     return callable(shell) and type(shell()).__name__ in ("ZMQInteractiveShell", "Shell")
 
 
 def is_watched() -> bool:
-    """Whether progress would be seen. Without a console (pythonw, a daemon) there is no stderr at all."""
+    """Whether progress would be visible. Without a console (pythonw, a daemon) there is no stderr at all."""
     isatty = getattr(sys.stderr, "isatty", None)
     try:
         return in_notebook() or (callable(isatty) and bool(isatty()))
@@ -122,5 +122,5 @@ def is_watched() -> bool:
 
 
 def with_progress(callbacks: Sequence[Callback], progress: bool) -> Sequence[Callback]:
-    """The callbacks, and a progress display where it is seen."""
+    """The callbacks, and a progress display if it would be visible."""
     return [*callbacks, Progress()] if progress and is_watched() else list(callbacks)

@@ -1,4 +1,4 @@
-"""Rehearsals: a long operation made short, on copies that are thrown away, for the planner to measure."""
+"""Rehearsals: short versions of long operations, on temporary copies, for the planner to measure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edge_dfcil.training.stage import Stage
 STEPS = 3  # of each stage
 POOL = 16  # generated images
 
-# The last resort, in order: what the recipe's numbers are divided by.
+# The last resort, in order: divisors of the recipe's settings.
 SMALLER: tuple[dict[str, int], ...] = (
     {},
     {"remember.pool": 2},
@@ -29,7 +29,7 @@ SMALLER: tuple[dict[str, int], ...] = (
 class Generated:
     """Bytes of the generated images that a stage works with: those of the rehearsal, and those of the whole operation.
 
-    `item` is the line of the plan that they are counted in.
+    `item` is the line of the plan in which they are counted.
     """
 
     item: str = "pool of dreams"
@@ -46,9 +46,9 @@ class Rehearsal:
     stages
         A few steps each, with batches of the whole size.
     networks
-        Those whose weights are held anyway, so that they are not counted as activations.
+        The networks whose weights are in memory anyway, so that they are not counted as activations.
     student
-        Of these, the copy that becomes the model; None where the operation makes no model.
+        Of these, the copy that becomes the model; None if the operation makes no model.
     generated
         Called after each stage.
     micro_batches
@@ -66,10 +66,10 @@ class Plannable(Protocol):
     """What the planner can keep within a memory budget."""
 
     def smaller(self) -> Sequence[dict[str, int]]:
-        """Changes of the recipe to try in order, the first of them none."""
+        """Changes of the recipe to try in order; the first is empty."""
 
     def rehearsal(self, changes: Mapping[str, int]) -> Rehearsal:
-        """The operation with these changes of its recipe, made short."""
+        """A short version of the operation with these changes of its recipe."""
 
 
 def short(recipe: Recipe, steps: int = STEPS, pool: int = POOL) -> Recipe:
@@ -89,7 +89,7 @@ def short(recipe: Recipe, steps: int = STEPS, pool: int = POOL) -> Recipe:
 
 
 def smaller(recipe: Recipe, *names: str) -> list[dict[str, int]]:
-    """What of a recipe can be made smaller: a step of `SMALLER` each, of these settings alone."""
+    """Changes that make these settings of a recipe smaller, one for each step of `SMALLER`."""
     found = [
         {name: max(1, value // by) for name, by in step.items() if name in names and (value := attrgetter(name)(recipe))}
         for step in SMALLER

@@ -1,8 +1,8 @@
 """Session: one long operation, from its first stage to its result. It can be cancelled, paused, saved and resumed.
 
-A `Work` defines what is done; a session knows how far it is: which stage, which step, the optimizer, the
-random state, the deadline. A checkpoint holds that and the weights of the network that is learning, and nothing else: no
-image, no feature and no generated image. Stages that make generated images are run again, from the same random state.
+A `Work` defines what is done; a session has its progress: the stage, the step, the optimizer, the random state, the deadline.
+A checkpoint contains this and the weights of the network that is learning, and nothing else: no image, no feature and no
+generated image. Stages that generate images are run again, from the same random state.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
 
 CHECKPOINT_EVERY = 2.0  # seconds between two checkpoints, at least
-CHECKPOINT_SHARE = 0.02  # of the time that may go into writing them
+CHECKPOINT_SHARE = 0.02  # of the time may be spent on writing them
 
 
 class Enough(Exception):
-    """Ends the stages of a work that has a result already."""
+    """Ends the stages of a work that already has a result."""
 
 
 class Work(Protocol[Result_co]):
@@ -72,10 +72,10 @@ class Work(Protocol[Result_co]):
         """The result, committed, after the last stage."""
 
     def close(self) -> None:
-        """Lets go of what it has read and made, after `finish`: a caller may hold the session, and through it this."""
+        """Releases what the work has read and made, after `finish`: a caller may keep the session, and with it the work."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be resumed: the model, the settings, the images by number."""
+        """What a checkpoint must agree with to be resumed: the model, the settings, the numbers of images."""
 
     def decided(self) -> dict[str, Any]:
         """What has been measured and decided before the first stage, as JSON; a session that resumes gets it back."""
@@ -118,7 +118,7 @@ class PlainWork:
         return Rehearsal(iter(()))
 
     def keep_to(self, plan: MemoryPlan) -> None:
-        """Called before `stages`, when there is a memory budget: `plan.changes` of the recipe, and micro-batches."""
+        """Applies a plan's changes of the recipe and its micro-batches; called before `stages` if there is a memory budget."""
 
 
 class _Paused(Exception):
@@ -131,19 +131,19 @@ class Session(Generic[Result]):
     Parameters
     ----------
     work
-        What is done.
+        The operation.
     device, seed
-        Where, and what all draws follow.
+        Where it runs, and the seed of all its draws.
     callbacks
         Called while it runs.
     checkpoint
-        A file that is written every `checkpoint_every` seconds (0: at every step), or less often where writing takes
-        long, and from which an interrupted session continues; None writes none. `clear_checkpoint` removes it. Whether it can
-        be written is checked at the start; if the disk fills up later, the session continues without, and logs a warning.
+        A file that is written every `checkpoint_every` seconds (0: at every step), or less often if writing is slow, and from
+        which an interrupted session continues; None writes none. `clear_checkpoint` removes it. Whether it can be written is
+        checked at the start; if the disk fills up later, the session continues without a new one, and logs a warning.
     deadline
         Seconds that `run` may take in all: then it finishes with what has been learnt, as after `finish_now()`.
     guard
-        Its result is entered while the session runs, for example a lock.
+        Returns a context manager, for example a lock, that is entered while the session runs.
 
     Attributes
     ----------
@@ -184,8 +184,8 @@ class Session(Generic[Result]):
         self._tensors: Mapping[str, Tensor] = {}
         self._written, self._write_seconds, self._spent = 0.0, 0.0, 0.0
         self._running, self._began = False, 0.0
-        self._warned = False  # whether it has been said that the checkpoint cannot be written
-        self._announced = False  # whether callbacks know that something is planned
+        self._warned = False  # whether the log says that the checkpoint cannot be written
+        self._announced = False  # whether `on_plan_begin` has been called
         self._begun: dict[str, Tensor] | None = None  # the random state before a closed-form stage
         self.has_result = False  # whether the work has committed something, and may end at any time
         self._network_done = False  # whether a stage that trains the network has ended
@@ -203,7 +203,7 @@ class Session(Generic[Result]):
     def finish_now(self) -> None:
         """Finishes with what has been learnt: training stages end at the next step, closed-form stages are run.
 
-        Before the first step of the network there is nothing to finish with; `run` raises `Cancelled` then.
+        Before the network's first step there is nothing to finish with, and `run` raises `Cancelled`.
         """
         self._finishing.set()
 
@@ -214,12 +214,12 @@ class Session(Generic[Result]):
 
     @property
     def reports(self) -> Sequence[StageReport]:
-        """Of the stages that have ended."""
+        """The reports of the stages that have ended."""
         return self._reports
 
     @property
     def seconds(self) -> float:
-        """Time spent in `run`, also by the process from which this session was resumed."""
+        """Time spent in `run`, including the process from which this session was resumed."""
         return self._spent + (time.perf_counter() - self._began if self._running else 0.0)
 
     def check(self) -> None:
@@ -250,7 +250,7 @@ class Session(Generic[Result]):
         return isinstance(self._stage, StageSpec) and self._stage.resumable
 
     def announce_plan(self) -> None:
-        """Calls `on_plan_begin`, once in a session: a work does so before the first thing that takes time to decide."""
+        """Calls `on_plan_begin`, once per session: a work calls this before the first decision that takes time."""
         if not self._announced:
             self._announced = True
             for callback in self.callbacks:
@@ -279,7 +279,7 @@ class Session(Generic[Result]):
                     with contextlib.suppress(Enough):
                         self._run_stages()
                     self.result = self.work.finish(self, self._reports)
-                    self._stages = None  # a generator holds what its stages have left
+                    self._stages = None  # the generator refers to what its stages have made
                     self.work.close()
                 except _Paused:
                     logger.info("paused in stage %s", self._stage.name if self._stage else "")
@@ -314,7 +314,7 @@ class Session(Generic[Result]):
 
     def _run_stage(self, stage: Stage) -> StageReport:
         if not isinstance(stage, StageSpec):
-            # Interrupted, it is run again from its start, with the same random numbers.
+            # After an interruption it is run again from its start, with the same random numbers.
             self._begun = self._begun or devices.random_state(self.device)
             devices.set_random_state(self._begun, self.device)
             return loop.run(stage, self.device, self.callbacks, self.check)
@@ -323,7 +323,7 @@ class Session(Generic[Result]):
             with self._trusting():
                 self._load_network()
                 done = self._loaded["reports"]
-                if number < len(done):  # its weights are those that were loaded, or later ones
+                if number < len(done):  # the loaded weights are from its end, or from later
                     devices.set_random_state(self._random_of("after", number), self.device)
                     return _report(done[number])
                 self._state = self._load_state(stage)
@@ -336,7 +336,7 @@ class Session(Generic[Result]):
     # Saving
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the session is: `{"position": JSON, "tensors": {name: tensor}}`; the tensors are copies on the CPU."""
+        """The session's progress: `{"position": JSON, "tensors": {name: tensor}}`; the tensors are copies on the CPU."""
         stage, state = self._stage, self._state
         position: dict[str, Any] = {
             "fingerprint": self.work.fingerprint(),
@@ -357,9 +357,9 @@ class Session(Generic[Result]):
         return {"position": position, "tensors": {name: value.detach().cpu().clone() for name, value in tensors.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Makes `run` continue from there. The session must be of the same model, settings and images.
+        """Makes `run` continue from a `state_dict()`, which must be of the same model, settings and images.
 
-        Raises `SettingError` when it has been started; `run` raises it when the state is of another operation.
+        Raises `SettingError` when the session has been started; `run` raises it when the state is of another operation.
         """
         if self._stages is not None:
             raise SettingError("this session has been started; make a new one and load the state into it")
@@ -373,7 +373,7 @@ class Session(Generic[Result]):
         ours, theirs = json.loads(json.dumps(self.work.fingerprint())), self._loaded["fingerprint"]
         other = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
         if other:
-            raise SettingError(f"the state is of an operation with another {', '.join(other)}; begin from the start")
+            raise SettingError(f"the state is of an operation with another {', '.join(other)}; start again without it")
 
     def save_checkpoint(self) -> None:
         """Writes the checkpoint now. Raises `ModelFileError` when it cannot be written."""
@@ -384,7 +384,7 @@ class Session(Generic[Result]):
         self._write_seconds = self._written - begin
 
     def _try_checkpoint(self) -> None:
-        """Writes the checkpoint where it can be: a disk that fills up later costs what a checkpoint saves, and not the work."""
+        """Writes the checkpoint if possible: a disk that fills up during the session must not end it."""
         try:
             self.save_checkpoint()
             self._warned = False
@@ -418,7 +418,7 @@ class Session(Generic[Result]):
 
     @contextlib.contextmanager
     def _trusting(self) -> Iterator[None]:
-        """What a state of the right operation raises that cannot be continued from: it was changed by other hands."""
+        """Turns errors into `ModelFileError`: a state of the right operation that cannot be continued from was modified."""
         try:
             yield
         except EdgeDfcilError:
@@ -426,7 +426,7 @@ class Session(Generic[Result]):
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, ArithmeticError) as error:
             where = "the state" if self.checkpoint is None else self.checkpoint
             reason = shown(" ".join(str(error).split()))[:200]
-            raise ModelFileError(f"{where} cannot be continued from ({reason}); remove it to begin from the start") from error
+            raise ModelFileError(f"{where} cannot be continued from ({reason}); remove it to start again") from error
 
     def _random_of(self, which: str, number: int | None = None) -> dict[str, Tensor]:
         prefix = f"random.{which}{'' if number is None else number}."
@@ -439,7 +439,7 @@ class Session(Generic[Result]):
         )
 
     def _load_state(self, stage: StageSpec) -> StageState:
-        """How far the stage was; at its start, when the checkpoint was written between two stages."""
+        """The progress of the stage; its start, if the checkpoint was written between two stages."""
         assert self._loaded is not None
         state, position = StageState.at_start(stage), self._loaded["stage"]
         if position is not None:
@@ -449,7 +449,7 @@ class Session(Generic[Result]):
 
 
 def _check_position(position: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raises `SettingError` unless a checkpoint's JSON is of the kinds that `state_dict` gives, and its weights are finite."""
+    """Raises `SettingError` unless a checkpoint's JSON has the types that `state_dict` gives, and its weights are finite."""
     kinds: dict[str, Any] = {"fingerprint": dict, "decided": dict, "reports": list, "seconds": (int, float)}
     for name, kind in kinds.items():
         if not isinstance(position[name], kind):
@@ -464,7 +464,7 @@ def _check_position(position: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         raise SettingError(f"its stage counts {[ascii(stage[name])[:20] for name in counts]}, which must be whole numbers")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise SettingError(f"{name!a} holds NaN or infinite numbers")
+            raise SettingError(f"{name!a} contains NaN or infinite numbers")
 
 
 def _packed(name: str, state: StageState) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -492,7 +492,7 @@ def _packed(name: str, state: StageState) -> tuple[dict[str, Any], dict[str, Ten
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an optimizer's or scheduler's settings JSON can hold; the rest is made by their constructors."""
+    """The settings of an optimizer or scheduler that JSON can represent; their constructors set the rest."""
     kinds = (int, float, str, bool, list, tuple, type(None))
     return {
         key: list(value) if isinstance(value, tuple) else value

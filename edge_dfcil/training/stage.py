@@ -1,4 +1,4 @@
-"""Stages: what is done (`StageSpec`, `ClosedFormSpec`), and how far it is (`StageState`)."""
+"""Stages: their definitions (`StageSpec`, `ClosedFormSpec`) and their progress (`StageState`)."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ Terms = dict[str, Tensor]  # the named terms of a loss; their sum is minimised
 
 @dataclass(frozen=True)
 class StageSpec:
-    """A training stage: a loss to minimise for a number of steps. It holds no progress; that is in `StageState`.
+    """A training stage: a loss to minimise for a number of steps. Its progress is in `StageState`.
 
     Attributes
     ----------
     batches
         Re-iterable; repeated until `steps` are done.
     loss
-        One batch to the named terms of the loss.
+        Maps one batch to the named terms of the loss.
     optimizer, scheduler
         Called once, when the stage begins.
     trains
         The modules in train mode while it runs; all others are in eval mode.
     frozen
-        Layers inside `trains` that stay in eval mode, as they are.
+        Layers inside `trains` that stay in eval mode.
     micro_batch
-        Images that go through the networks together; a larger batch is split, and its gradients accumulate. None: all.
+        Images that go through the networks together; a larger batch is split (gradient accumulation). None: whole batches.
     recompute
-        Whether the activations inside the blocks of `trains` are computed again for the backward pass instead of kept.
+        Whether the activations inside the blocks of `trains` are recomputed for the backward pass (activation checkpointing).
     before_parts
         Called with the parts of a split batch before the first loss, for losses that depend on the whole batch.
     over_budget
-        Called after the gradients of a step are computed, before the optimizer step: whether it took too much memory. It is
-        then repeated with half the micro-batch, as after an out-of-memory error.
+        Called after the gradients of a step are computed, before the optimizer step: whether the step took too much memory. If
+        so, it is repeated with half the micro-batch, as after an out-of-memory error.
     mixed_precision
-        Whether losses are computed under autocast where the device has bf16.
+        Whether losses are computed under autocast if the device has bf16.
     resumable
         Whether a checkpoint can continue inside the stage: its parameters are those of the network that is learning.
-        Other stages make generated images, which no checkpoint may hold; they are run again from the same random state.
+        Other stages generate images, which no checkpoint may contain; they are run again from the same random state.
     """
 
     name: str
@@ -96,7 +96,7 @@ class ClosedFormSpec:
     batches
         Read once; again from the start when the stage was interrupted.
     sums
-        Gives sums that are still empty.
+        Creates empty sums.
     micro_batch
         As for `StageSpec`: a larger batch is added in parts.
     """
@@ -121,7 +121,7 @@ Stage = StageSpec | ClosedFormSpec
 
 @dataclass
 class StageState:
-    """How far a training stage is.
+    """The progress of a training stage.
 
     Attributes
     ----------
@@ -132,9 +132,9 @@ class StageState:
     pass_random
         The random state before the current pass began: the order of a shuffled loader follows from it.
     micro_batch, halvings
-        As it is now, and how often it was halved.
+        The current micro-batch, and how often it was halved.
     history
-        The mean of each term of the loss, a pass at a time.
+        The mean of each term of the loss, for each pass.
     """
 
     step: int = 0
@@ -149,7 +149,7 @@ class StageState:
     history: list[dict[str, float]] = field(default_factory=list)
     optimizer: torch.optim.Optimizer | None = None
     scheduler: LRScheduler | None = None
-    # Of a stage that continues in the same process: what has been read of the current pass is not read again.
+    # For a stage that continues in the same process: batches of the current pass that have been read are not read again.
     iterator: Iterator[Any] | None = None
 
     @classmethod
@@ -169,7 +169,7 @@ def set_batchnorm_momentum(network: nn.Module, recipe: Recipe) -> None:
 
 @contextmanager
 def momentum_of_parts(modules: Sequence[nn.Module], parts: float) -> Iterator[None]:
-    """Running statistics that move as far in `parts` forward passes as they would in one; not at all if they are infinite."""
+    """Inside, running statistics move as far in `parts` forward passes as otherwise in one; not at all if `parts` is infinite."""
     before = [(layer, layer.momentum) for module in modules for layer in batchnorm_layers(module)]
     try:
         for layer, momentum in before if parts > 1 else ():

@@ -1,1 +1,1 @@
-"""Formats beside ONNX, a file each, which registers itself. Its extra is imported when the format is asked for."""
+"""Formats other than ONNX, one file each, which registers itself. Its extra is imported when the format is used."""

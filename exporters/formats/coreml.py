@@ -22,20 +22,20 @@ NAME = "coreml"
 
 
 def to_coreml(classifier: nn.Module, about: About, *, unchecked: bool = False) -> Artifact:
-    """One image at a time, as Vision asks.
+    """One image at a time, as Vision requires.
 
     Parameters
     ----------
     unchecked
-        Core ML answers on macOS alone. Elsewhere a file cannot be compared with the classifier, and is made only where this is
-        True; its `max_difference` is None. On macOS it is compared in any case.
+        Core ML runs only on macOS. Elsewhere a file cannot be compared with the classifier, and is made only if this is True;
+        its `max_difference` is None. On macOS it is compared in any case.
 
     Raises `ExportError` when the file cannot be made, cannot be compared, or disagrees with the classifier.
     """
     answers = sys.platform == "darwin"
     if not answers and not unchecked:
         raise ExportError(
-            "Core ML answers on macOS alone, so that the file cannot be compared with the model here. Nothing was written. "
+            "Core ML runs only on macOS, so the file cannot be compared with the model here. Nothing was written. "
             "Export on a Mac, or pass unchecked=True (--unchecked) and compare its answers there yourself"
         )
     coremltools = needed("coremltools", NAME)
@@ -69,7 +69,7 @@ def _converted(classifier: nn.Module, about: About, coremltools: Any) -> bytes:
 
 
 def run(content: bytes, coremltools: Any) -> Run:
-    """What a file answers to one image (1, 3, S, S), by the module `coremltools`; on macOS alone."""
+    """A function that runs a file on one image (1, 3, S, S), with the module `coremltools`; only on macOS."""
     from PIL import Image
 
     with tempfile.TemporaryDirectory() as folder:

@@ -36,13 +36,13 @@ def to_executorch(classifier: nn.Module, about: About) -> Artifact:
 
 
 def run(content: bytes, runtime: Any) -> Run:
-    """What a file answers to one image (1, 3, S, S), in `runtime`, the module `executorch.runtime`."""
+    """A function that runs a file on one image (1, 3, S, S), in `runtime`, the module `executorch.runtime`."""
     import torch
 
     program = runtime.Runtime.get().load_program(content)
     method = program.load_method("forward")
 
-    # A method reads the program and the bytes, and does not keep them alive.
+    # A method reads the program and the bytes, but does not keep them alive.
     def answer(images: Any, kept: Any = (program, content)) -> Any:
         return method.execute([torch.from_numpy(images).contiguous()])[0].numpy().copy()
 

@@ -38,7 +38,7 @@ def to_litert(classifier: nn.Module, about: About) -> Artifact:
 
 @contextlib.contextmanager
 def _quiet(progress: Any) -> Iterator[None]:
-    """Without the steps that the converter prints on stdout, which is for answers."""
+    """Suppresses the steps that the converter prints on stdout, which is for answers."""
     before, progress.console.quiet = progress.console.quiet, True
     try:
         yield
@@ -60,7 +60,7 @@ def _described(content: bytes, entries: dict[str, str], schema: Any, flatbuffers
 
 
 def run(content: bytes, interpreter: Any) -> Run:
-    """What a file answers to one image (1, 3, S, S), in `interpreter`, the module `ai_edge_litert.interpreter`."""
+    """A function that runs a file on one image (1, 3, S, S), in `interpreter`, the module `ai_edge_litert.interpreter`."""
     session = interpreter.Interpreter(model_content=content, num_threads=1)
     session.allocate_tensors()
     entry, end = session.get_input_details()[0]["index"], session.get_output_details()[0]["index"]
