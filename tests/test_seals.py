@@ -152,9 +152,11 @@ class TestSignatures:
         for name in [name for name in sys.modules if name.partition(".")[0] == "cryptography"]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, "cryptography", None)
-        for call, key in zip((sign, check_signature), keys, strict=True):
-            with pytest.raises(SettingError, match=r"pip install 'edge-dfcil\[sign\]'"):
-                call(exported, key)
+        private, public = keys
+        with pytest.raises(SettingError, match=r"pip install 'edge-dfcil\[sign\]'"):
+            sign(exported, private)
+        with pytest.raises(SettingError, match=r"pip install 'edge-dfcil\[sign\]'"):
+            check_signature(exported, public)
 
 
 class TestCommands:
