@@ -76,8 +76,17 @@ def describe(runs: dict[str, dict[str, Results]]) -> str:
         "A task of a method that trains at every task has two models: rows from class statistics at the start, and the adapted "
         f"one. The rule drops an adapted model whose expected error is more than {100 * WORSE:.0f} point above that of the "
         "instant one. It is right where it serves the model that is better on test images, or one within a point of it."
+        f"{_of_default(runs)}"
     )
     return f"{tables.table(head, rows)}\n\n{note}" if rows else ""
+
+
+def _of_default(runs: dict[str, dict[str, Results]]) -> str:
+    """A sentence on the runs that train no network after the first task."""
+    every = [result for methods in runs.values() for results in methods.values() for result in results]
+    fixed = [one for one in every if one.get("candidates") and one["recipe"]["schedule"]["adapt"] != "always"]
+    later = sum(len(one["candidates"]) - 1 for one in fixed)
+    return f" Methods that do not, the default among them, serve the instant model: {later} later tasks of {len(fixed)} runs."
 
 
 def _row(pairs: list[dict[str, Any]]) -> list[str]:
