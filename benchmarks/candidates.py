@@ -86,7 +86,7 @@ def _of_default(runs: dict[str, dict[str, Results]]) -> str:
     every = [result for methods in runs.values() for results in methods.values() for result in results]
     fixed = [one for one in every if one.get("candidates") and one["recipe"]["schedule"]["adapt"] != "always"]
     later = sum(len(one["candidates"]) - 1 for one in fixed)
-    return f" Methods that do not, the default among them, serve the instant model: {later} later tasks of {len(fixed)} runs."
+    return f" Methods that do not, the default among them, serve the instant model: {later} later tasks, runs: {len(fixed)}."
 
 
 def _row(pairs: list[dict[str, Any]]) -> list[str]:

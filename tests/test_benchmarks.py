@@ -216,7 +216,10 @@ def test_the_choice_between_instant_and_adapted_by_hand() -> None:
         pair((0.6, 0.4), (0.5, 0.6)),  # dropped, and worse
         {},  # a task without an instant model
     ]
-    table = candidates.describe({"tiny": {"abd": [{"seed": 0, "candidates": pairs}]}})
+    trains, fixed = ({"schedule": {"adapt": adapt}} for adapt in ("always", "first"))
+    ours = [{"seed": 0, "candidates": pairs, "recipe": trains}]
+    table = candidates.describe({"tiny": {"abd": ours, "frozen": [{"seed": 0, "candidates": [{}, {}, {}], "recipe": fixed}]}})
+    assert "serve the instant model: 2 later tasks, runs: 1." in table
     assert "| tiny | abd | 0 | 3 | 60.0 | 56.7 | 2 | 2 | -10.0 | 1 | 2 of 3 | 60.0 |" in table
 
 
