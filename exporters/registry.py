@@ -144,6 +144,22 @@ class ExportReport:
     input: str = "fixed"
     quantization: str = ""
 
+    def __str__(self) -> str:
+        """The file, how far it is from the model, and for INT8 its size, speed and answers compared with floats."""
+        difference = self.max_difference
+        compared = (
+            "not compared with the model" if difference is None else f"probabilities within {difference:.1g} of the model's"
+        )
+        lines = [f"{self.path}: {self.classes} classes, {self.bytes} bytes, {compared}"]
+        if self.input == "any":
+            lines.append(f"takes images of every size, and scales and crops them to {self.image_size} x {self.image_size} pixels")
+        if self.speedup is not None:
+            size = f"{self.bytes / self.float_bytes:.0%} of the float file's size"
+            lines.append(f"{size}, {self.speedup:.1f} times as fast; {self.quantization}")
+            lines += [f"answers as the model does for {share:.1%} of the {name}" for name, share in self.agreement.items()]
+            lines += [f"accuracy on the {n}: {before:.1%} as float, {after:.1%}" for n, (before, after) in self.accuracy.items()]
+        return "\n".join(lines)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ def test_answers_as_the_model_for_any_batch(exported: Any, test: Batches) -> Non
             assert mine.score == pytest.approx(theirs.score, abs=1e-4)
     assert report.max_difference < 1e-4
     assert report.bytes == path.stat().st_size
+
+
+def test_a_report_has_a_text(exported: Any) -> None:
+    _, report, path = exported
+    assert str(report).startswith(f"{path}: 2 classes, {path.stat().st_size} bytes, probabilities within ")
+    assert "images of every size" in str(replace(report, input="any"))
+    int8 = replace(report, bytes=10, float_bytes=40, max_difference=None, speedup=1.5, quantization="per-channel scales")
+    assert str(replace(int8, agreement={"dreams": 0.98}, accuracy={"pictures": (0.9, 0.89)})).splitlines() == [
+        f"{path}: 2 classes, 10 bytes, not compared with the model",
+        "25% of the float file's size, 1.5 times as fast; per-channel scales",
+        "answers as the model does for 98.0% of the dreams",
+        "accuracy on the pictures: 90.0% as float, 89.0%",
+    ]
 
 
 def test_floats_in_zero_to_one_are_the_same_pixels(exported: Any, test: Batches) -> None:

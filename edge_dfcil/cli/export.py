@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -21,9 +20,6 @@ from edge_dfcil.cli.options import (
     loader_of,
     recipe_options,
 )
-
-if TYPE_CHECKING:
-    from exporters import ExportReport
 
 
 @click.command("export")
@@ -84,18 +80,4 @@ def command(
         force=force,
         unchecked=unchecked,
     )
-    answer(report.to_dict(), as_json, _lines(report, out))
-
-
-def _lines(report: ExportReport, out: Path) -> list[str]:
-    difference = report.max_difference
-    compared = "not compared with the model" if difference is None else f"probabilities within {difference:.1g} of the model's"
-    lines = [f"{out}: {report.classes} classes, {report.bytes} bytes, {compared}"]
-    if report.input == "any":
-        lines.append(f"takes images of every size, and scales and crops them to {report.image_size} x {report.image_size} pixels")
-    if report.speedup is not None:
-        size = f"{report.bytes / report.float_bytes:.0%} of the float file's size"
-        lines.append(f"{size}, {report.speedup:.1f} times as fast; {report.quantization}")
-        lines += [f"answers as the model does for {share:.1%} of the {name}" for name, share in report.agreement.items()]
-        lines += [f"accuracy on the {n}: {before:.1%} as float, {after:.1%}" for n, (before, after) in report.accuracy.items()]
-    return lines
+    answer(report.to_dict(), as_json, str(report).splitlines())
