@@ -172,9 +172,15 @@ def _all_classes(found: dict[str, dict[str, Results]]) -> list[str]:
     return [
         f"All 100 classes in five tasks of 20, `resnet32` (`{ALL_CLASSES}`, row `{name}`{chosen}): {report.final(results)} % "
         f"after {minutes:.0f} minutes on {_threads(results[0]['machine'])}.{answered} "
-        f"Published for ABD: {PUBLISHED} %, for which the published code would take about {PUBLISHED_HOURS} hours on such a "
+        f"{_baselines(every)}Published for ABD: {PUBLISHED} %, "
+        f"for which the published code would take about {PUBLISHED_HOURS} hours on such a "
         f"machine.",
     ]
+
+
+def _baselines(methods: dict[str, Results]) -> str:
+    found = [f"{text} {report.final(methods[name])}" for name, text in BASELINES.items() if name in methods]
+    return f"Other heads on a frozen backbone, over its last features, end at: {', '.join(found)} %. " if found else ""
 
 
 def _trained_alike(one: Results, other: Results) -> bool:
