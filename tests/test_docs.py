@@ -26,6 +26,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from benchmarks import pages
+from benchmarks.__main__ import main as benchmarks
 from demos import figures
 from docs import site
 from edge_dfcil import Learner, recipe
@@ -172,6 +173,18 @@ def test_the_first_example_runs_after_pip_install_alone(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "accuracy" in done.stdout and (tmp_path / "digits.onnx").stat().st_size > 0
+
+
+BENCHMARKS = re.findall(r"^python -m (benchmarks [^#\n]*)", PAGES["docs/benchmarks/run.md"], re.M)
+
+
+@pytest.mark.parametrize("command", BENCHMARKS)
+def test_a_command_of_the_benchmarks_is_complete(command: str, tmp_path: Path) -> None:
+    (tmp_path / "FILE").touch()
+    places = {"PATH": str(tmp_path), "FILE": str(tmp_path / "FILE")}
+    _, name, *arguments = (places.get(word, word) for word in shlex.split(command))
+    with benchmarks.commands[name].make_context(name, arguments) as context:  # raises for a missing or unknown option
+        assert context.params
 
 
 def test_the_readme_is_short_and_promises_what_is_true() -> None:
