@@ -146,8 +146,8 @@ def test_the_block_for_a_browser_answers_as_the_learner(learnt: Learner, tmp_pat
     assert dict(answered) == pytest.approx(expected, abs=1e-3)
 
 
-def not_installed_by_pip_install() -> list[str]:
-    """The modules of this environment that `pip install .` alone would not install."""
+def not_installed_by_pip_install(extra: str = "") -> list[str]:
+    """The modules of this environment that `pip install .` would not install, or not with an extra of this package."""
     needed, queue = set(), ["edge-dfcil"]
     while queue:
         name = canonicalize_name(queue.pop())
@@ -158,7 +158,8 @@ def not_installed_by_pip_install() -> list[str]:
             found = map(Requirement, requires(name) or [])
         except PackageNotFoundError:  # of another platform
             continue
-        queue += [one.name for one in found if one.marker is None or one.marker.evaluate({"extra": ""})]
+        asked = {"extra": extra if name == "edge-dfcil" else ""}
+        queue += [one.name for one in found if one.marker is None or one.marker.evaluate(asked)]
     modules = packages_distributions()
     return [name for name, homes in modules.items() if not needed & {canonicalize_name(home) for home in homes}]
 
@@ -173,6 +174,15 @@ def test_the_first_example_runs_after_pip_install_alone(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "accuracy" in done.stdout and (tmp_path / "digits.onnx").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_benchmarks_start_with_their_extra_alone() -> None:
+    missing = not_installed_by_pip_install("bench")
+    assert {"timm", "mkdocs"} <= set(missing) and "sklearn" not in missing
+    program = f"import sys\nsys.modules.update(dict.fromkeys({missing!r}))\nimport benchmarks.__main__"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 BENCHMARKS = re.findall(r"^python -m (benchmarks [^#\n]*)", PAGES["docs/benchmarks/run.md"], re.M)
