@@ -201,7 +201,8 @@ def describe(folder: Path) -> str:
             rows.append([name, *(figures if name != "as it is" else [figures[0], "", ""])])
     note = (
         f"ABD with the recipe `{PROTOCOL.recipe}` and a trained head on {PROTOCOL.name}, accuracy after {TASKS} tasks, seeds "
-        f"{', '.join(str(run['seed']) for run in runs)}. Every second task begins with the same model and takes the same steps. "
+        f"{', '.join(str(run['seed']) for run in runs)}. Every second task begins with the same model and takes the same steps; "
+        "a row with fewer gains has the first seeds alone. Seconds are of runs that may have shared their machine. "
         "`python -m benchmarks trials` runs it."
     )
     return f"{note}\n\n{tables.table(['part', 'accuracy, %', 'gain by seed, points', 'times the seconds'], rows)}" if rows else ""
