@@ -6,7 +6,6 @@ import ast
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def run_accuracy(
 ) -> None:
     """Accuracy after each task. Run again, a stopped run continues from the last finished task."""
     given = {name: value for name, value in other.items() if value is not None}
-    protocols = [changed(accuracy.find_preset(name), given) for name in preset.split(",")]
+    protocols = [accuracy.changed(accuracy.find_preset(name), given) for name in preset.split(",")]
     numbers = _numbers(changes)
     out.mkdir(parents=True, exist_ok=True)
     in_time = _deadline(minutes)
@@ -121,14 +120,6 @@ def _deadline(minutes: float | None) -> Callable[[float], bool]:
         return time.monotonic() + 1.1 * longest < end
 
     return in_time
-
-
-def changed(protocol: accuracy.Protocol, other: dict[str, Any]) -> accuracy.Protocol:
-    """A preset with other settings, which its name then contains."""
-    if not other:
-        return protocol
-    name = "-".join([protocol.name, *(f"{key}={value}" for key, value in other.items())])
-    return replace(protocol, name=name, **other)
 
 
 def _numbers(changes: Sequence[str]) -> dict[str, Any]:
@@ -230,7 +221,7 @@ def run_rejection(data: Path, preset: str, seeds: str, per_class: int | None, ou
     """Rejection of classes that were not learnt, and calibration; results done already are kept."""
     out.mkdir(parents=True, exist_ok=True)
     given = {} if per_class is None else {"per_class": per_class}
-    protocols = [changed(accuracy.find_preset(name), given) for name in preset.split(",")]
+    protocols = [accuracy.changed(accuracy.find_preset(name), given) for name in preset.split(",")]
     chosen = [int(seed) for seed in seeds.split(",")]
     rejections.run_all(protocols, chosen, lambda p: datasets.load(data, p.dataset, p.image_size), out, device, click.echo)
     click.echo(rejections.describe(out))

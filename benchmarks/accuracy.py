@@ -139,6 +139,14 @@ def find_preset(name: str) -> Protocol:
     return PRESETS[name]
 
 
+def changed(protocol: Protocol, other: dict[str, Any]) -> Protocol:
+    """A preset with other settings, which its name then contains."""
+    if not other:
+        return protocol
+    name = "-".join([protocol.name, *(f"{key}={value}" for key, value in other.items())])
+    return replace(protocol, name=name, **other)
+
+
 def tag_of(changes: dict[str, Any] | None) -> str:
     """Numbers of the recipe that are changed, in the name of a result."""
     return "".join(f"-{key}={value}" for key, value in (changes or {}).items())

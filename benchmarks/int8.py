@@ -18,7 +18,7 @@ from benchmarks.tables import percent, table
 from edge_dfcil import Learner
 from edge_dfcil.exporting import Merged, Pictures
 from edge_dfcil.recipe import RECIPES
-from exporters import ExportError, Int8
+from exporters import ExportError, ExportReport, Int8
 from exporters import int8 as ways
 
 FILE = "int8.json"
@@ -29,8 +29,8 @@ CLASSES, IMAGE_SIZE, CALIBRATION = 10, 64, 60  # CALIBRATION: training images a 
 def run(data: Data, models: Path, say: Callable[[str], None], backbones: Sequence[str]) -> dict[str, Any]:
     """Every way of `exporters.int8.ATTEMPTS` for each backbone, learnt on some classes or read from MODELS/NAME.safetensors.
 
-    Each is calibrated on training images and checked on all test images. Beside them stands what `Learner.export` writes, which
-    calibrates on generated images.
+    Each is calibrated on training images and checked on all test images. The last row of a backbone is the export
+    of a learner without images, which calibrates on generated ones.
     """
     made = machine.provenance(torch.device("cpu"))
     order = class_order(len(data.names), 0)[:CLASSES]
@@ -65,20 +65,19 @@ def _trained(name: str, train: Part, data: Data) -> Learner:
 def _exported(learner: Learner, setting: Int8, way: ways.Attempt) -> dict[str, Any]:
     """What `exporters.export` reports of one way, or why it refused."""
     model, size = Merged(learner.model).eval(), learner.image_size
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            given = replace(setting, attempts=(way,))
-            report = exporters.export(model, Path(folder) / "m.onnx", classes=learner.classes, image_size=size, int8=given)
-        except ExportError as error:
-            return {"refused": str(error)}
-    return report.to_dict() | {"path": ""}
+    given = replace(setting, attempts=(way,))
+    return _reported(lambda path: exporters.export(model, path, classes=learner.classes, image_size=size, int8=given))
 
 
 def _generated(learner: Learner, test: Part, names: Sequence[str]) -> dict[str, Any]:
     """What an export reports that has no training images, or why it refused."""
+    return _reported(lambda path: learner.export(path, "int8", evaluation=test, classes=names, force=True, progress=False))
+
+
+def _reported(export: Callable[[Path], ExportReport]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         try:
-            report = learner.export(Path(folder) / "m.onnx", "int8", evaluation=test, classes=names, force=True, progress=False)
+            report = export(Path(folder) / "m.onnx")
         except ExportError as error:
             return {"refused": str(error)}
     return report.to_dict() | {"path": ""}
@@ -92,7 +91,7 @@ def describe(found: dict[str, Any]) -> str:
         for network in found["networks"]
         for images, way, report in (
             *(("training", way, report) for way, report in network["ways"].items()),
-            *([("generated", "every way", network["generated"])] if "generated" in network else []),
+            ("generated", "every way", network["generated"]),
         )
     ]
     head = [
@@ -108,9 +107,8 @@ def describe(found: dict[str, Any]) -> str:
     text = (
         f"{setting['classes']} classes of CIFAR-100 at {setting['image_size']} pixels, trained here from scratch, calibrated on "
         f"{setting['calibration']} training images or, as an export does without any, on generated images; answers on all "
-        f"test images, ONNX Runtime, one image, one thread, "
-        f"{found['machine']['processor']}. An export writes the first way that loses at most a point of accuracy, if it is "
-        "faster than floats."
+        f"test images, ONNX Runtime, one image, one thread, {found['machine']['processor']}. An export writes the first way that "
+        "loses at most a point of accuracy, if it is faster than floats."
     )
     return f"{text}\n\n{table(head, rows)}"
 

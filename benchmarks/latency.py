@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks import machine
-from benchmarks.tables import table
+from benchmarks.tables import counted, table
 from edge_dfcil import Learner
 from exporters.timing import in_turns, session
 
@@ -46,7 +46,7 @@ def run(
         found["sizes"][BASE] = model.stat().st_size
         for threads in (1, 2):
             for batch in (1, 32):
-                column = f"{_counted(batch, 'image')}, {_counted(threads, 'thread')}"
+                column = f"{counted(batch, 'image')}, {counted(threads, 'thread')}"
                 say(column)
                 found["seconds"][column] = _timed(learner, graphs, batch, threads, rounds, compiled)
         say("cold starts")
@@ -71,10 +71,6 @@ def _graphs(learner: Learner, others: dict[str, Path], folder: Path, say: Callab
         report = one.export(folder / "graph.onnx", quantize, force=quantize is not None, progress=False)
         graphs[name] = Path(report.path).read_bytes()
     return graphs
-
-
-def _counted(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _timed(learner: Learner, graphs: dict[str, bytes], batch: int, threads: int, rounds: int, compiled: bool) -> dict[str, float]:

@@ -145,12 +145,8 @@ BESIDE = {
 
 def _speed(timed: dict[str, Any]) -> str:
     machine = timed["machine"]
-    where = _threads(machine) if machine["device"] == "cpu" else f"an {machine['device']}"
+    where = tables.counted(machine["threads"], "CPU thread") if machine["device"] == "cpu" else f"an {machine['device']}"
     return f"{timed['classifier_step_ratio']:.1f} and {timed['generator_step_ratio']:.1f} times as fast on {where}"
-
-
-def _threads(machine: dict[str, Any]) -> str:
-    return f"{machine['threads']} CPU thread{'s' if machine['threads'] != 1 else ''}"
 
 
 def _all_classes(found: dict[str, dict[str, Results]]) -> list[str]:
@@ -171,7 +167,7 @@ def _all_classes(found: dict[str, dict[str, Results]]) -> list[str]:
     chosen = f", the best of {len(runs)} settings tried" if len(runs) > 1 else ""
     return [
         f"All 100 classes in five tasks of 20, `resnet32` (`{ALL_CLASSES}`, row `{name}`{chosen}): {report.final(results)} % "
-        f"after {minutes:.0f} minutes on {_threads(results[0]['machine'])}.{answered} "
+        f"after {minutes:.0f} minutes on {tables.counted(results[0]['machine']['threads'], 'CPU thread')}.{answered} "
         f"{_baselines(every)}Published for ABD: {PUBLISHED} %, "
         f"for which the published code would take about {PUBLISHED_HOURS} hours on such a "
         f"machine.",

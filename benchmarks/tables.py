@@ -27,3 +27,7 @@ def over_seeds(values: Sequence[float], times: float = 1) -> str:
 def megabytes(size: float) -> str:
     """Bytes as whole megabytes, without the unit."""
     return f"{size / 1e6:.0f}"
+
+
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"

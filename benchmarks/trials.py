@@ -26,7 +26,7 @@ from edge_dfcil.recipe import Recipe, dotted, find_recipe
 from edge_dfcil.training.data import Batch
 from edge_dfcil.training.stage import Stage, Terms
 
-PROTOCOL = replace(accuracy.find_preset("edge-5x4"), name="edge-5x4-per_class=150", per_class=150)
+PROTOCOL = accuracy.changed(accuracy.find_preset("edge-5x4"), {"per_class": 150})
 EDGE = find_recipe(PROTOCOL.recipe).changed(dotted(PROTOCOL.changes))
 TASKS = 2
 

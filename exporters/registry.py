@@ -314,6 +314,10 @@ def export(
     check_target(path, source)
     about = About(tuple(classes), image_size, source_sha256, version, temperature, tuple(thresholds))
     exporter.check_options(options)
+    try:
+        inspect.signature(exporter.export).bind(classifier, about, **options)
+    except TypeError as error:  # an option of the format is missing, or has the name of one of the first two
+        raise ExportError(f"the format {exporter.name!r} does not take these options ({error})") from error
     with _in_eval_mode(classifier):
         made = exporter.export(classifier, about, **options)
     check_target(path, source)  # again: making it may have taken minutes
