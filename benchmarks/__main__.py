@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from benchmarks import accuracy, audits, datasets, memory_tables, pages, runners, steps, trials, trust, workshop_tables
+from benchmarks import accuracy, audits, datasets, latent, memory_tables, pages, runners, steps, trials, trust, workshop_tables
 from benchmarks import formats as forms
 from benchmarks import images as photographs
 from benchmarks import int8 as int8s
@@ -319,6 +319,24 @@ def run_trials(data: Path, seeds: str, out: Path) -> None:
     for seed in map(int, seeds.split(",")):
         trials.run(datasets.load(data), seed, out, click.echo)
     click.echo(trials.describe(out))
+
+
+@main.command("latent")
+@DATA
+@click.option("--presets", default=",".join(latent.PRESETS), show_default=True, help="Names with commas between.")
+@click.option("--seeds", default="0", show_default=True, help="Numbers, with commas between; the class order follows them.")
+@click.option("--ways", default=",".join(latent.WAYS), show_default=True, help="Names with commas between.")
+@RESULTS
+def run_latent(data: Path, presets: str, seeds: str, ways: str, out: Path) -> None:
+    """Upper blocks trained on generated feature maps; a stopped run continues from the last finished way."""
+    if unknown := set(ways.split(",")) - set(latent.WAYS):
+        raise click.BadParameter(f"unknown ways: {', '.join(sorted(unknown))}", param_hint="--ways")
+    out.mkdir(parents=True, exist_ok=True)
+    for protocol in map(accuracy.find_preset, presets.split(",")):
+        loaded = datasets.load(data, protocol.dataset, protocol.image_size)
+        for seed in map(int, seeds.split(",")):
+            latent.run(protocol, loaded, seed, out, click.echo, ways.split(","))
+    click.echo(latent.describe(out))
 
 
 @main.command("trust")

@@ -17,6 +17,7 @@ from benchmarks import (
     images,
     int8,
     latency,
+    latent,
     memory,
     memory_tables,
     precision,
@@ -120,6 +121,8 @@ def write(folder: Path) -> str:
         parts += ["## Instant and adapted", both]
     if parts_tried := trials.describe(folder):
         parts += ["## Parts of other methods", parts_tried]
+    if on_maps := latent.describe(folder):
+        parts += ["## Latent inversion", on_maps]
     if timed := measured_all(folder, speed.FILE):
         parts += ["## Speed", *map(speed.describe, timed)]
     if (steps := measured(folder / precision.FILE)) is not None:

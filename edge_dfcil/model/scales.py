@@ -65,7 +65,7 @@ class Scales:
             features: Tensor = backbone(images)
         finally:
             self._local.seen = None
-        return torch.cat([features, *(_pooled(seen[name], self.spread).to(features.dtype) for name in self.layers)], 1)
+        return torch.cat([features, *(pooled(seen[name], self.spread).to(features.dtype) for name in self.layers)], 1)
 
     def keep(self, name: str, output: Tensor) -> None:
         """Called by the hooks."""
@@ -90,7 +90,7 @@ class _Hook:
         self._scales.keep(self._name, output)
 
 
-def _pooled(maps: Tensor, spread: bool) -> Tensor:
+def pooled(maps: Tensor, spread: bool) -> Tensor:
     """Means of the cells (N, C GRID^2), followed by the standard deviations of the whole maps (N, C)."""
     cells = F.adaptive_avg_pool2d(maps, GRID).flatten(1)
     if not spread:

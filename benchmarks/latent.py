@@ -1,0 +1,366 @@
+"""Guided latent inversion: the upper blocks of a pretrained network train on generated feature maps of old classes.
+
+The lower blocks and BatchNorm's statistics stay as they are. New images pass the lower blocks once. At each task a generator is
+trained to make maps at the cut that the upper blocks of before the task map to the stored mean and variances of each old class.
+The upper blocks then train on new maps and generated ones, with distillation of their features. Class statistics are moved by a
+drift map, and the head is LDA. The frozen backbone with the same head is the rival.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import accuracy, datasets, machine, tables
+from edge_dfcil.dreaming import objective
+from edge_dfcil.heads.drift import DriftMap, DriftSums
+from edge_dfcil.heads.lda import Shrinkage, lda_head
+from edge_dfcil.model import backbones, scales
+from edge_dfcil.model.preprocessing import fit
+
+PRESETS = ("pretrained-signs", "pretrained-cifar")
+CUT = 9  # of EfficientNet-Lite0's 16 blocks; the first nine are frozen
+LAST = 1280  # features of the last layer; those of several scales follow
+SHRINKAGE = Shrinkage(0.3)
+STEPS, GENERATOR_STEPS, JOINT_STEPS = 120, 100, 300  # of a task; of all classes at once
+BATCH, GENERATOR_BATCH, CLASSES_PER_BATCH, POOL = 32, 64, 4, 512
+LEARNING_RATE, GENERATOR_LEARNING_RATE = 0.01, 2e-3
+NOISE, WIDTH = 64, 128  # of the generator
+
+FROZEN, GUIDED, ALIGNED, NONE, JOINT = "frozen", "guided", "BatchNorm's statistics", "no generated maps", "all classes at once"
+WAYS = {
+    FROZEN: "the backbone as it is",
+    NONE: "upper blocks trained on new images alone",
+    ALIGNED: "the same and generated maps that match BatchNorm's statistics (ABD's objective)",
+    GUIDED: "the same and generated maps that match the stored mean and variances of each class",
+    JOINT: "upper blocks trained on real images of all classes at once (an upper bound)",
+}
+
+
+class Lower(nn.Module):
+    """Normalised images (N, 3, S, S) -> maps at the cut (N, C, S/16, S/16) and the frozen features of several scales (N, G)."""
+
+    def __init__(self, network: Any, read: Sequence[str]) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
+        self.blocks, self.read = network._blocks[:CUT], [f"_blocks.{i}" in read for i in range(CUT)]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        maps, found = _through(self.blocks, self.read, self.stem(images))
+        return maps, torch.cat(found, 1)
+
+
+class Upper(nn.Module):
+    """Maps at the cut -> the last features, followed by those of several scales, (N, U)."""
+
+    def __init__(self, network: Any, read: Sequence[str]) -> None:
+        super().__init__()
+        self.blocks, self.read = network._blocks[CUT:], [f"_blocks.{i}" in read for i in range(CUT, len(network._blocks))]
+        self.last = nn.Sequential(network._conv_head, network._bn1, network._swish)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        maps, found = _through(self.blocks, self.read, maps)
+        return torch.cat([self.last(maps).mean((2, 3)), *found], 1)
+
+
+def _through(blocks: nn.ModuleList, read: Sequence[bool], maps: Tensor) -> tuple[Tensor, list[Tensor]]:
+    found = []
+    for block, is_read in zip(blocks, read, strict=True):
+        maps = block(maps)
+        if is_read:
+            found.append(scales.pooled(maps, spread=True))
+    return maps, found
+
+
+class Generator(nn.Module):
+    """Noise (N, NOISE) and labels (N,) -> maps (N, C, 6, 6); before it is trained, with the channel statistics of `like`."""
+
+    def __init__(self, classes: int, like: Tensor) -> None:
+        super().__init__()
+        self.embedding, self.first = nn.Embedding(classes, NOISE), nn.Linear(2 * NOISE, WIDTH * 9)
+        channels = like.shape[1]
+        self.convolutions = nn.Sequential(
+            nn.BatchNorm2d(WIDTH),
+            nn.Upsample(size=like.shape[2:]),
+            nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
+            nn.BatchNorm2d(WIDTH),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(WIDTH, channels, 3, padding=1),
+        )
+        self.out = nn.BatchNorm2d(channels)
+        with torch.no_grad():
+            self.out.weight.copy_(like.std((0, 2, 3)))
+            self.out.bias.copy_(like.mean((0, 2, 3)))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        noise = torch.randn(len(labels), NOISE)
+        x = self.first(torch.cat([noise, self.embedding(labels)], 1)).view(-1, WIDTH, 3, 3)
+        found: Tensor = self.out(self.convolutions(x))
+        return found
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What the lower part gives for the images of one task: maps (N, C, H, W), frozen features (N, G) and rows (N,)."""
+
+    maps: Tensor
+    fixed: Tensor
+    rows: Tensor
+
+    def features(self, upper: Upper) -> Tensor:
+        """All features (N, U + G)."""
+        return torch.cat([_features(upper, self.maps), self.fixed], 1).double()
+
+
+@dataclass
+class Statistics:
+    """Class means (C, F), the covariance within classes (F, F), and of how many images they are."""
+
+    means: Tensor
+    covariance: Tensor
+    images: int
+
+    @classmethod
+    def of(cls, features: Tensor, rows: Tensor) -> Statistics:
+        classes = rows.unique()
+        means = torch.stack([features[rows == row].mean(0) for row in classes])
+        rest = features - means[rows - classes[0]]
+        return cls(means, rest.T @ rest / (len(rest) - len(classes)), len(rest))
+
+    def with_new(self, new: Statistics) -> Statistics:
+        """Also of the classes of a new task."""
+        images = self.images + new.images
+        covariance = (self.images * self.covariance + new.images * new.covariance) / images
+        return Statistics(torch.cat([self.means, new.means]), covariance, images)
+
+    def moved(self, drift: DriftMap) -> Statistics:
+        """In the features of new upper blocks; the frozen features stay."""
+        u = len(drift.offset)
+        whole = torch.eye(len(self.covariance), dtype=self.covariance.dtype)
+        whole[:u, :u] = drift.matrix
+        means, covariance = self.means @ whole, whole.T @ self.covariance @ whole
+        means[:, :u] += drift.offset
+        covariance[:u, :u] += drift.residual
+        return Statistics(means, covariance, self.images)
+
+    def head(self, features: int) -> tuple[Tensor, Tensor]:
+        """LDA's weight and bias for the first `features`."""
+        return lda_head(self.means[:, :features], self.covariance[:features, :features].contiguous(), SHRINKAGE)
+
+    def accuracy(self, tests: Sequence[Maps], upper: Upper, features: int | None = None) -> float:
+        """Of LDA on test images of the classes."""
+        found, rows = torch.cat([test.features(upper) for test in tests]), torch.cat([test.rows for test in tests])
+        weight, bias = self.head(features or found.shape[1])
+        return float(((found[:, : len(weight[0])] @ weight.T + bias).argmax(1) == rows).double().mean())
+
+
+@torch.no_grad()
+def _features(upper: Upper, maps: Tensor) -> Tensor:
+    return torch.cat([upper(part) for part in maps.split(100)])
+
+
+@dataclass(frozen=True)
+class Case:
+    """A preset with a seed: the backbone in two parts, and each task's images behind the lower one."""
+
+    upper: Upper
+    training: list[Maps]
+    tests: list[Maps]
+
+
+def case(protocol: accuracy.Protocol, data: datasets.Data, seed: int) -> Case:
+    """Passes all images through the lower part once."""
+    backbone = backbones.create(protocol.backbone, protocol.weights)
+    network, size = backbone.module.eval().requires_grad_(False), protocol.image_size
+    read = scales.find_layers(network, size)
+    lower, upper = Lower(network, read), Upper(network, read)
+    tasks = accuracy.tasks_of(protocol, data, seed)
+    rows = {target: row for row, target in enumerate(target for task in tasks for target in task)}
+    centre, spread = (torch.tensor(values).view(3, 1, 1) for values in (backbone.mean, backbone.std))
+
+    @torch.no_grad()
+    def behind(part: datasets.Part) -> Maps:
+        images = (fit(part.images, size).float() / 255 - centre) / spread
+        maps, fixed = zip(*(lower(some) for some in images.split(50)), strict=True)
+        return Maps(torch.cat(maps), torch.cat(fixed), torch.tensor([rows[int(target)] for target in part.targets]))
+
+    training = [behind(accuracy.training(protocol, data, task, seed)) for task in tasks]
+    return Case(upper, training, [behind(data.part("test", task, 500)) for task in tasks])
+
+
+def learn(found: Case, way: str, seed: int, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Learns all tasks in one way; returns accuracy after each (with all features and with the last ones) and seconds."""
+    torch.manual_seed(seed)
+    upper = copy.deepcopy(found.upper).eval()
+    begin = time.perf_counter()
+    result: dict[str, list[float]] = {"accuracy": [], "last_features": [], "seconds": []}
+    statistics: Statistics | None = None
+    for n, new in enumerate(_joined(found.training) if way == JOINT else found.training, 1):
+        if way == JOINT:
+            _train(upper, _batches([new], [new.fixed]), JOINT_STEPS, int(new.rows.max()) + 1)
+        elif statistics is not None and way != FROZEN:
+            statistics = _adapt(upper, new, statistics, way)
+        own = Statistics.of(new.features(upper), new.rows)
+        statistics = own if statistics is None else statistics.with_new(own)
+        result["seconds"].append(time.perf_counter() - begin)
+        tests = found.tests if way == JOINT else found.tests[:n]
+        result["accuracy"].append(statistics.accuracy(tests, upper))
+        result["last_features"].append(statistics.accuracy(tests, upper, LAST))
+        say(f"{way}, task {n}: {result['accuracy'][-1]:.1%}, {result['seconds'][-1]:.0f} s")
+        begin = time.perf_counter()
+    return result
+
+
+def _joined(tasks: Sequence[Maps]) -> list[Maps]:
+    """All tasks as one."""
+    return [Maps(*(torch.cat([getattr(task, name) for task in tasks]) for name in ("maps", "fixed", "rows")))]
+
+
+def _adapt(upper: Upper, new: Maps, statistics: Statistics, way: str) -> Statistics:
+    """Trains the upper blocks on a task; returns the old classes' statistics in their new features."""
+    before, known = copy.deepcopy(upper), len(statistics.means)
+    parts = [new] if way == NONE else [new, _pool(_generator(before, new.maps, statistics, way), known)]
+    targets = [_features(before, part.maps) for part in parts]
+    _, variance = _moments(statistics, targets[0].shape[1])
+    _train(upper, _batches(parts, targets), STEPS, int(new.rows.max()) + 1, known, variance)
+    drift = DriftSums(len(variance), torch.float64, torch.device("cpu"))
+    for part, target in zip(parts, targets, strict=True):
+        drift.add(target, _features(upper, part.maps))
+    return statistics.moved(drift.solve())
+
+
+def _generator(before: Upper, new: Tensor, statistics: Statistics, way: str) -> Generator:
+    """Trained to make maps that the old classifier takes for the class, and that match what is known of it."""
+    classes = len(statistics.means)
+    generator = Generator(classes, new)
+    means, variance = _moments(statistics, _features(before, new[:1]).shape[1])
+    weight, bias = (each.float() for each in statistics.head(len(variance)))
+    layers = objective.BatchStatistics(before)
+    optimizer = torch.optim.Adam(generator.parameters(), GENERATOR_LEARNING_RATE)
+    for _ in range(GENERATOR_STEPS):
+        chosen = torch.randperm(classes)[:CLASSES_PER_BATCH]
+        labels = chosen.repeat_interleave(GENERATOR_BATCH // len(chosen))
+        with layers.recording() as recorded:
+            features = before(generator(labels))
+        loss = F.cross_entropy(features @ weight.T + bias, labels)
+        if way == GUIDED:
+            each = features.view(len(chosen), -1, features.shape[1])  # (classes, images, U)
+            loss = loss + 5 * ((each.mean(1) - means[chosen]).square() / variance).mean()
+            loss = loss + (each.var(1).mean(0) / variance).clamp_min(1e-4).log().square().mean()
+        else:
+            loss = loss + 10 * objective.statistics_alignment(recorded)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return generator
+
+
+def _moments(statistics: Statistics, features: int) -> tuple[Tensor, Tensor]:
+    """Class means (C, U) and variances (U,) of the features that move, never 0."""
+    variance = statistics.covariance.diagonal()[:features].float()
+    return statistics.means[:, :features].float(), variance + 1e-4 * variance.mean()
+
+
+@torch.no_grad()
+def _pool(generator: Generator, classes: int) -> Maps:
+    """Generated maps of random old classes, of which the steps of a task draw."""
+    rows = torch.randint(classes, (POOL,))
+    return Maps(torch.cat([generator(some) for some in rows.split(GENERATOR_BATCH)]), torch.zeros(POOL, 0), rows)
+
+
+def _batches(parts: Sequence[Maps], targets: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Maps, rows and target features without end: `BATCH` random ones of each part."""
+    while True:
+        drawn = [torch.randint(len(part.rows), (BATCH,)) for part in parts]
+        chosen = [(part.maps[i], part.rows[i], target[i]) for part, target, i in zip(parts, targets, drawn, strict=True)]
+        maps, rows, found = zip(*chosen, strict=True)
+        yield torch.cat(maps), torch.cat(rows), torch.cat(found)
+
+
+def _train(
+    upper: Upper,
+    batches: Iterator[tuple[Tensor, Tensor, Tensor]],
+    steps: int,
+    classes: int,
+    old: int = 0,
+    variance: Tensor | None = None,
+) -> None:
+    """Trains the upper blocks with a linear head over the last features, which is dropped.
+
+    As in ABD, the `classes - old` new ones compete among themselves, and the head learns all classes from features without a
+    gradient. With a `variance` (U,), all features are distilled, relative to it.
+    """
+    head = nn.Linear(LAST, classes)
+    upper.requires_grad_(True)
+    optimizer = torch.optim.SGD([*upper.parameters(), *head.parameters()], LEARNING_RATE, momentum=0.9, weight_decay=2e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, cycle_momentum=False)
+    for _ in range(steps):
+        maps, rows, target = next(batches)
+        features = upper(maps)
+        last, new = features[:, :LAST], rows >= old
+        loss = F.cross_entropy(head(last[new])[:, old:], rows[new] - old) + F.cross_entropy(head(last.detach()), rows)
+        if variance is not None:
+            loss = loss + ((features - target).square() / variance).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    upper.requires_grad_(False)
+
+
+def run(
+    protocol: accuracy.Protocol,
+    data: datasets.Data,
+    seed: int,
+    out: Path,
+    say: Callable[[str], None],
+    ways: Sequence[str] = tuple(WAYS),
+) -> dict[str, Any]:
+    """Learns in some ways; those that `out` has already are kept."""
+    path = out / f"latent-{protocol.name}-{seed}.json"
+    result: dict[str, Any]
+    if path.exists():
+        result = json.loads(path.read_text())
+    else:
+        made = machine.provenance(torch.device("cpu"))
+        result = {"protocol": asdict(protocol), "seed": seed, **made, "ways": {}}
+    missing = [way for way in ways if way not in result["ways"]]
+    found = case(protocol, data, seed) if missing else None
+    for way in missing:
+        assert found is not None
+        result["ways"][way] = learn(found, way, seed, lambda line: say(f"{protocol.name} seed {seed}, {line}"))
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def describe(folder: Path) -> str:
+    """Markdown, a row for each way on each preset; empty if there is no result."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("latent-*.json"))]
+    rows = []
+    for preset in dict.fromkeys(run["protocol"]["name"] for run in runs):
+        for way, says in WAYS.items():
+            found = [run["ways"][way] for run in runs if run["protocol"]["name"] == preset and way in run["ways"]]
+            if found:
+                each = " / ".join(f"{100 * mean(values):.1f}" for values in zip(*(one["accuracy"] for one in found), strict=True))
+                final, last = ([one[name][-1] for one in found] for name in ("accuracy", "last_features"))
+                minutes = f"{mean(sum(one['seconds']) for one in found) / 60:.1f}"
+                figures = [each, tables.over_seeds(final, 100), tables.over_seeds(last, 100), minutes]
+                rows.append([preset, f"{way}: {says}", *figures, str(len(found))])
+    note = (
+        f"EfficientNet-Lite0, whose first {CUT} of 16 blocks and BatchNorm statistics are frozen; {STEPS} steps a task for the "
+        f"others and {GENERATOR_STEPS} for a generator of feature maps; LDA with a shrinkage of {SHRINKAGE.amount} from class "
+        "statistics, which a drift map moves. Minutes are of training, and of runs that may have shared their machine. "
+        "`python -m benchmarks latent` runs it."
+    )
+    columns = "preset|way|accuracy after each task, %|after the last, %|the same with the last features alone|minutes|seeds"
+    return f"{note}\n\n{tables.table(columns.split('|'), rows)}" if rows else ""
