@@ -11,7 +11,20 @@ from typing import Any
 
 import click
 
-from benchmarks import accuracy, audits, datasets, latent, memory_tables, pages, runners, steps, trials, trust, workshop_tables
+from benchmarks import (
+    accuracy,
+    audits,
+    datasets,
+    files,
+    latent,
+    memory_tables,
+    pages,
+    runners,
+    steps,
+    trials,
+    trust,
+    workshop_tables,
+)
 from benchmarks import formats as forms
 from benchmarks import images as photographs
 from benchmarks import int8 as int8s
@@ -151,8 +164,7 @@ def run_speed(as_json: bool, quick: bool, out: Path, device: str) -> None:
     """Our steps against the published ones, in turns and in one run, and where the time goes."""
     found = speeds.run(device, steps.QUICK if quick else steps.FULL, lambda line: click.echo(line, err=True))
     if not quick:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / speeds.file(device)).write_text(json.dumps(found, indent=1) + "\n")
+        files.write(out / speeds.file(device), found)
     click.echo(json.dumps(found) if as_json else speeds.describe(found))
 
 
@@ -167,8 +179,7 @@ def run_precision(data: Path, quick: bool, remark: str | None, name: str, out: P
     setting = precisions.QUICK if quick else precisions.FULL
     found = precisions.run(datasets.load(data), setting, lambda line: click.echo(line, err=True), remark)
     if not quick:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text(json.dumps(found, indent=1) + "\n")
+        files.write(out / name, found)
     click.echo(precisions.describe(found))
 
 
@@ -179,7 +190,6 @@ def run_precision(data: Path, quick: bool, remark: str | None, name: str, out: P
 @RESULTS
 def run_memory(data: Path, kinds: str, seeds: str, out: Path) -> None:
     """Plans against peaks under budgets, bytes kept against replay, and whether memory grows; resumable at any run."""
-    out.mkdir(parents=True, exist_ok=True)
     wanted = set(map(int, seeds.split(",")))
     chosen = [cell for cell in memories.cells(kinds.split(",")) if cell.seed in wanted]
     click.echo(memory_tables.describe(memories.run(chosen, data, out, lambda line: click.echo(line, err=True))))
@@ -203,7 +213,6 @@ def run_memory(data: Path, kinds: str, seeds: str, out: Path) -> None:
 def run_workshop(data: Path, parts: str, models: Path, setting: str | None, table: Path | None, out: Path, device: str) -> None:
     """Distillation, pruning, INT8 and adoption through dreams; resumable at any step."""
     models.mkdir(parents=True, exist_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
     chosen = workshops.SETTINGS[setting or "full"]
     shop = workshops.Workshop(datasets.load(data), out, models, chosen, device, table)
     found = shop.run(["teacher", *parts.split(",")], lambda line: click.echo(line, err=True))
@@ -219,7 +228,6 @@ def run_workshop(data: Path, parts: str, models: Path, setting: str | None, tabl
 @DEVICE
 def run_rejection(data: Path, preset: str, seeds: str, per_class: int | None, out: Path, device: str) -> None:
     """Rejection of classes that were not learnt, and calibration; results done already are kept."""
-    out.mkdir(parents=True, exist_ok=True)
     given = {} if per_class is None else {"per_class": per_class}
     protocols = [accuracy.changed(accuracy.find_preset(name), given) for name in preset.split(",")]
     chosen = [int(seed) for seed in seeds.split(",")]
@@ -237,7 +245,6 @@ def run_rejection(data: Path, preset: str, seeds: str, per_class: int | None, ou
 @DEVICE
 def run_audit(data: Path, preset: str, recipes: str, seeds: str, changes: tuple[str, ...], out: Path, device: str) -> None:
     """What models reveal of their training images; results done already are kept."""
-    out.mkdir(parents=True, exist_ok=True)
     protocols = [accuracy.find_preset(name) for name in preset.split(",")]
     chosen = [int(seed) for seed in seeds.split(",")]
 
@@ -261,8 +268,7 @@ def run_latency(model: Path, as_json: bool, quick: bool, out: Path, **others: Pa
     rounds = 3 if quick else 30
     found = latencies.run(model, given, lambda line: click.echo(line, err=True), rounds=rounds, compiled=not quick)
     if not quick:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / latencies.FILE).write_text(json.dumps(found, indent=1) + "\n")
+        files.write(out / latencies.FILE, found)
     click.echo(json.dumps(found) if as_json else latencies.describe(found))
 
 
@@ -276,8 +282,7 @@ def run_images(data: Path, model: Path | None, quick: bool, out: Path) -> None:
     sizes = photographs.SIZES[::10] if quick else photographs.SIZES
     found = photographs.run(data, model, lambda line: click.echo(line, err=True), sizes)
     if not quick:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / photographs.FILE).write_text(json.dumps(found, indent=1) + "\n")
+        files.write(out / photographs.FILE, found)
     click.echo(photographs.describe(found))
 
 
@@ -289,9 +294,8 @@ def run_images(data: Path, model: Path | None, quick: bool, out: Path) -> None:
 def run_int8(data: Path, models: Path, backbones: str, out: Path) -> None:
     """Each way to quantize mobile networks, which are trained first where MODELS does not hold them."""
     models.mkdir(parents=True, exist_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
     found = int8s.run(datasets.load(data), models, lambda line: click.echo(line, err=True), backbones.split(","))
-    (out / int8s.FILE).write_text(json.dumps(found, indent=1) + "\n")
+    files.write(out / int8s.FILE, found)
     click.echo(int8s.describe(found))
 
 
@@ -303,9 +307,8 @@ def run_int8(data: Path, models: Path, backbones: str, out: Path) -> None:
 @RESULTS
 def run_formats(data: Path, model: Path, out: Path) -> None:
     """Size, latency and answers of a model in every format whose extra is installed."""
-    out.mkdir(parents=True, exist_ok=True)
     found = forms.run(datasets.load(data), model, lambda line: click.echo(line, err=True))
-    (out / forms.FILE).write_text(json.dumps(found, indent=1) + "\n")
+    files.write(out / forms.FILE, found)
     click.echo(forms.describe(found))
 
 
@@ -315,7 +318,6 @@ def run_formats(data: Path, model: Path, out: Path) -> None:
 @RESULTS
 def run_trials(data: Path, seeds: str, out: Path) -> None:
     """ABD with one part of another method each; a stopped run continues from the last finished trial."""
-    out.mkdir(parents=True, exist_ok=True)
     for seed in map(int, seeds.split(",")):
         trials.run(datasets.load(data), seed, out, click.echo)
     click.echo(trials.describe(out))
@@ -331,7 +333,6 @@ def run_latent(data: Path, presets: str, seeds: str, ways: str, out: Path) -> No
     """Upper blocks trained on generated feature maps; a stopped run continues from the last finished way."""
     if unknown := set(ways.split(",")) - set(latent.WAYS):
         raise click.BadParameter(f"unknown ways: {', '.join(sorted(unknown))}", param_hint="--ways")
-    out.mkdir(parents=True, exist_ok=True)
     for protocol in map(accuracy.find_preset, presets.split(",")):
         loaded = datasets.load(data, protocol.dataset, protocol.image_size)
         for seed in map(int, seeds.split(",")):
@@ -348,7 +349,6 @@ def run_trust(checks: str, share: float, out: Path) -> None:
     names = checks.split(",")
     if unknown := set(names) - set(trust.CHECKS):
         raise click.BadParameter(f"unknown checks: {', '.join(sorted(unknown))}", param_hint="--checks")
-    out.mkdir(parents=True, exist_ok=True)
     click.echo(trust.describe(trust.run(names, out, lambda line: click.echo(line, err=True), share)))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import candidates, embedding, machine, pretrained, yardsticks  # noqa: F401  # pretrained registers its backbones
+from benchmarks import candidates, embedding, files, machine, pretrained, yardsticks  # noqa: F401  # pretrained registers its backbones
 from benchmarks.datasets import Data, Part, class_order
 from edge_dfcil import Learner, devices, metrics
 from edge_dfcil.errors import SettingError
@@ -195,7 +194,7 @@ def run(
     name, parts = (method.split(":")[0], VARIANTS[method]) if method in VARIANTS else (method, {})
     recipe = find_recipe(protocol.recipe).changed(dotted(protocol.changes) | parts | dotted(changes or {}))
     path = file_of(protocol, method, seed, out, changes)
-    result = json.loads(path.read_text()) if path.exists() else None
+    result = files.read(path)
     if result is not None and len(result["matrix"]) == protocol.tasks:
         return result
     learner, state = _learner(protocol, name, seed, recipe, device, path, resumes=result is not None)
@@ -228,7 +227,7 @@ def run(
         begin = time.perf_counter()
         result["bytes_kept"] = _save(learner, state, path)
         result.setdefault("seconds_to_write", []).append(time.perf_counter() - begin)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        files.write(path, result)
     _model(path).unlink()
     _kept(path).unlink(missing_ok=True)
     return result
@@ -257,7 +256,7 @@ def record(
 def omega(result: dict[str, Any], out: Path) -> float | None:
     """Omega so far against the upper bound of the same protocol and seed, if `out` holds that run."""
     path = out / f"{result['protocol']['name']}-{UPPER_BOUND}-seed{result['seed']}.json"
-    offline = json.loads(path.read_text())["accuracy"] if path.exists() else []
+    offline = (files.read(path) or {"accuracy": []})["accuracy"]
     done = len(result["accuracy"])
     return metrics.omega(result["accuracy"], offline[:done]) if len(offline) >= done else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
@@ -10,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks import accuracy, machine, tables
+from benchmarks import accuracy, files, machine, tables
 from benchmarks.datasets import Data
 from edge_dfcil.privacy.audit import audit
 from edge_dfcil.recipe import dotted, find_recipe
@@ -33,8 +32,7 @@ def run(
     settings = find_recipe(recipe).changed(dotted(protocol.changes) | dotted(changes or {}))
     changed = accuracy.tag_of(changes)
     path = out / f"audit-{protocol.name}-{recipe}.{settings.version}{changed}-{seed}.json"
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
+    if (found := files.read(path)) is not None:
         return found
     learner = accuracy.new_learner(protocol, "abd", seed, settings, device)
     tasks = accuracy.tasks_of(protocol, data, seed)
@@ -54,7 +52,7 @@ def run(
         "seconds": seconds,
         "audit": {name: value for name, value in made.items() if name not in ("kept", "classes")},
     }
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    files.write(path, result)
     return run(protocol, recipe, seed, data, out, changes=changes)  # as it is read from the file
 
 
@@ -81,8 +79,7 @@ def run_all(
 def describe(folder: Path) -> str:
     """Markdown, a row for each attack; empty if there is no result."""
     grouped: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for path in sorted(folder.glob("audit-*.json")):
-        result = json.loads(path.read_text())
+    for result in files.read_all(folder, "audit-*.json").values():
         recipe = f"{result['name']}, version {result['recipe']['version']}"
         grouped[result["protocol"]["name"], recipe].append(result)
     rows, nearest = [], []

@@ -9,7 +9,6 @@ drift map, and the head is LDA. The frozen backbone with the same head is the ri
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import accuracy, datasets, machine, tables
+from benchmarks import accuracy, datasets, files, machine, tables
 from edge_dfcil.dreaming import objective
 from edge_dfcil.heads.drift import DriftMap, DriftSums
 from edge_dfcil.heads.lda import Shrinkage, lda_head
@@ -328,10 +327,8 @@ def run(
 ) -> dict[str, Any]:
     """Learns in some ways; those that `out` has already are kept."""
     path = out / f"latent-{protocol.name}-{seed}.json"
-    result: dict[str, Any]
-    if path.exists():
-        result = json.loads(path.read_text())
-    else:
+    result = files.read(path)
+    if result is None:
         made = machine.provenance(torch.device("cpu"))
         result = {"protocol": asdict(protocol), "seed": seed, **made, "ways": {}}
     missing = [way for way in ways if way not in result["ways"]]
@@ -339,13 +336,13 @@ def run(
     for way in missing:
         assert found is not None
         result["ways"][way] = learn(found, way, seed, lambda line: say(f"{protocol.name} seed {seed}, {line}"))
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        files.write(path, result)
     return result
 
 
 def describe(folder: Path) -> str:
     """Markdown, a row for each way on each preset; empty if there is no result."""
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("latent-*.json"))]
+    runs = list(files.read_all(folder, "latent-*.json").values())
     rows = []
     for preset in dict.fromkeys(run["protocol"]["name"] for run in runs):
         for way, says in WAYS.items():

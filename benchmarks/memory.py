@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torchvision.io import encode_jpeg
 
-from benchmarks import datasets, machine, yardsticks
+from benchmarks import datasets, files, machine, yardsticks
 from benchmarks.yardsticks.rehearsal_jpeg import QUALITY
 from edge_dfcil import BudgetError, Learner
 from edge_dfcil.budget.meter import give_back, held
@@ -94,7 +94,7 @@ def cells(kinds: list[str]) -> Iterator[Cell]:
 def run(chosen: list[Cell], data: Path, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Runs every chosen cell that is not yet in the result file, each in a new process."""
     path = out / FILE
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+    found = files.read(path) or {"cells": {}}
     for cell in chosen:
         if cell.key in found["cells"]:
             continue
@@ -102,7 +102,7 @@ def run(chosen: list[Cell], data: Path, out: Path, say: Callable[[str], None]) -
         made = machine.provenance(torch.device("cpu"))
         found["cells"][cell.key] = in_processes(cell, data) | {"day": date.today().isoformat(), "commit": made["commit"]}
         found |= made
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        files.write(path, found)
     return found
 
 

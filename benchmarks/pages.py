@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks import latency, memory, memory_tables, report, speed, tables, workshop, workshop_tables
+from benchmarks import files, latency, memory, memory_tables, report, speed, tables, workshop, workshop_tables
 from benchmarks.accuracy import ABLATIONS
 from benchmarks.report import Results
 from edge_dfcil.recipe import dotted
@@ -38,7 +38,7 @@ def fill(page: Path, mark: str, content: str) -> None:
 
 def budgets(folder: Path) -> str:
     """What learning takes under a budget, and beside replay."""
-    if (found := report.measured(folder / memory.FILE)) is None:
+    if (found := files.read(folder / memory.FILE)) is None:
         return ""
     picture = f"\n\n![memory by image size, at rest and while learning]({RESULTS}/memory.png)"
     return memory_tables.summary(found) + (picture if memory_tables.has_replay(found) else "") + "\n"
@@ -46,8 +46,8 @@ def budgets(folder: Path) -> str:
 
 def smaller(folder: Path) -> str:
     """Compression, and what ships."""
-    made, answers = report.measured(folder / workshop.FULL.file), report.measured(folder / latency.FILE)
-    long = report.measured(folder / workshop.LARGE.file)
+    made, answers = files.read(folder / workshop.FULL.file), files.read(folder / latency.FILE)
+    long = files.read(folder / workshop.LARGE.file)
     parts = [workshop_tables.describe(made, long, f"{RESULTS}/")] if made else []
     parts += [latency.summary(answers)] if answers else []
     return "\n\n".join(parts) + "\n" if parts else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks import accuracy, machine, tables
+from benchmarks import accuracy, files, machine, tables
 from benchmarks.datasets import Data
 from edge_dfcil import Model
 from edge_dfcil.recipe import dotted, find_recipe
@@ -36,8 +35,7 @@ def run(
     """Learns all tasks but the last two with the recipe `frozen`, and returns the figures on test images of known and of unseen
     classes. A result that is already in `out` is returned unchanged."""
     path = out / f"rejection-{protocol.name}-{seed}.json"
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
+    if (found := files.read(path)) is not None:
         return found
     recipe = find_recipe(RECIPE).changed(dotted(protocol.changes) | dotted(changes or {}))
     learner = accuracy.new_learner(protocol, "abd", seed, recipe, device)
@@ -58,7 +56,7 @@ def run(
         **_calibration_errors(model, data, [c for task in tasks[:-UNSEEN] for c in task]),
         **_figures(known, _scores(model, data, [c for task in tasks[-UNSEEN:] for c in task])),
     }
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    files.write(path, result)
     return result
 
 
@@ -103,8 +101,7 @@ def _calibration_errors(model: Model, data: Data, classes: list[int]) -> dict[st
 def read(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The results of a folder by protocol, one for each seed."""
     found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for path in sorted(folder.glob("rejection-*.json")):
-        result = json.loads(path.read_text())
+    for result in files.read_all(folder, "rejection-*.json").values():
         found[result["protocol"]["name"]].append(result)
     yield from found.items()
 

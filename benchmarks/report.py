@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from benchmarks import (
     audits,
     candidates,
     embedding,
+    files,
     formats,
     images,
     int8,
@@ -40,11 +40,10 @@ UNEVEN = "imbalance="  # the same, of which classes have very different numbers
 def read(folder: Path) -> dict[str, dict[str, Results]]:
     """Finished runs by protocol and by method, with what was changed of its recipe; best last accuracy first."""
     found: dict[str, dict[str, Results]] = defaultdict(lambda: defaultdict(list))
-    for path in sorted(folder.glob("*-seed*.json")):
-        result = json.loads(path.read_text())
+    for file, result in files.read_all(folder, "*-seed*.json").items():
         name = result["protocol"]["name"]
         if len(result["matrix"]) == result["protocol"]["tasks"]:
-            found[name][path.stem.rsplit("-seed", 1)[0].removeprefix(name + "-")].append(result)
+            found[name][file.rsplit("-seed", 1)[0].removeprefix(name + "-")].append(result)
     apart = {name: _versions_apart(methods) for name, methods in sorted(found.items())}
     return {name: dict(sorted(methods.items(), key=lambda item: -last(item[1]))) for name, methods in apart.items()}
 
@@ -125,30 +124,30 @@ def write(folder: Path) -> str:
         parts += ["## Latent inversion", on_maps]
     if timed := measured_all(folder, speed.FILE):
         parts += ["## Speed", *map(speed.describe, timed)]
-    if (steps := measured(folder / precision.FILE)) is not None:
+    if (steps := files.read(folder / precision.FILE)) is not None:
         parts += ["## Precision", precision.describe(steps)]
-    if (held := measured(folder / memory.FILE)) is not None:
+    if (held := files.read(folder / memory.FILE)) is not None:
         parts += ["## Memory", memory_tables.describe(held)]
         if memory_tables.has_replay(held):
             figure = _empty(width=9)
             memory_tables.plot(held, figure)
             figure.savefig(folder / "memory.png", dpi=150)
             parts += ["![memory by image size, at rest and while learning](memory.png)"]
-    if (made := measured(folder / workshop.FULL.file)) is not None:
-        parts += ["## Workshop", workshop_tables.describe(made, measured(folder / workshop.LARGE.file))]
+    if (made := files.read(folder / workshop.FULL.file)) is not None:
+        parts += ["## Workshop", workshop_tables.describe(made, files.read(folder / workshop.LARGE.file))]
     if known := rejection.describe(folder):
         parts += ["## Rejection and calibration", known]
     if revealed := audits.describe(folder):
         parts += ["## What models reveal", revealed]
     if tried := trust.read(folder):
         parts += ["## Trust", trust.describe(tried)]
-    if (answers := measured(folder / latency.FILE)) is not None:
+    if (answers := files.read(folder / latency.FILE)) is not None:
         parts += ["## Latency", latency.describe(answers)]
-    if (shipped := measured(folder / formats.FILE)) is not None:
+    if (shipped := files.read(folder / formats.FILE)) is not None:
         parts += ["## Formats", formats.describe(shipped)]
-    if (quantized := measured(folder / int8.FILE)) is not None:
+    if (quantized := files.read(folder / int8.FILE)) is not None:
         parts += ["## INT8 of mobile networks", int8.describe(quantized)]
-    if (photographs := measured(folder / images.FILE)) is not None:
+    if (photographs := files.read(folder / images.FILE)) is not None:
         parts += ["## Images of any size", images.describe(photographs)]
     text = "\n\n".join(parts) + "\n"
     (folder / "README.md").write_text(text)
@@ -199,15 +198,10 @@ def _images(result: dict[str, Any]) -> str:
     return f"{most} to {round(most / protocol['imbalance'])}" if most else f"all to 1/{protocol['imbalance']:g} of them"
 
 
-def measured(path: Path) -> dict[str, Any] | None:
-    """A measurement apart from the protocols; None if it was not run."""
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def measured_all(folder: Path, file: str) -> list[dict[str, Any]]:
     """The same of a CPU and of accelerators: speed.json, speed-cuda.json."""
     paths = [folder / file, *sorted(folder.glob(file.replace(".", "-*.")))]
-    return [found for path in paths if (found := measured(path)) is not None]
+    return [found for path in paths if (found := files.read(path)) is not None]
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import accuracy, machine, tables
+from benchmarks import accuracy, files, machine, tables
 from benchmarks.datasets import Data
 from edge_dfcil import Learner
 from edge_dfcil.dreaming import objective
@@ -163,7 +162,7 @@ def run(
 ) -> dict[str, Any]:
     """Learns the first task once and the second with every trial, all from the same model; trials already in `out` are kept."""
     path = out / f"trials-{seed}.json"
-    result = json.loads(path.read_text()) if path.exists() else None
+    result = files.read(path)
     missing = [name for name in names if result is None or name not in result["trials"]]
     if result is not None and not missing:
         return dict(result)
@@ -183,13 +182,13 @@ def run(
         found = learner.evaluate(test, data.names)
         result["trials"][name] = {"accuracy": found.accuracy, "per_task": list(found.per_task), "seconds": seconds}
         say(f"{protocol.name} seed {seed}, {name}: {found.accuracy:.1%}, {seconds / 60:.1f} minutes")
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        files.write(path, result)
     return result
 
 
 def describe(folder: Path) -> str:
     """Markdown, a row for each trial; empty if there is no result."""
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("trials-*.json"))]
+    runs = list(files.read_all(folder, "trials-*.json").values())
     rows = []
     for name in TRIALS:
         pairs = [(run["trials"][name], run["trials"]["as it is"]) for run in runs if name in run["trials"]]

@@ -6,7 +6,6 @@ with its own seed. The result file contains the finished pieces, so that a stopp
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, tables
+from benchmarks import files, machine, tables
 from tests import canary, damage, kills, load, rubbish
 
 FILE = "trust.json"
@@ -92,16 +91,14 @@ def run(names: list[str], out: Path, say: Callable[[str], None], share: float = 
                 "seconds": time.perf_counter() - begin,
                 **machine.provenance(torch.device("cpu")),
             }
-            (out / FILE).write_text(json.dumps(found, indent=1) + "\n")
+            files.write(out / FILE, found)
             say(f"{name} {seed}: {account}")
     return read(out)
 
 
 def read(out: Path) -> dict[str, Any]:
     """The results in a folder; empty where there are none."""
-    path = out / FILE
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
+    return files.read(out / FILE) or {}
 
 
 def describe(found: dict[str, Any]) -> str:

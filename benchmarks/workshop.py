@@ -6,7 +6,6 @@ in the result file, so that the command can be stopped and run again.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import datasets, machine
+from benchmarks import datasets, files, machine
 from benchmarks.workshop_tables import PAGE, SEED
 from edge_dfcil import Learner
 from edge_dfcil.compression import Distillation, Pruning, distill, prune
@@ -130,7 +129,7 @@ class Workshop:
         self._table = LatencyTable(table)
         self._order = datasets.class_order(len(data.names), setting.seed)
         self._path = out / setting.file
-        self._found: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._found = files.read(self._path) or {}
 
     def run(self, parts: list[str], say: Callable[[str], None]) -> dict[str, Any]:
         for name, step in self._steps(parts):
@@ -141,7 +140,7 @@ class Workshop:
                 found = step()
                 self._found[name] = {**found, "minutes": (time.perf_counter() - begin) / 60, "commit": made["commit"]}
                 self._found |= made
-                self._path.write_text(json.dumps(self._found, indent=1) + "\n")
+                files.write(self._path, self._found)
         return self._found
 
     def _steps(self, parts: list[str]) -> list[tuple[str, Step]]:

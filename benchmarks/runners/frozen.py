@@ -6,7 +6,6 @@ backbone's last features and learns a task in one pass. Hyperparameters are chos
 
 from __future__ import annotations
 
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import accuracy, machine
+from benchmarks import accuracy, files, machine
 from benchmarks.datasets import Data, class_order
 from edge_dfcil import Learner
 from edge_dfcil.heads.lda import Shrinkage, lda_head
@@ -168,8 +167,7 @@ def run(
         dotted(protocol.changes) | accuracy.FROZEN | VARIANTS[variant] | dotted(changes or {})
     )
     path = accuracy.file_of(protocol, method, seed, out, changes)
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
+    if (found := files.read(path)) is not None:
         return found
     if not in_time(0):
         raise accuracy.Stopped
@@ -197,7 +195,7 @@ def run(
             accuracy.record(results[name], float(right.mean()), per_task, seconds, learner, out)
             results[name]["bytes_kept"] = head.nbytes + _weights(learner)
     for name, result in results.items():
-        accuracy.file_of(protocol, name, seed, out, changes).write_text(json.dumps(result, indent=1) + "\n")
+        files.write(accuracy.file_of(protocol, name, seed, out, changes), result)
     return results[method]
 
 
