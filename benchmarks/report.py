@@ -59,7 +59,7 @@ def _versions_apart(methods: dict[str, Results]) -> dict[str, Results]:
 
 def has_section(protocol: str) -> bool:
     """Whether a protocol has a section of its own; one with other numbers of images is a row of a table."""
-    return FEW not in protocol and UNEVEN not in protocol
+    return few_of(protocol) is None and UNEVEN not in protocol
 
 
 def last(results: Results) -> float:
@@ -154,13 +154,19 @@ def write(folder: Path) -> str:
     return text
 
 
+def few_of(protocol: str) -> tuple[str, int] | None:
+    """The preset and the number of images per class of a protocol that differs from a preset in that number only."""
+    preset, _, number = protocol.partition(FEW)
+    return (preset, int(number)) if preset in PRESETS and number.isdigit() else None
+
+
 def few_images(found: dict[str, dict[str, Results]]) -> str:
     """Final accuracy by the number of training images of a class, for the presets that were run with several; else empty."""
     presets: dict[str, dict[int, dict[str, Results]]] = defaultdict(dict)
     for name, methods in found.items():
-        preset, _, number = name.partition(FEW)
-        if number and UNEVEN not in name:
-            presets[preset][int(number)] = methods
+        if (few := few_of(name)) is not None:
+            preset, number = few
+            presets[preset][number] = methods
             presets[preset][PRESETS[preset].per_class or 0] = found.get(preset, {})  # 0: all images, which have no column
     numbers = sorted({number for runs in presets.values() for number in runs if number})
     rows = []

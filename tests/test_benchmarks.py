@@ -420,6 +420,14 @@ def test_few_images_has_a_row_for_each_method_that_was_run_with_few() -> None:
     assert len(rows) == 1 and f"| {name} | {report.marked(results)} |" in rows[0]
 
 
+def test_a_preset_with_few_images_of_other_data_has_a_section_of_its_own() -> None:
+    """It is no row beside the preset, which has other classes."""
+    methods = report.read(accuracy.RESULTS)["edge-5x4-per_class=150"]
+    other = "edge-5x4-dataset=sign_digits-per_class=150"
+    assert report.has_section(other) and not report.has_section("edge-5x4-per_class=150")
+    assert report.few_images({other: methods}) == ""
+
+
 def test_committed_figures_come_from_committed_files() -> None:
     """The README of the results equals what the report makes from them now."""
     text = (accuracy.RESULTS / "README.md").read_text()
