@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -34,6 +34,7 @@ SHRINKAGE = Shrinkage(0.3)
 STEPS, GENERATOR_STEPS, JOINT_STEPS = 120, 100, 300  # of a task; of all classes at once
 BATCH, GENERATOR_BATCH, CLASSES_PER_BATCH, POOL = 32, 64, 4, 512
 LEARNING_RATE, GENERATOR_LEARNING_RATE = 0.01, 2e-3
+CLIP = 1.0  # the gradient's norm: without it the activations of networks that know few classes can die
 NOISE, WIDTH = 64, 128  # of the generator
 
 FROZEN, GUIDED, ALIGNED, NONE, JOINT = "frozen", "guided", "BatchNorm's statistics", "no generated maps", "all classes at once"
@@ -230,8 +231,8 @@ def _adapt(upper: Upper, new: Maps, statistics: Statistics, way: str) -> Statist
     before, known = copy.deepcopy(upper), len(statistics.means)
     parts = [new] if way == NONE else [new, _pool(_generator(before, new.maps, statistics, way), known)]
     targets = [_features(before, part.maps) for part in parts]
-    _, variance = _moments(statistics, targets[0].shape[1])
-    _train(upper, _batches(parts, targets), STEPS, int(new.rows.max()) + 1, known, variance)
+    _, variance, floor = _moments(statistics, targets[0].shape[1])
+    _train(upper, _batches(parts, targets), STEPS, int(new.rows.max()) + 1, known, variance + floor)
     drift = DriftSums(len(variance), torch.float64, torch.device("cpu"))
     for part, target in zip(parts, targets, strict=True):
         drift.add(target, _features(upper, part.maps))
@@ -242,7 +243,7 @@ def _generator(before: Upper, new: Tensor, statistics: Statistics, way: str) -> 
     """Trained to make maps that the old classifier takes for the class, and that match what is known of it."""
     classes = len(statistics.means)
     generator = Generator(classes, new)
-    means, variance = _moments(statistics, _features(before, new[:1]).shape[1])
+    means, variance, floor = _moments(statistics, _features(before, new[:1]).shape[1])
     weight, bias = (each.float() for each in statistics.head(len(variance)))
     layers = objective.BatchStatistics(before)
     optimizer = torch.optim.Adam(generator.parameters(), GENERATOR_LEARNING_RATE)
@@ -254,8 +255,8 @@ def _generator(before: Upper, new: Tensor, statistics: Statistics, way: str) -> 
         loss = F.cross_entropy(features @ weight.T + bias, labels)
         if way == GUIDED:
             each = features.view(len(chosen), -1, features.shape[1])  # (classes, images, U)
-            loss = loss + 5 * ((each.mean(1) - means[chosen]).square() / variance).mean()
-            loss = loss + (each.var(1).mean(0) / variance).clamp_min(1e-4).log().square().mean()
+            loss = loss + 5 * ((each.mean(1) - means[chosen]).square() / (variance + floor)).mean()
+            loss = loss + ((each.var(1).mean(0) + floor) / (variance + floor)).log().square().mean()
         else:
             loss = loss + 10 * objective.statistics_alignment(recorded)
         optimizer.zero_grad()
@@ -264,10 +265,15 @@ def _generator(before: Upper, new: Tensor, statistics: Statistics, way: str) -> 
     return generator
 
 
-def _moments(statistics: Statistics, features: int) -> tuple[Tensor, Tensor]:
-    """Class means (C, U) and variances (U,) of the features that move, never 0."""
-    variance = statistics.covariance.diagonal()[:features].float()
-    return statistics.means[:, :features].float(), variance + 1e-4 * variance.mean()
+def _moments(statistics: Statistics, features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Class means (C, U) of the features that move, their variances (U,), and what is added to these (U,).
+
+    Many of the last features are hardly ever active, and those of learnt classes hardly vary within a class. Relative to that
+    variance alone, they would outweigh all others.
+    """
+    means, within = statistics.means[:, :features], statistics.covariance.diagonal()[:features]
+    floor = SHRINKAGE.amount * replace(SHRINKAGE, own=LAST).target((within + means.var(0)).diag())
+    return means.float(), within.float(), floor.float()
 
 
 @torch.no_grad()
@@ -300,6 +306,7 @@ def _train(
     gradient. With a `variance` (U,), all features are distilled, relative to it.
     """
     head = nn.Linear(LAST, classes)
+    nn.init.zeros_(head.weight)
     upper.requires_grad_(True)
     optimizer = torch.optim.SGD([*upper.parameters(), *head.parameters()], LEARNING_RATE, momentum=0.9, weight_decay=2e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, cycle_momentum=False)
@@ -312,6 +319,7 @@ def _train(
             loss = loss + ((features - target).square() / variance).mean()
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(upper.parameters(), CLIP)
         optimizer.step()
         schedule.step()
     upper.requires_grad_(False)
