@@ -90,21 +90,21 @@ def test_only_the_upper_blocks_of_a_way_are_trained(data: Data) -> None:
     assert all(not each.requires_grad for each in upper.parameters())
 
 
-def test_guided_maps_have_the_stored_means_of_their_classes(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guided_maps_are_nearer_to_the_stored_means_of_their_classes(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent, "GENERATOR_STEPS", 60)
     found = latent.case(STAND_IN, data, 0)
     new = found.training[0]
     statistics = latent.Statistics.of(new.features(found.upper), new.rows)
 
-    def distance(steps: int) -> float:
-        monkeypatch.setattr(latent, "GENERATOR_STEPS", steps)
+    def distance(way: str) -> float:
         torch.manual_seed(0)
-        generator = latent._generator(found.upper, new.maps, statistics, latent.GUIDED)
+        generator = latent._generator(found.upper, new.maps, statistics, way)
         with torch.no_grad():
             features = [found.upper(generator(torch.full((64,), row))).mean(0) for row in range(2)]
         means = statistics.means[:, : len(features[0])].float()
         return float((torch.stack(features) - means).square().sum())
 
-    assert distance(60) < distance(0) / 2
+    assert distance(latent.GUIDED) < distance(latent.ALIGNED) / 2
 
 
 def test_a_stopped_run_goes_on_with_the_next_way(data: Data, tmp_path: Path) -> None:
