@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.memory import BUDGETS, METHODS, NETWORKS, SIZES, STORED, Cell, cells
-from benchmarks.tables import megabytes, percent, table
+from benchmarks.tables import megabytes, percent, processor, table
 from benchmarks.yardsticks.rehearsal_jpeg import QUALITY
 from edge_dfcil.budget.meter import parse
 
@@ -18,8 +18,8 @@ def describe(found: dict[str, Any]) -> str:
     """The findings as Markdown."""
     done = found["cells"]
     parts = [
-        f"Each run is a separate process, or one process per task where stated ({found['machine']['processor']}, "
-        f"{found['machine']['threads']} threads, torch {found['versions']['torch']}). Bytes are counted from when "
+        f"Each run is a separate process, or one process per task where stated ({processor(found['machine'])}, "
+        f"torch {found['versions']['torch']}). Bytes are counted from when "
         "`learn_task` was called; peaks are the kernel's own count, the highest of both tasks and of all seeds.",
         *(part for part in (_budgets(done), _accuracy(done), _replay(done), _growth(done)) if part),
     ]

@@ -12,7 +12,7 @@ import torch
 from benchmarks import machine
 from benchmarks.datasets import Data, class_order
 from benchmarks.steps import in_turns
-from benchmarks.tables import table
+from benchmarks.tables import processor, table
 from edge_dfcil import RECIPES, Learner, devices
 from edge_dfcil.methods.base import learning_stage
 from edge_dfcil.methods.finetune import Finetune
@@ -115,7 +115,7 @@ def describe(found: dict[str, Any]) -> str:
         for backbone, seconds in found["seconds"].items()
     ]
     lines = [
-        f"{found['machine']['processor']}, {found['machine']['threads']} threads, torch {found['versions']['torch']}; a step of "
+        f"{processor(found['machine'])}, torch {found['versions']['torch']}; a step of "
         f"{found['batch']} images, in turns, and others as a share of it",
         *([found["remark"]] if found["remark"] else []),
         table(["backbone", *names], rows),

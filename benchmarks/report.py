@@ -247,7 +247,7 @@ def table(folder: Path, methods: dict[str, Results]) -> str:
 
 def _machine(machine: dict[str, Any]) -> str:
     kept = ", freed memory kept by the allocator" if machine.get("allocator") else ""
-    return f"{machine['processor']}, {machine['threads']} threads{kept}"
+    return f"{tables.processor(machine)}{kept}"
 
 
 def _mean(values: Sequence[float | None], form: str = "1f") -> str:

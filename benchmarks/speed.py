@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import machine, tries
 from benchmarks.steps import QUICK, Bench, Setting, in_turns
-from benchmarks.tables import table
+from benchmarks.tables import processor, table
 from edge_dfcil import RECIPES, devices
 from edge_dfcil.recipe import Recipe
 
@@ -155,7 +155,7 @@ def describe(found: dict[str, Any]) -> str:
     s, seconds = found["setting"], found["seconds"]
     text = (
         f"{s['backbone']}, batch {s['batch']}, the published generator, {s['n_old']} old and {s['n_new']} new classes, "
-        f"{found['machine']['processor']} ({found['machine']['device']}), {found['machine']['threads']} threads, torch "
+        f"{processor(found['machine'])}, {found['machine']['device']}, torch "
         f"{found['versions']['torch']}; medians of {s['rounds']} rounds in turns. No term of our loss differs from the "
         f"published one by more than {found['losses_differ_by']:.0e} of the whole."
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
+from typing import Any
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -27,6 +28,11 @@ def over_seeds(values: Sequence[float], times: float = 1) -> str:
 def megabytes(size: float) -> str:
     """Bytes as whole megabytes, without the unit."""
     return f"{size / 1e6:.0f}"
+
+
+def processor(machine: Mapping[str, Any]) -> str:
+    """A result file's "machine" in words."""
+    return f"{machine['processor']}, {counted(machine['threads'], 'thread')}"
 
 
 def counted(n: int, what: str) -> str:
