@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,13 +20,13 @@ from edge_dfcil import Learner
 from edge_dfcil.errors import ExportError
 from exporters import list_exporters
 from exporters.checks import Run
+from exporters.formats import coreml
 from exporters.timing import in_turns, session
 
 FILE = "formats.json"
 CLASSES = 10  # of the class order that the model was learnt with
 # Of formats beside ONNX: the module that reads a file, as `run` of `exporters.formats` takes it.
 READERS = {"coreml": "coremltools", "executorch": "executorch.runtime", "litert": "ai_edge_litert.interpreter"}
-ELSEWHERE = () if sys.platform == "darwin" else ("coreml",)  # formats that can be written here, but not read
 
 
 def run(data: Data, model: Path, say: Callable[[str], None], rounds: int = 40) -> dict[str, Any]:
@@ -60,7 +59,7 @@ def run(data: Data, model: Path, say: Callable[[str], None], rounds: int = 40) -
 
 def _exported(learner: Learner, name: str) -> tuple[dict[str, Any], Run | None]:
     """Size and seconds of a file in this format, and what answers from it; None for a format that cannot be read here."""
-    unchecked = name in ELSEWHERE
+    unchecked = name == coreml.NAME and not coreml.runs_here()
     with tempfile.TemporaryDirectory() as folder:
         report = learner.export(Path(folder) / "model", format=name, unchecked=unchecked, progress=False)
         content = Path(report.path).read_bytes()

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 NAME = "coreml"
 
 
+def runs_here() -> bool:
+    """Whether this system can run a Core ML file."""
+    return sys.platform == "darwin"
+
+
 def to_coreml(classifier: nn.Module, about: About, *, unchecked: bool = False) -> Artifact:
     """One image at a time, as Vision requires.
 
@@ -32,8 +37,7 @@ def to_coreml(classifier: nn.Module, about: About, *, unchecked: bool = False) -
 
     Raises `ExportError` when the file cannot be made, cannot be compared, or disagrees with the classifier.
     """
-    answers = sys.platform == "darwin"
-    if not answers and not unchecked:
+    if not runs_here() and not unchecked:
         raise ExportError(
             "Core ML runs only on macOS, so the file cannot be compared with the model here. Nothing was written. "
             "Export on a Mac, or pass unchecked=True (--unchecked) and compare its answers there yourself"
@@ -41,7 +45,7 @@ def to_coreml(classifier: nn.Module, about: About, *, unchecked: bool = False) -
     coremltools = needed("coremltools", NAME)
     with tracing(NAME):
         content = _converted(classifier, about, coremltools)
-        if not answers:
+        if not runs_here():
             return Artifact(content, None)
         answer = run(content, coremltools)
     return Artifact(content, max_difference(one_by_one(answer), classifier, about.image_size))
