@@ -318,7 +318,8 @@ class Model(FromHub):
     def embed(self, images: Any) -> Tensor:
         """Features (N, F), float32, on the CPU: the head's inputs. They are not stored.
 
-        `images` as for `probabilities`. Raises `DataError` for unusable images.
+        Before the first task they are those of the backbone as it was given. `images` as for `probabilities`. Raises
+        `DataError` for unusable images.
         """
         network = self.network
         with devices.plain_precision(self.device):
