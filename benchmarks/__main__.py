@@ -325,14 +325,15 @@ def run_trials(data: Path, seeds: str, out: Path) -> None:
 
 @main.command("latent")
 @DATA
-@click.option("--presets", default=",".join(latent.PRESETS), show_default=True, help="Names with commas between.")
+@click.option("--presets", default=",".join(latent.BUDGETS), show_default=True, help="Names with commas between.")
 @click.option("--seeds", default="0", show_default=True, help="Numbers, with commas between; the class order follows them.")
 @click.option("--ways", default=",".join(latent.WAYS), show_default=True, help="Names with commas between.")
 @RESULTS
 def run_latent(data: Path, presets: str, seeds: str, ways: str, out: Path) -> None:
     """Upper blocks trained on generated feature maps; a stopped run continues from the last finished way."""
-    if unknown := set(ways.split(",")) - set(latent.WAYS):
-        raise click.BadParameter(f"unknown ways: {', '.join(sorted(unknown))}", param_hint="--ways")
+    for option, names, known in (("--ways", ways, latent.WAYS), ("--presets", presets, latent.BUDGETS)):
+        if unknown := set(names.split(",")) - set(known):
+            raise click.BadParameter(f"unknown: {', '.join(sorted(unknown))}", param_hint=option)
     for protocol in map(accuracy.find_preset, presets.split(",")):
         loaded = datasets.load(data, protocol.dataset, protocol.image_size)
         for seed in map(int, seeds.split(",")):

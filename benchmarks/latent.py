@@ -1,9 +1,10 @@
-"""Guided latent inversion: the upper blocks of a pretrained network train on generated feature maps of old classes.
+"""Guided latent inversion: the upper blocks of a network train on generated feature maps of old classes.
 
-The lower blocks and BatchNorm's statistics stay as they are. New images pass the lower blocks once. At each task a generator is
-trained to make maps at the cut that the upper blocks of before the task map to the stored mean and variances of each old class.
-The upper blocks then train on new maps and generated ones, with distillation of their features. Class statistics are moved by a
-drift map, and the head is LDA. The frozen backbone with the same head is the rival.
+The lower blocks stay as they are, and so do BatchNorm's statistics: those of a pretrained network, or of one that the first task
+trained. New images pass the lower blocks once. At each task a generator is trained to make maps at the cut that the upper blocks of
+before the task map to the stored mean and variances of each old class. The upper blocks then train on new maps and generated ones,
+with distillation of their features. Class statistics are moved by a drift map, and the head is LDA. The frozen network with the
+same head is the rival.
 """
 
 from __future__ import annotations
@@ -24,18 +25,30 @@ from benchmarks import accuracy, datasets, files, machine, tables
 from edge_dfcil.dreaming import objective
 from edge_dfcil.heads.drift import DriftMap, DriftSums
 from edge_dfcil.heads.lda import Shrinkage, lda_head
-from edge_dfcil.model import backbones, scales
-from edge_dfcil.model.preprocessing import fit
+from edge_dfcil.model import scales
+from edge_dfcil.recipe import dotted, find_recipe
 
-PRESETS = ("pretrained-signs", "pretrained-cifar")
-CUT = 9  # of EfficientNet-Lite0's 16 blocks; the first nine are frozen
-LAST = 1280  # features of the last layer; those of several scales follow
 SHRINKAGE = Shrinkage(0.3)
-STEPS, GENERATOR_STEPS, JOINT_STEPS = 120, 100, 300  # of a task; of all classes at once
 BATCH, GENERATOR_BATCH, CLASSES_PER_BATCH, POOL = 32, 64, 4, 512
 LEARNING_RATE, GENERATOR_LEARNING_RATE = 0.01, 2e-3
 CLIP = 1.0  # the gradient's norm: without it the activations of networks that know few classes can die
 NOISE, WIDTH = 64, 128  # of the generator
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Steps of a task, of its generator, and of all classes at once."""
+
+    steps: int
+    generator: int
+    joint: int
+
+
+BUDGETS = {
+    "pretrained-signs": Budget(120, 100, 300),
+    "pretrained-cifar": Budget(120, 100, 300),
+    "edge-5x4": Budget(600, 400, 3000),  # a step takes a tenth of the time
+}
 
 FROZEN, GUIDED, ALIGNED, NONE, JOINT = "frozen", "guided", "BatchNorm's statistics", "no generated maps", "all classes at once"
 WAYS = {
@@ -47,13 +60,42 @@ WAYS = {
 }
 
 
-class Lower(nn.Module):
-    """Normalised images (N, 3, S, S) -> maps at the cut (N, C, S/16, S/16) and the frozen features of several scales (N, G)."""
+@dataclass(frozen=True)
+class Chain:
+    """A backbone as a sequence: its features are the means of what `last` makes of the last block's maps.
 
-    def __init__(self, network: Any, read: Sequence[str]) -> None:
+    Attributes
+    ----------
+    blocks
+        By their names in the backbone.
+    cut
+        How many blocks are frozen.
+    """
+
+    stem: nn.Module
+    blocks: dict[str, nn.Module]
+    last: nn.Module
+    cut: int
+
+
+def chain(backbone: Any) -> Chain:
+    """Of EfficientNet-Lite or a residual network for small images. Seven of 16 blocks, or a third of them, can be trained."""
+    if hasattr(backbone, "stages"):
+        blocks = {f"stages.{i}.{j}": block for i, stage in enumerate(backbone.stages) for j, block in enumerate(stage)}
+        stem = nn.Sequential(backbone.conv1, backbone.bn1, nn.ReLU())
+        return Chain(stem, blocks, nn.Identity(), cut=2 * len(blocks) // 3)
+    blocks = {f"_blocks.{i}": block for i, block in enumerate(backbone._blocks)}
+    stem = nn.Sequential(backbone._conv_stem, backbone._bn0, backbone._swish)
+    return Chain(stem, blocks, nn.Sequential(backbone._conv_head, backbone._bn1, backbone._swish), cut=9 * len(blocks) // 16)
+
+
+class Lower(nn.Module):
+    """Normalised images (N, 3, S, S) -> maps at the cut (N, C, H, W) and the frozen features of several scales (N, G)."""
+
+    def __init__(self, whole: Chain, read: Sequence[str]) -> None:
         super().__init__()
-        self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
-        self.blocks, self.read = network._blocks[:CUT], [f"_blocks.{i}" in read for i in range(CUT)]
+        self.stem = whole.stem
+        self.blocks, self.read = _part(whole, read, slice(whole.cut))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         maps, found = _through(self.blocks, self.read, self.stem(images))
@@ -63,14 +105,20 @@ class Lower(nn.Module):
 class Upper(nn.Module):
     """Maps at the cut -> the last features, followed by those of several scales, (N, U)."""
 
-    def __init__(self, network: Any, read: Sequence[str]) -> None:
+    def __init__(self, whole: Chain, read: Sequence[str]) -> None:
         super().__init__()
-        self.blocks, self.read = network._blocks[CUT:], [f"_blocks.{i}" in read for i in range(CUT, len(network._blocks))]
-        self.last = nn.Sequential(network._conv_head, network._bn1, network._swish)
+        self.blocks, self.read = _part(whole, read, slice(whole.cut, None))
+        self.last = whole.last
 
     def forward(self, maps: Tensor) -> Tensor:
         maps, found = _through(self.blocks, self.read, maps)
         return torch.cat([self.last(maps).mean((2, 3)), *found], 1)
+
+
+def _part(whole: Chain, read: Sequence[str], where: slice) -> tuple[nn.ModuleList, list[bool]]:
+    """Some blocks, and whether the features of each are read."""
+    names = list(whole.blocks)[where]
+    return nn.ModuleList(whole.blocks[name] for name in names), [name in read for name in names]
 
 
 def _through(blocks: nn.ModuleList, read: Sequence[bool], maps: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -83,7 +131,7 @@ def _through(blocks: nn.ModuleList, read: Sequence[bool], maps: Tensor) -> tuple
 
 
 class Generator(nn.Module):
-    """Noise (N, NOISE) and labels (N,) -> maps (N, C, 6, 6); before it is trained, with the channel statistics of `like`."""
+    """Noise (N, NOISE) and labels (N,) -> maps (N, C, H, W); before it is trained, with the channel statistics of `like`."""
 
     def __init__(self, classes: int, like: Tensor) -> None:
         super().__init__()
@@ -171,31 +219,36 @@ def _features(upper: Upper, maps: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A preset with a seed: the backbone in two parts, and each task's images behind the lower one."""
+    """A preset with a seed: the upper part of its network, of which `last` features are the backbone's own, each task's images
+    behind the lower part, and the steps."""
 
     upper: Upper
+    last: int
     training: list[Maps]
     tests: list[Maps]
+    budget: Budget
 
 
-def case(protocol: accuracy.Protocol, data: datasets.Data, seed: int) -> Case:
-    """Passes all images through the lower part once."""
-    backbone = backbones.create(protocol.backbone, protocol.weights)
-    network, size = backbone.module.eval().requires_grad_(False), protocol.image_size
-    read = scales.find_layers(network, size)
-    lower, upper = Lower(network, read), Upper(network, read)
-    tasks = accuracy.tasks_of(protocol, data, seed)
+def case(protocol: accuracy.Protocol, data: datasets.Data, seed: int, budget: Budget) -> Case:
+    """Trains the network on the first task unless it is pretrained, and passes all images through the lower part once."""
+    recipe = find_recipe(protocol.recipe).changed(dotted(protocol.changes) | accuracy.FROZEN)
+    learner, tasks = accuracy.new_learner(protocol, "abd", seed, recipe, "cpu"), accuracy.tasks_of(protocol, data, seed)
+    if protocol.weights is None:
+        accuracy.learn(learner, protocol, data, tasks[:1], seed)
+    network = copy.deepcopy(learner.network).eval().requires_grad_(False)
+    whole, read = chain(network.backbone), network.scales.layers
+    lower, upper = Lower(whole, read), Upper(whole, read)
     rows = {target: row for row, target in enumerate(target for task in tasks for target in task)}
-    centre, spread = (torch.tensor(values).view(3, 1, 1) for values in (backbone.mean, backbone.std))
 
     @torch.no_grad()
     def behind(part: datasets.Part) -> Maps:
-        images = (fit(part.images, size).float() / 255 - centre) / spread
+        images = network.normalize(network.pixels(part.images))
         maps, fixed = zip(*(lower(some) for some in images.split(50)), strict=True)
         return Maps(torch.cat(maps), torch.cat(fixed), torch.tensor([rows[int(target)] for target in part.targets]))
 
     training = [behind(accuracy.training(protocol, data, task, seed)) for task in tasks]
-    return Case(upper, training, [behind(data.part("test", task, 500)) for task in tasks])
+    tests = [behind(data.part("test", task, 500)) for task in tasks]
+    return Case(upper, network.own_features, training, tests, budget)
 
 
 def learn(found: Case, way: str, seed: int, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -207,15 +260,15 @@ def learn(found: Case, way: str, seed: int, say: Callable[[str], None] = print) 
     statistics: Statistics | None = None
     for n, new in enumerate(_joined(found.training) if way == JOINT else found.training, 1):
         if way == JOINT:
-            _train(upper, _batches([new], [new.fixed]), JOINT_STEPS, int(new.rows.max()) + 1)
+            _train(upper, found.last, _batches([new], [new.fixed]), found.budget.joint, int(new.rows.max()) + 1)
         elif statistics is not None and way != FROZEN:
-            statistics = _adapt(upper, new, statistics, way)
+            statistics = _adapt(upper, new, statistics, way, found)
         own = Statistics.of(new.features(upper), new.rows)
         statistics = own if statistics is None else statistics.with_new(own)
         result["seconds"].append(time.perf_counter() - begin)
         tests = found.tests if way == JOINT else found.tests[:n]
         result["accuracy"].append(statistics.accuracy(tests, upper))
-        result["last_features"].append(statistics.accuracy(tests, upper, LAST))
+        result["last_features"].append(statistics.accuracy(tests, upper, found.last))
         say(f"{way}, task {n}: {result['accuracy'][-1]:.1%}, {result['seconds'][-1]:.0f} s")
         begin = time.perf_counter()
     return result
@@ -226,28 +279,59 @@ def _joined(tasks: Sequence[Maps]) -> list[Maps]:
     return [Maps(*(torch.cat([getattr(task, name) for task in tasks]) for name in ("maps", "fixed", "rows")))]
 
 
-def _adapt(upper: Upper, new: Maps, statistics: Statistics, way: str) -> Statistics:
+def _adapt(upper: Upper, new: Maps, statistics: Statistics, way: str, found: Case) -> Statistics:
     """Trains the upper blocks on a task; returns the old classes' statistics in their new features."""
     before, known = copy.deepcopy(upper), len(statistics.means)
-    parts = [new] if way == NONE else [new, _pool(_generator(before, new.maps, statistics, way), known)]
+    moments = Moments.of(statistics, _features(before, new.maps[:1]).shape[1], found.last)
+    parts = [new]
+    if way != NONE:
+        generator = Generator(known, new.maps)
+        _train_generator(generator, before, statistics, moments, way, found.budget.generator)
+        parts.append(_pool(generator, known))
     targets = [_features(before, part.maps) for part in parts]
-    _, variance, floor = _moments(statistics, targets[0].shape[1])
-    _train(upper, _batches(parts, targets), STEPS, int(new.rows.max()) + 1, known, variance + floor)
-    drift = DriftSums(len(variance), torch.float64, torch.device("cpu"))
+    scale = moments.variance + moments.floor
+    _train(upper, found.last, _batches(parts, targets), found.budget.steps, int(new.rows.max()) + 1, known, scale)
+    drift = DriftSums(len(scale), torch.float64, torch.device("cpu"))
     for part, target in zip(parts, targets, strict=True):
         drift.add(target, _features(upper, part.maps))
     return statistics.moved(drift.solve())
 
 
-def _generator(before: Upper, new: Tensor, statistics: Statistics, way: str) -> Generator:
-    """Trained to make maps that the old classifier takes for the class, and that match what is known of it."""
-    classes = len(statistics.means)
-    generator = Generator(classes, new)
-    means, variance, floor = _moments(statistics, _features(before, new[:1]).shape[1])
-    weight, bias = (each.float() for each in statistics.head(len(variance)))
+@dataclass(frozen=True)
+class Moments:
+    """Of the U features that move.
+
+    Many of the last features are hardly ever active, and those of learnt classes hardly vary within a class. Relative to that
+    variance alone, they would outweigh all others.
+
+    Attributes
+    ----------
+    means
+        Of each class, (C, U).
+    variance
+        Within classes, (U,).
+    floor
+        What is added to variances before they are compared or divided by, (U,).
+    """
+
+    means: Tensor
+    variance: Tensor
+    floor: Tensor
+
+    @classmethod
+    def of(cls, statistics: Statistics, features: int, last: int) -> Moments:
+        means, within = statistics.means[:, :features], statistics.covariance.diagonal()[:features]
+        floor = SHRINKAGE.amount * replace(SHRINKAGE, own=last).target((within + means.var(0)).diag())
+        return cls(means.float(), within.float(), floor.float())
+
+
+def _train_generator(generator: Generator, before: Upper, statistics: Statistics, moments: Moments, way: str, steps: int) -> None:
+    """Trains it to make maps that the old classifier takes for the class, and that match what is known of it."""
+    classes = len(moments.means)
+    weight, bias = (each.float() for each in statistics.head(len(moments.floor)))
     layers = objective.BatchStatistics(before)
     optimizer = torch.optim.Adam(generator.parameters(), GENERATOR_LEARNING_RATE)
-    for _ in range(GENERATOR_STEPS):
+    for _ in range(steps):
         chosen = torch.randperm(classes)[:CLASSES_PER_BATCH]
         labels = chosen.repeat_interleave(GENERATOR_BATCH // len(chosen))
         with layers.recording() as recorded:
@@ -255,25 +339,14 @@ def _generator(before: Upper, new: Tensor, statistics: Statistics, way: str) -> 
         loss = F.cross_entropy(features @ weight.T + bias, labels)
         if way == GUIDED:
             each = features.view(len(chosen), -1, features.shape[1])  # (classes, images, U)
-            loss = loss + 5 * ((each.mean(1) - means[chosen]).square() / (variance + floor)).mean()
-            loss = loss + ((each.var(1).mean(0) + floor) / (variance + floor)).log().square().mean()
+            scale = moments.variance + moments.floor
+            loss = loss + 5 * ((each.mean(1) - moments.means[chosen]).square() / scale).mean()
+            loss = loss + ((each.var(1).mean(0) + moments.floor) / scale).log().square().mean()
         else:
             loss = loss + 10 * objective.statistics_alignment(recorded)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return generator
-
-
-def _moments(statistics: Statistics, features: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Class means (C, U) of the features that move, their variances (U,), and what is added to these (U,).
-
-    Many of the last features are hardly ever active, and those of learnt classes hardly vary within a class. Relative to that
-    variance alone, they would outweigh all others.
-    """
-    means, within = statistics.means[:, :features], statistics.covariance.diagonal()[:features]
-    floor = SHRINKAGE.amount * replace(SHRINKAGE, own=LAST).target((within + means.var(0)).diag())
-    return means.float(), within.float(), floor.float()
 
 
 @torch.no_grad()
@@ -294,18 +367,19 @@ def _batches(parts: Sequence[Maps], targets: Sequence[Tensor]) -> Iterator[tuple
 
 def _train(
     upper: Upper,
+    last: int,
     batches: Iterator[tuple[Tensor, Tensor, Tensor]],
     steps: int,
     classes: int,
     old: int = 0,
     variance: Tensor | None = None,
 ) -> None:
-    """Trains the upper blocks with a linear head over the last features, which is dropped.
+    """Trains the upper blocks with a linear head over the `last` features, which is dropped.
 
     As in ABD, the `classes - old` new ones compete among themselves, and the head learns all classes from features without a
     gradient. With a `variance` (U,), all features are distilled, relative to it.
     """
-    head = nn.Linear(LAST, classes)
+    head = nn.Linear(last, classes)
     nn.init.zeros_(head.weight)
     upper.requires_grad_(True)
     optimizer = torch.optim.SGD([*upper.parameters(), *head.parameters()], LEARNING_RATE, momentum=0.9, weight_decay=2e-4)
@@ -313,8 +387,8 @@ def _train(
     for _ in range(steps):
         maps, rows, target = next(batches)
         features = upper(maps)
-        last, new = features[:, :LAST], rows >= old
-        loss = F.cross_entropy(head(last[new])[:, old:], rows[new] - old) + F.cross_entropy(head(last.detach()), rows)
+        own, new = features[:, :last], rows >= old
+        loss = F.cross_entropy(head(own[new])[:, old:], rows[new] - old) + F.cross_entropy(head(own.detach()), rows)
         if variance is not None:
             loss = loss + ((features - target).square() / variance).mean()
         optimizer.zero_grad()
@@ -332,6 +406,7 @@ def run(
     out: Path,
     say: Callable[[str], None],
     ways: Sequence[str] = tuple(WAYS),
+    budget: Budget | None = None,
 ) -> dict[str, Any]:
     """Learns in some ways; those that `out` has already are kept."""
     path = out / f"latent-{protocol.name}-{seed}.json"
@@ -340,7 +415,7 @@ def run(
         made = machine.provenance(torch.device("cpu"))
         result = {"protocol": asdict(protocol), "seed": seed, **made, "ways": {}}
     missing = [way for way in ways if way not in result["ways"]]
-    found = case(protocol, data, seed) if missing else None
+    found = case(protocol, data, seed, budget or BUDGETS[protocol.name]) if missing else None
     for way in missing:
         assert found is not None
         result["ways"][way] = learn(found, way, seed, lambda line: say(f"{protocol.name} seed {seed}, {line}"))
@@ -361,11 +436,12 @@ def describe(folder: Path) -> str:
                 minutes = f"{mean(sum(one['seconds']) for one in found) / 60:.1f}"
                 figures = [each, tables.over_seeds(final, 100), tables.over_seeds(last, 100), minutes]
                 rows.append([preset, f"{way}: {says}", *figures, str(len(found))])
+    steps = "; ".join(f"{name}: {budget.steps} and {budget.generator}" for name, budget in BUDGETS.items())
     note = (
-        f"EfficientNet-Lite0, whose first {CUT} of 16 blocks and BatchNorm statistics are frozen; {STEPS} steps a task for the "
-        f"others and {GENERATOR_STEPS} for a generator of feature maps; LDA with a shrinkage of {SHRINKAGE.amount} from class "
-        "statistics, which a drift map moves. Minutes are of training, and of runs that may have shared their machine. "
-        "`python -m benchmarks latent` runs it."
+        "The lower blocks and BatchNorm's statistics are frozen: the first 9 of 16 blocks of EfficientNet-Lite0, or the first 6 "
+        "of 9 of a resnet20 that the first task trained. Steps a task for the others, and for a generator of feature maps: "
+        f"{steps}. LDA with a shrinkage of {SHRINKAGE.amount} from class statistics, which a drift map moves. Minutes are of "
+        "training after the first task, and of runs that may have shared their machine. `python -m benchmarks latent` runs it."
     )
     columns = "preset|way|accuracy after each task, %|after the last, %|the same with the last features alone|minutes|seeds"
     return f"{note}\n\n{tables.table(columns.split('|'), rows)}" if rows else ""

@@ -15,7 +15,11 @@ from benchmarks.__main__ import main
 from benchmarks.datasets import Data
 from edge_dfcil.model import backbones
 
-STAND_IN = accuracy.Protocol("stand-in", 4, 2, "lite_stand_in:small", "frozen", image_size=32, batch_size=8)
+STAND_IN = accuracy.Protocol("stand-in", 4, 2, "lite_stand_in:small", "frozen", image_size=32, batch_size=8, weights="imagenet")
+SCRATCH = accuracy.Protocol(
+    "scratch", 4, 2, "resnet8", "edge", image_size=32, batch_size=8, changes={"schedule.first_epochs": 1, "schedule.min_steps": 2}
+)
+FEW = latent.Budget(4, 4, 4)
 
 
 class Block(nn.Module):
@@ -28,13 +32,13 @@ class Block(nn.Module):
 
 
 class StandIn(nn.Module):
-    """EfficientNet-Lite's parts by name: a stem, ten blocks of which the first two halve the resolution, and a last layer."""
+    """EfficientNet-Lite's parts by name: a stem, four blocks of which the first two halve the resolution, and a last layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self._conv_stem, self._bn0, self._swish = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()
-        self._blocks = nn.ModuleList(Block(2 if i < 2 else 1) for i in range(latent.CUT + 1))
-        self._conv_head, self._bn1 = nn.Conv2d(8, latent.LAST, 3, 2, 1, bias=False), nn.BatchNorm2d(latent.LAST)
+        self._blocks = nn.ModuleList(Block(2 if i < 2 else 1) for i in range(4))
+        self._conv_head, self._bn1 = nn.Conv2d(8, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32)
 
     def forward(self, images: Tensor) -> Tensor:
         maps = self._swish(self._bn0(self._conv_stem(images)))
@@ -50,7 +54,7 @@ def _build(name: str, weights: str | None) -> backbones.Backbone:
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 1.0
-    network(torch.randn(64, 3, 32, 32))  # sets BatchNorm's statistics: without them ten layers would shrink all maps to nothing
+    network(torch.randn(64, 3, 32, 32))  # sets BatchNorm's statistics
     return backbones.Backbone(network, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -58,8 +62,7 @@ def _build(name: str, weights: str | None) -> backbones.Backbone:
 def data(monkeypatch: pytest.MonkeyPatch) -> Data:
     """Four classes of noisy images of one colour each; few steps."""
     backbones.register_backbone("lite_stand_in", _build, names=["small"], replace=True)
-    for name, value in {"STEPS": 4, "GENERATOR_STEPS": 4, "JOINT_STEPS": 4, "POOL": 32}.items():
-        monkeypatch.setattr(latent, name, value)
+    monkeypatch.setattr(latent, "POOL", 32)
     random = np.random.default_rng(0)
     colours = random.integers(60, 200, (4, 1, 1, 3))
     arrays = {"class_names": np.array([*"abcd"])}
@@ -70,55 +73,60 @@ def data(monkeypatch: pytest.MonkeyPatch) -> Data:
     return Data(arrays)
 
 
+@pytest.mark.parametrize("protocol", [STAND_IN, SCRATCH], ids=["pretrained", "scratch"])
 @pytest.mark.parametrize("way", [latent.NONE, latent.ALIGNED, latent.GUIDED])
-def test_blocks_that_do_not_move_leave_the_frozen_result(way: str, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_that_do_not_move_leave_the_frozen_result(
+    protocol: accuracy.Protocol, way: str, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(latent, "LEARNING_RATE", 1e-12)
-    found = latent.case(STAND_IN, data, 0)
+    found = latent.case(protocol, data, 0, FEW)
     frozen, moved = (latent.learn(found, each, 0, lambda line: None) for each in (latent.FROZEN, way))
     assert moved["accuracy"] == frozen["accuracy"]
     assert moved["last_features"] == frozen["last_features"]
 
 
-def test_only_the_upper_blocks_of_a_way_are_trained(data: Data) -> None:
-    found = latent.case(STAND_IN, data, 0)
+def test_a_way_trains_a_copy_and_parameters_alone(data: Data) -> None:
+    found = latent.case(STAND_IN, data, 0, FEW)
     before = {name: value.clone() for name, value in found.upper.state_dict().items()}
-    upper = latent.Upper(backbones.create(STAND_IN.backbone).module.eval(), [])
-    names = {name for name, _ in upper.named_parameters()}
-    latent._train(upper, latent._batches(found.training[:1], [found.training[0].fixed]), 4, 2)
-    after = upper.state_dict()
-    assert {name for name in before if not torch.equal(before[name], after[name])} == names  # BatchNorm's statistics stay
-    assert all(not each.requires_grad for each in upper.parameters())
+    parameters = {name for name, _ in found.upper.named_parameters()}
+    kept = latent.learn(found, latent.GUIDED, 0, lambda line: None)
+    assert all(torch.equal(before[name], value) for name, value in found.upper.state_dict().items()), "a way changed the case"
+    assert kept == latent.learn(found, latent.GUIDED, 0, lambda line: None) | {"seconds": kept["seconds"]}
+    latent._train(found.upper, found.last, latent._batches(found.training[:1], [found.training[0].fixed]), 4, 2)
+    after = found.upper.state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == parameters  # BatchNorm's statistics stay
 
 
-def test_guided_maps_are_nearer_to_the_stored_means_of_their_classes(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latent, "GENERATOR_STEPS", 60)
-    found = latent.case(STAND_IN, data, 0)
+def test_guided_maps_are_nearer_to_the_stored_means_of_their_classes(data: Data) -> None:
+    found = latent.case(STAND_IN, data, 0, FEW)
     new = found.training[0]
     statistics = latent.Statistics.of(new.features(found.upper), new.rows)
+    moments = latent.Moments.of(statistics, found.upper(new.maps[:1]).shape[1], found.last)
 
     def distance(way: str) -> float:
         torch.manual_seed(0)
-        generator = latent._generator(found.upper, new.maps, statistics, way)
+        generator = latent.Generator(2, new.maps)
+        latent._train_generator(generator, found.upper, statistics, moments, way, 60)
         with torch.no_grad():
             features = [found.upper(generator(torch.full((64,), row))).mean(0) for row in range(2)]
-        means = statistics.means[:, : len(features[0])].float()
-        return float((torch.stack(features) - means).square().sum())
+        return float((torch.stack(features) - moments.means).square().sum())
 
     assert distance(latent.GUIDED) < distance(latent.ALIGNED) / 2
 
 
 def test_a_stopped_run_goes_on_with_the_next_way(data: Data, tmp_path: Path) -> None:
     ways = [latent.FROZEN, latent.GUIDED]
-    first = latent.run(STAND_IN, data, 0, tmp_path, lambda line: None, ways[:1])
+    first = latent.run(STAND_IN, data, 0, tmp_path, lambda line: None, ways[:1], FEW)
     assert list(first["ways"]) == ways[:1]
     said: list[str] = []
-    found = latent.run(STAND_IN, data, 0, tmp_path, said.append, ways)
+    found = latent.run(STAND_IN, data, 0, tmp_path, said.append, ways, FEW)
     assert found["ways"][latent.FROZEN] == first["ways"][latent.FROZEN] and list(found["ways"]) == ways
     assert said and all(latent.GUIDED in line for line in said)
     text = latent.describe(tmp_path)
     assert "| stand-in | guided:" in text and latent.JOINT not in text
 
 
-def test_an_unknown_way_is_refused(tmp_path: Path) -> None:
-    done = CliRunner().invoke(main, ["latent", "--data", str(tmp_path), "--ways", "frozen,sideways"])
-    assert done.exit_code != 0 and "unknown ways: sideways" in done.output
+@pytest.mark.parametrize(("option", "known"), [("--ways", "frozen"), ("--presets", "edge-5x4")])
+def test_an_unknown_name_is_refused(option: str, known: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["latent", "--data", str(tmp_path), option, f"{known},sideways"])
+    assert done.exit_code != 0 and option in done.output and "unknown: sideways" in done.output
