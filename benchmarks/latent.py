@@ -1,10 +1,10 @@
 """Guided latent inversion: the upper blocks of a network train on generated feature maps of old classes.
 
-The lower blocks stay as they are, and so do BatchNorm's statistics: those of a pretrained network, or of one that the first task
-trained. New images pass the lower blocks once. At each task a generator is trained to make maps at the cut that the upper blocks of
-before the task map to the stored mean and variances of each old class. The upper blocks then train on new maps and generated ones,
-with distillation of their features. Class statistics are moved by a drift map, and the head is LDA. The frozen network with the
-same head is the rival.
+The lower blocks stay as they are, and so do BatchNorm's statistics: those of a pretrained network, or of one that the first
+task trained. New images pass the lower blocks once. At each task a generator is trained to make maps at the cut that the upper
+blocks of before the task map to the stored mean and variances of each old class. The upper blocks then train on new maps and
+generated ones, with distillation of their features. Class statistics are moved by a drift map, and the head is LDA. The frozen
+network with the same head is the rival.
 """
 
 from __future__ import annotations
