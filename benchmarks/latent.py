@@ -30,8 +30,8 @@ from edge_dfcil.recipe import dotted, find_recipe
 
 SHRINKAGE = Shrinkage(0.3)
 BATCH, GENERATOR_BATCH, CLASSES_PER_BATCH, POOL = 32, 64, 4, 512
-LEARNING_RATE, GENERATOR_LEARNING_RATE = 0.01, 2e-3
-CLIP = 1.0  # the gradient's norm: without it the activations of networks that know few classes can die
+LEARNING_RATE, GENERATOR_LEARNING_RATE = 0.05, 2e-3
+CLIP = 1.0  # the norm of the gradient: without it, the activations of networks that know few classes can die
 NOISE, WIDTH = 64, 128  # of the generator
 
 
