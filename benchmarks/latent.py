@@ -47,7 +47,7 @@ class Budget:
 BUDGETS = {
     "pretrained-signs": Budget(120, 100, 300),
     "pretrained-cifar": Budget(120, 100, 300),
-    "edge-5x4": Budget(600, 400, 3000),  # a step takes a tenth of the time
+    "edge-5x4": Budget(600, 100, 3000),  # training steps take a tenth of the time
 }
 
 FROZEN, GUIDED, ALIGNED, NONE, JOINT = "frozen", "guided", "BatchNorm's statistics", "no generated maps", "all classes at once"
