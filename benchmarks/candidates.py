@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import tables
 from benchmarks.datasets import Part
 from edge_dfcil import Callback, Learner
-from edge_dfcil.learning import Learning, is_no_better
+from edge_dfcil.learning import WORSE, Learning, is_worse
 from edge_dfcil.results import Commit, StageReport
 from edge_dfcil.training.stage import Stage
 
@@ -74,9 +74,8 @@ def describe(runs: dict[str, dict[str, Results]]) -> str:
     head += ["worst, points", "dropped", "rule right", "served, %"]
     note = (
         "A task of a method that trains at every task has two models: rows from class statistics at the start, and the adapted "
-        "one. The rule drops an adapted model whose expected error is not below that of the instant one. It is right where it "
-        "serves the model that is better on test images, or one within a point of it. The rule of today is applied to the models "
-        "of each task; a run with an older rule may have gone on from the other one."
+        f"one. The rule drops an adapted model whose expected error is more than {100 * WORSE:.0f} point above that of the "
+        "instant one. It is right where it serves the model that is better on test images, or one within a point of it."
         f"{_of_default(runs)}"
     )
     return f"{tables.table(head, rows)}\n\n{note}" if rows else ""
@@ -112,4 +111,4 @@ def _row(pairs: list[dict[str, Any]]) -> list[str]:
 
 
 def _dropped(pair: dict[str, Any]) -> bool:
-    return is_no_better(pair["instant"]["expected_error"], pair["adapted"]["expected_error"])
+    return is_worse(pair["instant"]["expected_error"], pair["adapted"]["expected_error"])

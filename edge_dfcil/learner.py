@@ -185,7 +185,7 @@ class Learner(Serving, RunsSessions, Publishing):
             Whether classes that are already known are refreshed with these images; otherwise they raise `ClassError`.
         instant
             Whether a task that trains the network first commits head rows from class statistics, within seconds, if its method
-            can; `on_commit` is then called. They stay unless the adapted model is expected to be better, or if time runs out.
+            can; `on_commit` is then called. They stay if the adapted model is expected to be worse, or if time runs out.
         time_budget
             Seconds, or a string such as "10min": by the measured speed of a step, the schedule gets fewer steps, so that the
             whole of it ends in time. The report gives the fitted schedule.

@@ -36,16 +36,12 @@ from edge_dfcil.training.session import Enough, Session
 from edge_dfcil.training.stage import Stage, StageSpec
 
 LEAST_SHARE = 0.05  # of a schedule: if there is less time, a task that has an instant model ends with that model
-GAIN = 0.0  # the adapted model replaces the instant one if its expected error is lower by more than this
+WORSE = 0.01  # the instant model stays if the expected error of the adapted one is larger by more than this
 
 
-def is_no_better(first: float | None, last: float | None) -> bool:
-    """Whether the instant model stays instead of the adapted one, by their expected errors; False if one is unknown.
-
-    Statistics of old classes are exact for the instant model and estimated for the adapted one, whose expected error is therefore
-    too low rather than too high: a tie is for the instant model.
-    """
-    return first is not None and last is not None and last >= first - GAIN
+def is_worse(first: float | None, last: float | None) -> bool:
+    """Whether the instant model stays instead of the adapted one, by their expected errors; False if one is unknown."""
+    return first is not None and last is not None and last > first + WORSE
 
 
 class Assignment:
@@ -294,9 +290,9 @@ class Learning:
         return report
 
     def _first_is_better(self) -> bool:
-        """Whether the instant model stays, because the adapted one is not expected to be more accurate."""
+        """Whether the instant model stays, because the adapted one is expected to be less accurate."""
         first, last = (None if task is None else task.expected_error for task in (self.first, self.task))
-        return is_no_better(first, last)
+        return is_worse(first, last)
 
     def _put(self, session: Session[Any], task: Task, learning: Mapping[str, Any]) -> None:
         """Commits the model of a task."""
