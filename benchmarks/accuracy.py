@@ -200,8 +200,8 @@ def run(
     learner, state = _learner(protocol, name, seed, recipe, device, path, resumes=result is not None)
     if result is None:
         result = begun(protocol, method, seed, recipe, learner, data)
-    elif machine.commit() != result.get("commit"):
-        result["commit"] = f"{result.get('commit')}, then {machine.commit()}"
+    else:
+        machine.go_on(result)
     order = class_order(len(data.names), seed)[: protocol.classes]
     size = protocol.classes // protocol.tasks
     for task in range(len(result["matrix"]), protocol.tasks):

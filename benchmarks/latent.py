@@ -416,6 +416,8 @@ def run(
         result = {"protocol": asdict(protocol), "seed": seed, **made, "ways": {}}
     missing = [way for way in ways if way not in result["ways"]]
     found = case(protocol, data, seed, budget or BUDGETS[protocol.name]) if missing else None
+    if missing:
+        machine.go_on(result)
     for way in missing:
         assert found is not None
         result["ways"][way] = learn(found, way, seed, lambda line: say(f"{protocol.name} seed {seed}, {line}"))

@@ -25,6 +25,12 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {"commit": commit(), "versions": versions(), "machine": machine(device)}
 
 
+def go_on(result: dict[str, Any]) -> None:
+    """Adds this commit to a result that is continued, if an earlier one began it."""
+    if (now := commit()) != (begun := result.get("commit")) and not str(begun).endswith(f", then {now}"):
+        result["commit"] = f"{begun}, then {now}"
+
+
 def commit(root: Path = ROOT) -> str | None:
     """The git commit of the code as 40 hex digits, with "-dirty" where code or settings differ from it.
 

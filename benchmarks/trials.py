@@ -172,6 +172,7 @@ def run(
     if result is None:
         made = machine.provenance(torch.device("cpu"))
         result = {"protocol": asdict(protocol), "seed": seed, "recipe": recipe.to_dict(), **made, "trials": {}}
+    machine.go_on(result)
     for name in missing:
         trial = TRIALS[name]
         changed = recipe.changed(trial.changes)

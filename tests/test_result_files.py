@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import files
+from benchmarks import files, machine
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -31,3 +31,11 @@ def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monk
         files.write(path, {"seconds": 2})
     assert json.loads(path.read_text()) == {"seconds": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["speed.json"]
+
+
+def test_a_result_names_the_commits_that_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = {"commit": "a"}
+    for now in "aabb":
+        monkeypatch.setattr(machine, "commit", lambda now=now: now)
+        machine.go_on(result)
+    assert result == {"commit": "a, then b"}
