@@ -37,7 +37,7 @@ NOISE, WIDTH = 64, 128  # of the generator
 
 @dataclass(frozen=True)
 class Budget:
-    """Steps of a task, of its generator, and of all classes at once."""
+    """Steps of a task, of its generator, and of joint training on all classes."""
 
     steps: int
     generator: int
@@ -50,13 +50,13 @@ BUDGETS = {
     "edge-5x4": Budget(600, 100, 3000),  # training steps take a tenth of the time
 }
 
-FROZEN, GUIDED, ALIGNED, NONE, JOINT = "frozen", "guided", "BatchNorm's statistics", "no generated maps", "all classes at once"
+FROZEN, GUIDED, ALIGNED, NONE, JOINT = "frozen", "guided", "BatchNorm's statistics", "no generated maps", "joint training"
 WAYS = {
     FROZEN: "the backbone as it is",
     NONE: "upper blocks trained on new images alone",
     ALIGNED: "the same and generated maps that match BatchNorm's statistics (ABD's objective)",
     GUIDED: "the same and generated maps that match the stored mean and variances of each class",
-    JOINT: "upper blocks trained on real images of all classes at once (an upper bound)",
+    JOINT: "upper blocks trained on real images of all classes (an upper bound)",
 }
 
 
@@ -289,9 +289,8 @@ def _adapt(upper: Upper, new: Maps, statistics: Statistics, way: str, found: Cas
         _train_generator(generator, before, statistics, moments, way, found.budget.generator)
         parts.append(_pool(generator, known))
     targets = [_features(before, part.maps) for part in parts]
-    scale = moments.variance + moments.floor
-    _train(upper, found.last, _batches(parts, targets), found.budget.steps, int(new.rows.max()) + 1, known, scale)
-    drift = DriftSums(len(scale), torch.float64, torch.device("cpu"))
+    _train(upper, found.last, _batches(parts, targets), found.budget.steps, int(new.rows.max()) + 1, known, moments.scale)
+    drift = DriftSums(len(moments.scale), torch.float64, torch.device("cpu"))
     for part, target in zip(parts, targets, strict=True):
         drift.add(target, _features(upper, part.maps))
     return statistics.moved(drift.solve())
@@ -308,21 +307,21 @@ class Moments:
     ----------
     means
         Of each class, (C, U).
-    variance
-        Within classes, (U,).
     floor
         What is added to variances before they are compared or divided by, (U,).
+    scale
+        The variance within classes with the floor added, (U,).
     """
 
     means: Tensor
-    variance: Tensor
     floor: Tensor
+    scale: Tensor
 
     @classmethod
     def of(cls, statistics: Statistics, features: int, last: int) -> Moments:
         means, within = statistics.means[:, :features], statistics.covariance.diagonal()[:features]
         floor = SHRINKAGE.amount * replace(SHRINKAGE, own=last).target((within + means.var(0)).diag())
-        return cls(means.float(), within.float(), floor.float())
+        return cls(means.float(), floor.float(), within.float() + floor.float())
 
 
 def _train_generator(generator: Generator, before: Upper, statistics: Statistics, moments: Moments, way: str, steps: int) -> None:
@@ -339,9 +338,8 @@ def _train_generator(generator: Generator, before: Upper, statistics: Statistics
         loss = F.cross_entropy(features @ weight.T + bias, labels)
         if way == GUIDED:
             each = features.view(len(chosen), -1, features.shape[1])  # (classes, images, U)
-            scale = moments.variance + moments.floor
-            loss = loss + 5 * ((each.mean(1) - moments.means[chosen]).square() / scale).mean()
-            loss = loss + ((each.var(1).mean(0) + moments.floor) / scale).log().square().mean()
+            loss = loss + 5 * ((each.mean(1) - moments.means[chosen]).square() / moments.scale).mean()
+            loss = loss + ((each.var(1).mean(0) + moments.floor) / moments.scale).log().square().mean()
         else:
             loss = loss + 10 * objective.statistics_alignment(recorded)
         optimizer.zero_grad()
@@ -415,13 +413,12 @@ def run(
         made = machine.provenance(torch.device("cpu"))
         result = {"protocol": asdict(protocol), "seed": seed, **made, "ways": {}}
     missing = [way for way in ways if way not in result["ways"]]
-    found = case(protocol, data, seed, budget or BUDGETS[protocol.name]) if missing else None
     if missing:
         machine.go_on(result)
-    for way in missing:
-        assert found is not None
-        result["ways"][way] = learn(found, way, seed, lambda line: say(f"{protocol.name} seed {seed}, {line}"))
-        files.write(path, result)
+        found = case(protocol, data, seed, budget or BUDGETS[protocol.name])
+        for way in missing:
+            result["ways"][way] = learn(found, way, seed, lambda line: say(f"{protocol.name} seed {seed}, {line}"))
+            files.write(path, result)
     return result
 
 
