@@ -6,6 +6,7 @@ Gomez-Villa et al., ECCV 2024; DPCR, He et al., 2025). Here it is a ridge regres
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,13 @@ class DriftSums:
         self._before += before.sum(0)
         self._after += after.sum(0)
         self._count += len(before)
+
+    def __add__(self, other: DriftSums) -> DriftSums:
+        """The sums over the pairs of both."""
+        joined = copy.copy(self)
+        for name, value in vars(other).items():
+            setattr(joined, name, getattr(self, name) + value)
+        return joined
 
     def solve(self, ridge: float = RIDGE) -> DriftMap:
         """argmin over M and b of sum |x M + b - y|^2 + r |M - I|^2, where r is `ridge` times the mean of sum (x - mean)^2.

@@ -2,12 +2,15 @@
 
 One pass over a task's images adds up their features, of all scales. The statistics of earlier tasks are moved by a drift map. It
 is fitted to features of these images and of the task's generated images, from the backbone before the task and after it.
+
+What is chosen or expected of a head is found on images that it was not made from: the sums of two halves are separate. A drift
+map has errors of its own, so each half also has its own map, and old classes are held out as the other half's map moves them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ GENERATED_AT_ONCE = 64
 ASSUMED = 5.0  # images assumed behind a row without statistics: fewer than a stored statistic needs
 SHRINKAGES = (0.005, 0.02, 0.08, 0.3, 0.7)  # the one that does best on held-out images is taken
 GROUPED = (0.3, 0.7)  # also tried with features of other scales as a separate group, which helps if there are few images
+HALVES, BOTH = (slice(0, 1), slice(1, 2)), slice(0, 2)
 LEAST_SURE = 0.01  # the smallest factor for an LDA head's own logits
 
 
@@ -60,10 +64,7 @@ class _Known:
 
 
 class _Sums:
-    """Sums of features over a task's images, joined with the stored statistics, and the head that follows from them.
-
-    The sums of two halves of the images are separate: the scale of a head's logits is found on images it was not made from.
-    """
+    """Sums of features over each half of a task's images, joined with the stored statistics, and the head that follows."""
 
     def __init__(self, task: Task, moves: bool) -> None:
         network = task.student
@@ -73,7 +74,8 @@ class _Sums:
         self._first = torch.zeros(2, classes, features, dtype=dtype, device=task.device)  # sum of f, by class
         self._second = torch.zeros(2, features, features, dtype=dtype, device=task.device)  # sum of f f'
         self._count = torch.zeros(2, classes, dtype=dtype, device=task.device)
-        self._drift = DriftSums(features, dtype, task.device) if moves and task.teacher is not None else None
+        halves = 2 if moves and task.teacher is not None else 0
+        self._drift = [DriftSums(features, dtype, task.device) for _ in range(halves)]
         self._held = HeldFeatures.of(task, 2 if task.recipe.augmentation.flip else 1)
 
     def add(self, batch: Batch) -> None:
@@ -91,19 +93,26 @@ class _Sums:
             self._first[half].index_add_(0, places, rows, alpha=weight)
             self._second[half].addmm_(rows.T, rows, alpha=weight)
             self._count[half].index_add_(0, places, torch.full_like(places, weight, dtype=self._count.dtype))
-        if self._drift is not None:
-            assert self._task.teacher is not None
-            self._drift.add(self._task.teacher.of_all_scales(images), features)
+        self._add_drift(images, features)
         return features
+
+    def _add_drift(self, images: Tensor, features: Tensor) -> None:
+        if self._drift:
+            assert self._task.teacher is not None
+            before = self._task.teacher.of_all_scales(images)
+            for half, sums in enumerate(self._drift):
+                sums.add(before[half::2], features[half::2])
 
     def solve(self) -> None:
         """Sets the head over all scales. Rows of classes without statistics are not changed."""
         # On the CPU, because MPS has no float64: the same result on every device.
         self._first, self._second, self._count = (sums.cpu().double() for sums in (self._first, self._second, self._count))
-        task, old = self._task, self._moved()
-        images = float(self._count.sum()) + (old.images if old is not None else 0)
-        shrinkage, sureness = self._tried(old, images)
-        found = self._joined(old, slice(0, 2))
+        task, before = self._task, self._before()
+        if before is not None and self._drift:
+            for images, _ in self._generated():
+                self._add_drift(images, task.student.of_all_scales(images))
+        shrinkage, sureness = self._tried(before)
+        found = self._joined(self._moved(before, BOTH), BOTH)
         self._second = self._second[:0]  # no longer needed
         means, rows = self._with_generated(found)
         raw, offset = lda_head(means[rows], found.covariance, shrinkage)
@@ -124,27 +133,27 @@ class _Sums:
         trained = self._task.student.head.weight.detach().to(weight)[rows]
         return float((trained - trained.mean(0)).norm() / weight.norm().clamp_min(torch.finfo(weight.dtype).tiny))
 
-    def _tried(self, old: _Known | None, images: float) -> tuple[Shrinkage, float]:
+    def _tried(self, before: _Known | None) -> tuple[Shrinkage, float]:
         """Shrinkage, and the factor for logits: both from the answers of a head from one half of the images on the other."""
+        images = float(self._count.sum()) + (before.images if before is not None else 0)
         here = (self._count > 0).all(0)
         known = here.clone()
-        if old is not None:
-            known[: len(old.placed)] |= old.placed
+        if before is not None:
+            known[: len(before.placed)] |= before.placed
         if int(known.sum()) < 2 or not bool(here.any()):
             return usual_shrinkage(self._first.shape[2], images), 1.0
-        here = torch.nonzero(here).flatten()
-        heads, held = self._trial(old, 0, here, self._candidates())
+        heads, held = self._trial(before, HALVES, self._candidates())
         errors = {shrinkage: held.errors(*head) for shrinkage, head in heads.items()}
         groups = sorted({shrinkage.own for shrinkage in errors})
         best_of = [min((one for one in errors if one.own == own), key=errors.__getitem__) for own in groups]
         sureness = {shrinkage: held.sureness(*heads[shrinkage]) for shrinkage in best_of}
         del held  # before the second trial: these matrices are the largest in memory during learning
         if len(best_of) > 1:  # two kinds: with few images, deciding between them needs each half held out in turn
-            others, held = self._trial(old, 1, here, best_of)
+            others, held = self._trial(before, HALVES[::-1], best_of)
             errors = {shrinkage: errors[shrinkage] + held.errors(*others[shrinkage]) for shrinkage in best_of}
             del held
         best = min(best_of, key=errors.__getitem__)
-        self._task.expected_error = self._expected_error(old, heads[best])
+        self._task.expected_error = self._expected_error(before, heads[best])
         share = (images - float(self._count[1].sum())) / images  # of all images, used by the first trial's heads
         return best.of_more(share), min(max(sureness[best], LEAST_SURE), 1.0)
 
@@ -154,23 +163,26 @@ class _Sums:
         return [Shrinkage(amount) for amount in SHRINKAGES] + [Shrinkage(one, network.own_features) for one in grouped]
 
     def _trial(
-        self, old: _Known | None, half: int, here: Tensor, candidates: Sequence[Shrinkage]
+        self, before: _Known | None, halves: Sequence[slice], candidates: Sequence[Shrinkage]
     ) -> tuple[dict[Shrinkage, tuple[Tensor, Tensor]], HeldOut]:
-        """Heads from one half of the images, by shrinkage; and the other half, of the classes `here`."""
-        one = self._joined(old, slice(half, half + 1))
+        """Heads from the first half, by shrinkage; and the other half, of this task's classes and, if they were moved, old ones.
+
+        The statistics of old classes that were not moved are the same in both halves, and say nothing about a head."""
+        one = self._joined(self._moved(before, halves[0]), halves[0])
         rows = torch.nonzero(one.placed).flatten()
         heads = {shrinkage: centred(*lda_head(one.means[rows], one.covariance, shrinkage)) for shrinkage in candidates}
         del one  # before the other half's matrix is made
-        other = self._joined(None, slice(1 - half, 2 - half))
+        other = self._joined(self._moved(before, halves[1]) if self._drift else None, halves[1])
+        here = rows[other.placed[rows]]
         return heads, HeldOut(torch.searchsorted(rows, here), other.means[here], other.covariance)
 
-    def _expected_error(self, old: _Known | None, head: tuple[Tensor, Tensor]) -> float | None:
-        """The error of a head from one half of the images, on the other half and, by their statistics, on old classes."""
+    def _expected_error(self, before: _Known | None, head: tuple[Tensor, Tensor]) -> float | None:
+        """The error of a head from one half of the images on the other half and, by their statistics, on old classes."""
         if not self._task.compared:
             return None
-        all_classes = self._joined(old, slice(1, 2))
-        rows = torch.nonzero(all_classes.placed).flatten()
-        held = HeldOut(torch.arange(len(rows)), all_classes.means[rows], all_classes.covariance)
+        other = self._joined(self._moved(before, HALVES[1]), HALVES[1])
+        rows = torch.nonzero(other.placed).flatten()
+        held = HeldOut(torch.arange(len(rows)), other.means[rows], other.covariance)
         return held.errors(*head) if len(rows) == len(head[1]) else None
 
     def _joined(self, old: _Known | None, halves: slice) -> _Known:
@@ -193,8 +205,8 @@ class _Sums:
         covariance = scatter.add_(old.covariance, alpha=old.images).div_(max(old.images + images, 1))
         return _Known(means, count, placed, covariance, old.images + images)
 
-    def _moved(self) -> _Known | None:
-        """The statistics of earlier tasks' classes, moved to the features of the current backbone."""
+    def _before(self) -> _Known | None:
+        """The statistics of earlier tasks' classes, as they are kept."""
         kept = self._task.statistics
         if not kept.keys() >= SUMS.keys():
             return None
@@ -206,12 +218,15 @@ class _Sums:
         if "frame" in kept and not bool(placed.all()) and rows.shape == means.shape:
             found = Frame.unpacked(kept["frame"].values.double(), means.shape[1]).means(rows, covariance.double())
             means, placed = torch.where(placed[:, None], means, found), torch.ones_like(placed)
-        if self._drift is not None:
-            for images, _ in self._generated():
-                self._drift.add(teacher.of_all_scales(images), self._task.student.of_all_scales(images))
-            drift = self._drift.solve()
-            means, covariance = drift.means(means), drift.covariance(covariance.double())
         return _Known(means, count, placed, covariance, float(kept["covariance"].images[0]))
+
+    def _moved(self, before: _Known | None, halves: slice) -> _Known | None:
+        """The same in the features of the current backbone, by a drift map from one half of the images or both."""
+        if before is None or not self._drift:
+            return before
+        first, *rest = self._drift[halves]
+        drift = sum(rest, first).solve()
+        return replace(before, means=drift.means(before.means), covariance=drift.covariance(before.covariance.double()))
 
     def _with_generated(self, found: _Known) -> tuple[Tensor, Tensor]:
         """Means (C, F), and the classes that have one: an old class without statistics gets the mean of its generated images,
