@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,14 @@ def run_accuracy(
         click.echo("stopped, because the next task would not end in time; run the same command again to continue")
     else:
         click.echo("all of it has been run")
+
+
+def _known(option: str, names: str, known: Collection[str]) -> list[str]:
+    """The names that an option gives, with commas between."""
+    given = names.split(",")
+    if unknown := set(given) - set(known):
+        raise click.BadParameter(f"unknown: {', '.join(sorted(unknown))}", param_hint=option)
+    return given
 
 
 def _deadline(minutes: float | None) -> Callable[[float], bool]:
@@ -314,12 +322,17 @@ def run_formats(data: Path, model: Path, out: Path) -> None:
 
 @main.command("trials")
 @DATA
+@click.option("--presets", default=",".join(trials.SETTINGS), show_default=True, help="Names with commas between.")
 @click.option("--seeds", default="0", show_default=True, help="Numbers, with commas between; the class order follows them.")
+@click.option("--parts", default=",".join(trials.TRIALS), help="Names with commas between; all of them by default.")
 @RESULTS
-def run_trials(data: Path, seeds: str, out: Path) -> None:
+def run_trials(data: Path, presets: str, seeds: str, parts: str, out: Path) -> None:
     """ABD with one part of another method each; a stopped run continues from the last finished trial."""
-    for seed in map(int, seeds.split(",")):
-        trials.run(datasets.load(data), seed, out, click.echo)
+    chosen = _known("--presets", presets, trials.SETTINGS), _known("--parts", parts, trials.TRIALS)
+    for setting in map(trials.SETTINGS.__getitem__, chosen[0]):
+        loaded = datasets.load(data, setting.protocol.dataset, setting.protocol.image_size)
+        for seed in map(int, seeds.split(",")):
+            trials.run(setting, loaded, seed, out, click.echo, chosen[1])
     click.echo(trials.describe(out))
 
 
@@ -331,13 +344,11 @@ def run_trials(data: Path, seeds: str, out: Path) -> None:
 @RESULTS
 def run_latent(data: Path, presets: str, seeds: str, ways: str, out: Path) -> None:
     """Upper blocks trained on generated feature maps; a stopped run continues from the last finished way."""
-    for option, names, known in (("--ways", ways, latent.WAYS), ("--presets", presets, latent.BUDGETS)):
-        if unknown := set(names.split(",")) - set(known):
-            raise click.BadParameter(f"unknown: {', '.join(sorted(unknown))}", param_hint=option)
-    for protocol in map(accuracy.find_preset, presets.split(",")):
+    chosen = _known("--presets", presets, latent.BUDGETS), _known("--ways", ways, latent.WAYS)
+    for protocol in map(accuracy.find_preset, chosen[0]):
         loaded = datasets.load(data, protocol.dataset, protocol.image_size)
         for seed in map(int, seeds.split(",")):
-            latent.run(protocol, loaded, seed, out, click.echo, ways.split(","))
+            latent.run(protocol, loaded, seed, out, click.echo, chosen[1])
     click.echo(latent.describe(out))
 
 

@@ -158,11 +158,13 @@ def tasks_of(protocol: Protocol, data: Data, seed: int) -> list[list[int]]:
     return [order[begin : begin + size] for begin in range(0, protocol.classes, size)]
 
 
-def learn(learner: Learner, protocol: Protocol, data: Data, tasks: Sequence[Sequence[int]], seed: int) -> float:
+def learn(
+    learner: Learner, protocol: Protocol, data: Data, tasks: Sequence[Sequence[int]], seed: int, *, instant: bool = True
+) -> float:
     """Learns tasks; returns the seconds."""
     begin = time.perf_counter()
     for task in tasks:
-        learner.learn_task(training(protocol, data, task, seed), data.names, progress=False)
+        learner.learn_task(training(protocol, data, task, seed), data.names, instant=instant, progress=False)
     return time.perf_counter() - begin
 
 

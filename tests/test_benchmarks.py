@@ -92,10 +92,10 @@ def test_a_stopped_run_goes_on_and_ends_the_same(
 
 @pytest.mark.slow
 def test_every_trial_begins_with_the_same_model_and_learns_otherwise(data: Data, tmp_path: Path) -> None:
-    recipe = find_recipe("edge").changed(dotted(QUICK))
+    setting = trials.Setting(TINY, find_recipe("edge").changed(dotted(QUICK)), {})
     names = [name for name in trials.TRIALS if name != "twice as many dreams"]
-    first = trials.run(data, 0, tmp_path, print, names[:1], TINY, recipe)
-    found = trials.run(data, 0, tmp_path, print, names, TINY, recipe)
+    first = trials.run(setting, data, 0, tmp_path, print, names[:1])
+    found = trials.run(setting, data, 0, tmp_path, print, names)
     assert found["trials"][names[0]] == first["trials"][names[0]]
     assert list(found["trials"]) == names
     text = trials.describe(tmp_path)
