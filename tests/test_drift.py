@@ -36,6 +36,16 @@ def test_an_affine_drift_is_found_from_any_parts(seed: int, parts: int) -> None:
     assert torch.allclose(drift.covariance(before.T.cov()), after.T.cov(), atol=1e-4)
 
 
+def test_maps_of_two_halves_add_up_to_that_of_all() -> None:
+    draw = torch.Generator().manual_seed(0)
+    before, after = (torch.randn(60, 4, generator=draw, dtype=torch.float64) for _ in range(2))
+    halves = [sums_of(before[half::2], after[half::2]) for half in range(2)]
+    both, whole = (halves[0] + halves[1]).solve(), sums_of(before, after).solve()
+    for name in ("matrix", "offset", "residual"):
+        torch.testing.assert_close(getattr(both, name), getattr(whole, name))
+    assert not torch.allclose(halves[0].solve().matrix, halves[1].solve().matrix), "the sum changed neither half"
+
+
 def test_a_moved_covariance_has_what_the_map_does_not_explain() -> None:
     draw = torch.Generator().manual_seed(0)
     before = torch.randn(500, 4, generator=draw, dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,6 +88,25 @@ def test_the_first_model_stays_where_the_adapted_one_is_expected_to_be_worse(
     report = one_task.learn_task(train.of(("2", "3")), NAMES, progress=False)
     assert kinds(report.commits) == ["instant"] and "learn" in [stage.name for stage in report.stages]
     assert torch.equal(next(one_task.network.backbone.parameters()), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_network_that_training_has_ruined_is_not_served(train: Batches, test: Batches, seed: int) -> None:
+    """A high learning rate without distillation: a linear map cannot follow the features, and the rule has to see that."""
+    ruins = ADAPTS.changed({"schedule.min_steps": 60, "schedule.later_learning_rate": 0.2, "remember.mu": 0.0})
+    learner = quick_learner(recipe=ruins, seed=seed, multiscale=False)
+    for names in (("0", "1", "2"), ("3", "4", "5")):
+        report = learner.learn_task(few(train, names, 40), NAMES, progress=False)
+    assert "learn" in [stage.name for stage in report.stages] and kinds(report.commits) == ["instant"]
+    assert learner.evaluate(test.of(learner.classes), NAMES).accuracy > 0.85
+
+
+def few(images: Batches, names: tuple[str, ...], n: int) -> Batches:
+    """The first `n` images of some classes."""
+    part = images.of(names)
+    chosen = torch.cat([torch.nonzero(part.targets == target).flatten()[:n] for target in part.targets.unique()])
+    return replace(part, images=part.images[chosen], targets=part.targets[chosen])
 
 
 def test_cancelled_after_the_first_commit_it_keeps_that_model(one_task: Learner, train: Batches) -> None:
