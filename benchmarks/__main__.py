@@ -340,11 +340,11 @@ def run_trials(data: Path, presets: str, seeds: str, parts: str, out: Path) -> N
 @DATA
 @click.option("--presets", default=",".join(latent.BUDGETS), show_default=True, help="Names with commas between.")
 @click.option("--seeds", default="0", show_default=True, help="Numbers, with commas between; the class order follows them.")
-@click.option("--ways", default=",".join(latent.WAYS), show_default=True, help="Names with commas between.")
+@click.option("--variants", default=",".join(latent.VARIANTS), show_default=True, help="Names with commas between.")
 @RESULTS
-def run_latent(data: Path, presets: str, seeds: str, ways: str, out: Path) -> None:
-    """Upper blocks trained on generated feature maps; a stopped run continues from the last finished way."""
-    chosen = _known("--presets", presets, latent.BUDGETS), _known("--ways", ways, latent.WAYS)
+def run_latent(data: Path, presets: str, seeds: str, variants: str, out: Path) -> None:
+    """Upper blocks trained on generated feature maps; a stopped run continues from the last finished variant."""
+    chosen = _known("--presets", presets, latent.BUDGETS), _known("--variants", variants, latent.VARIANTS)
     for protocol in map(accuracy.find_preset, chosen[0]):
         loaded = datasets.load(data, protocol.dataset, protocol.image_size)
         for seed in map(int, seeds.split(",")):

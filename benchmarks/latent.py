@@ -51,7 +51,7 @@ BUDGETS = {
 }
 
 FROZEN, GUIDED, ALIGNED, NONE, JOINT = "frozen", "guided", "BatchNorm's statistics", "no generated maps", "joint training"
-WAYS = {
+VARIANTS = {
     FROZEN: "the backbone as it is",
     NONE: "upper blocks trained on new images alone",
     ALIGNED: "the same and generated maps that match BatchNorm's statistics (ABD's objective)",
@@ -251,25 +251,25 @@ def case(protocol: accuracy.Protocol, data: datasets.Data, seed: int, budget: Bu
     return Case(upper, network.own_features, training, tests, budget)
 
 
-def learn(found: Case, way: str, seed: int, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Learns all tasks in one way; returns accuracy after each (with all features and with the last ones) and seconds."""
+def learn(found: Case, variant: str, seed: int, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Learns all tasks with one variant; returns accuracy after each (with all features and with the last ones) and seconds."""
     torch.manual_seed(seed)
     upper = copy.deepcopy(found.upper).eval()
     begin = time.perf_counter()
     result: dict[str, list[float]] = {"accuracy": [], "last_features": [], "seconds": []}
     statistics: Statistics | None = None
-    for n, new in enumerate(_joined(found.training) if way == JOINT else found.training, 1):
-        if way == JOINT:
+    for n, new in enumerate(_joined(found.training) if variant == JOINT else found.training, 1):
+        if variant == JOINT:
             _train(upper, found.last, _batches([new], [new.fixed]), found.budget.joint, int(new.rows.max()) + 1)
-        elif statistics is not None and way != FROZEN:
-            statistics = _adapt(upper, new, statistics, way, found)
+        elif statistics is not None and variant != FROZEN:
+            statistics = _adapt(upper, new, statistics, variant, found)
         own = Statistics.of(new.features(upper), new.rows)
         statistics = own if statistics is None else statistics.with_new(own)
         result["seconds"].append(time.perf_counter() - begin)
-        tests = found.tests if way == JOINT else found.tests[:n]
+        tests = found.tests if variant == JOINT else found.tests[:n]
         result["accuracy"].append(statistics.accuracy(tests, upper))
         result["last_features"].append(statistics.accuracy(tests, upper, found.last))
-        say(f"{way}, task {n}: {result['accuracy'][-1]:.1%}, {result['seconds'][-1]:.0f} s")
+        say(f"{variant}, task {n}: {result['accuracy'][-1]:.1%}, {result['seconds'][-1]:.0f} s")
         begin = time.perf_counter()
     return result
 
@@ -279,14 +279,14 @@ def _joined(tasks: Sequence[Maps]) -> list[Maps]:
     return [Maps(*(torch.cat([getattr(task, name) for task in tasks]) for name in ("maps", "fixed", "rows")))]
 
 
-def _adapt(upper: Upper, new: Maps, statistics: Statistics, way: str, found: Case) -> Statistics:
+def _adapt(upper: Upper, new: Maps, statistics: Statistics, variant: str, found: Case) -> Statistics:
     """Trains the upper blocks on a task; returns the old classes' statistics in their new features."""
     before, known = copy.deepcopy(upper), len(statistics.means)
     moments = Moments.of(statistics, _features(before, new.maps[:1]).shape[1], found.last)
     parts = [new]
-    if way != NONE:
+    if variant != NONE:
         generator = Generator(known, new.maps)
-        _train_generator(generator, before, statistics, moments, way, found.budget.generator)
+        _train_generator(generator, before, statistics, moments, variant, found.budget.generator)
         parts.append(_pool(generator, known))
     targets = [_features(before, part.maps) for part in parts]
     _train(upper, found.last, _batches(parts, targets), found.budget.steps, int(new.rows.max()) + 1, known, moments.scale)
@@ -324,7 +324,9 @@ class Moments:
         return cls(means.float(), floor.float(), within.float() + floor.float())
 
 
-def _train_generator(generator: Generator, before: Upper, statistics: Statistics, moments: Moments, way: str, steps: int) -> None:
+def _train_generator(
+    generator: Generator, before: Upper, statistics: Statistics, moments: Moments, variant: str, steps: int
+) -> None:
     """Trains it to make maps that the old classifier takes for the class, and that match what is known of it."""
     classes = len(moments.means)
     weight, bias = (each.float() for each in statistics.head(len(moments.floor)))
@@ -336,7 +338,7 @@ def _train_generator(generator: Generator, before: Upper, statistics: Statistics
         with layers.recording() as recorded:
             features = before(generator(labels))
         loss = F.cross_entropy(features @ weight.T + bias, labels)
-        if way == GUIDED:
+        if variant == GUIDED:
             each = features.view(len(chosen), -1, features.shape[1])  # (classes, images, U)
             loss = loss + 5 * ((each.mean(1) - moments.means[chosen]).square() / moments.scale).mean()
             loss = loss + ((each.var(1).mean(0) + moments.floor) / moments.scale).log().square().mean()
@@ -403,38 +405,33 @@ def run(
     seed: int,
     out: Path,
     say: Callable[[str], None],
-    ways: Sequence[str] = tuple(WAYS),
+    variants: Sequence[str] = tuple(VARIANTS),
     budget: Budget | None = None,
 ) -> dict[str, Any]:
-    """Learns in some ways; those that `out` has already are kept."""
+    """Learns with some variants; those that `out` has already are kept."""
     path = out / f"latent-{protocol.name}-{seed}.json"
-    result = files.read(path)
-    if result is None:
-        made = machine.provenance(torch.device("cpu"))
-        result = {"protocol": asdict(protocol), "seed": seed, **made, "ways": {}}
-    missing = [way for way in ways if way not in result["ways"]]
+    result, missing = machine.continued(path, "variants", variants, protocol=asdict(protocol), seed=seed)
     if missing:
-        machine.go_on(result)
         found = case(protocol, data, seed, budget or BUDGETS[protocol.name])
-        for way in missing:
-            result["ways"][way] = learn(found, way, seed, lambda line: say(f"{protocol.name} seed {seed}, {line}"))
+        for variant in missing:
+            result["variants"][variant] = learn(found, variant, seed, lambda line: say(f"{protocol.name} seed {seed}, {line}"))
             files.write(path, result)
     return result
 
 
 def describe(folder: Path) -> str:
-    """Markdown, a row for each way on each preset; empty if there is no result."""
+    """Markdown, a row for each variant on each preset; empty if there is no result."""
     runs = list(files.read_all(folder, "latent-*.json").values())
     rows = []
     for preset in dict.fromkeys(run["protocol"]["name"] for run in runs):
-        for way, says in WAYS.items():
-            found = [run["ways"][way] for run in runs if run["protocol"]["name"] == preset and way in run["ways"]]
+        for variant, says in VARIANTS.items():
+            found = [run["variants"][variant] for run in runs if run["protocol"]["name"] == preset and variant in run["variants"]]
             if found:
                 each = " / ".join(f"{100 * mean(values):.1f}" for values in zip(*(one["accuracy"] for one in found), strict=True))
                 final, last = ([one[name][-1] for one in found] for name in ("accuracy", "last_features"))
                 minutes = f"{mean(sum(one['seconds']) for one in found) / 60:.1f}"
                 figures = [each, tables.over_seeds(final, 100), tables.over_seeds(last, 100), minutes]
-                rows.append([preset, f"{way}: {says}", *figures, str(len(found))])
+                rows.append([preset, f"{variant}: {says}", *figures, str(len(found))])
     steps = "; ".join(f"{name}: {budget.steps} and {budget.generator}" for name, budget in BUDGETS.items())
     note = (
         "The lower blocks and BatchNorm's statistics are frozen: the first 9 of 16 blocks of EfficientNet-Lite0, or the first 6 "
@@ -442,5 +439,5 @@ def describe(folder: Path) -> str:
         f"{steps}. LDA with a shrinkage of {SHRINKAGE.amount} from class statistics, which a drift map moves. Minutes are of "
         "training after the first task, and of runs that may have shared their machine. `python -m benchmarks latent` runs it."
     )
-    columns = "preset|way|accuracy after each task, %|after the last, %|the same with the last features alone|minutes|seeds"
+    columns = "preset|variant|accuracy after each task, %|after the last, %|the same with the last features alone|minutes|seeds"
     return f"{note}\n\n{tables.table(columns.split('|'), rows)}" if rows else ""

@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy
 import torch
 
 import edge_dfcil
+from benchmarks import files
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("edge_dfcil", "exporters", "benchmarks", "demos", "pyproject.toml", ":(exclude)benchmarks/results")
@@ -29,6 +31,15 @@ def go_on(result: dict[str, Any]) -> None:
     """Adds this commit to a result that is continued, if an earlier one began it."""
     if (now := commit()) != (begun := result.get("commit")) and not str(begun).endswith(f", then {now}"):
         result["commit"] = f"{begun}, then {now}"
+
+
+def continued(path: Path, key: str, names: Sequence[str], **about: Any) -> tuple[dict[str, Any], list[str]]:
+    """A result whose parts are under `key`, from a file or new, with all that `about` says of it; and which parts are missing."""
+    result = files.read(path) or {**about, **provenance(torch.device("cpu")), key: {}}
+    missing = [name for name in names if name not in result[key]]
+    if missing:
+        go_on(result)
+    return result, missing
 
 
 def commit(root: Path = ROOT) -> str | None:

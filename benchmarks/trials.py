@@ -196,17 +196,13 @@ def run(
     """Learns the first task once and the second with every trial, all from the same model; trials already in `out` are kept."""
     protocol, recipe = setting.protocol, setting.recipe
     path = out / f"trials-{protocol.name}-{seed}.json"
-    result = files.read(path)
-    missing = [name for name in names if result is None or name not in result["trials"]]
-    if result is not None and not missing:
-        return dict(result)
+    about = {"protocol": asdict(protocol), "seed": seed, "recipe": recipe.to_dict()}
+    result, missing = machine.continued(path, "trials", names, **about)
+    if not missing:
+        return result
     tasks = accuracy.tasks_of(protocol, data, seed)[:TASKS]
     first = accuracy.new_learner(protocol, "abd", seed, recipe.changed(setting.first), "cpu")
     accuracy.learn(first, protocol, data, tasks[:1], seed)
-    if result is None:
-        made = machine.provenance(torch.device("cpu"))
-        result = {"protocol": asdict(protocol), "seed": seed, "recipe": recipe.to_dict(), **made, "trials": {}}
-    machine.go_on(result)
     for name in missing:
         trial = TRIALS[name]
         changed = recipe.changed(trial.changes(recipe))

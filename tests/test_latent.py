@@ -74,13 +74,13 @@ def data(monkeypatch: pytest.MonkeyPatch) -> Data:
 
 
 @pytest.mark.parametrize("protocol", [STAND_IN, SCRATCH], ids=["pretrained", "scratch"])
-@pytest.mark.parametrize("way", [latent.NONE, latent.ALIGNED, latent.GUIDED])
+@pytest.mark.parametrize("variant", [latent.NONE, latent.ALIGNED, latent.GUIDED])
 def test_blocks_that_do_not_move_leave_the_frozen_result(
-    protocol: accuracy.Protocol, way: str, data: Data, monkeypatch: pytest.MonkeyPatch
+    protocol: accuracy.Protocol, variant: str, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(latent, "LEARNING_RATE", 1e-12)
     found = latent.case(protocol, data, 0, FEW)
-    frozen, moved = (latent.learn(found, each, 0, lambda line: None) for each in (latent.FROZEN, way))
+    frozen, moved = (latent.learn(found, each, 0, lambda line: None) for each in (latent.FROZEN, variant))
     assert moved["accuracy"] == frozen["accuracy"]
     assert moved["last_features"] == frozen["last_features"]
 
@@ -90,7 +90,7 @@ def test_a_way_trains_a_copy_and_parameters_alone(data: Data) -> None:
     before = {name: value.clone() for name, value in found.upper.state_dict().items()}
     parameters = {name for name, _ in found.upper.named_parameters()}
     kept = latent.learn(found, latent.GUIDED, 0, lambda line: None)
-    assert all(torch.equal(before[name], value) for name, value in found.upper.state_dict().items()), "a way changed the case"
+    assert all(torch.equal(before[name], value) for name, value in found.upper.state_dict().items()), "a variant changed the case"
     assert kept == latent.learn(found, latent.GUIDED, 0, lambda line: None) | {"seconds": kept["seconds"]}
     latent._train(found.upper, found.last, latent._batches(found.training[:1], [found.training[0].fixed]), 4, 2)
     after = found.upper.state_dict()
@@ -103,10 +103,10 @@ def test_guided_maps_are_nearer_to_the_stored_means_of_their_classes(data: Data)
     statistics = latent.Statistics.of(new.features(found.upper), new.rows)
     moments = latent.Moments.of(statistics, found.upper(new.maps[:1]).shape[1], found.last)
 
-    def distance(way: str) -> float:
+    def distance(variant: str) -> float:
         torch.manual_seed(0)
         generator = latent.Generator(2, new.maps)
-        latent._train_generator(generator, found.upper, statistics, moments, way, 60)
+        latent._train_generator(generator, found.upper, statistics, moments, variant, 60)
         with torch.no_grad():
             features = [found.upper(generator(torch.full((64,), row))).mean(0) for row in range(2)]
         return float((torch.stack(features) - moments.means).square().sum())
@@ -115,18 +115,18 @@ def test_guided_maps_are_nearer_to_the_stored_means_of_their_classes(data: Data)
 
 
 def test_a_stopped_run_goes_on_with_the_next_way(data: Data, tmp_path: Path) -> None:
-    ways = [latent.FROZEN, latent.GUIDED]
-    first = latent.run(STAND_IN, data, 0, tmp_path, lambda line: None, ways[:1], FEW)
-    assert list(first["ways"]) == ways[:1]
+    variants = [latent.FROZEN, latent.GUIDED]
+    first = latent.run(STAND_IN, data, 0, tmp_path, lambda line: None, variants[:1], FEW)
+    assert list(first["variants"]) == variants[:1]
     said: list[str] = []
-    found = latent.run(STAND_IN, data, 0, tmp_path, said.append, ways, FEW)
-    assert found["ways"][latent.FROZEN] == first["ways"][latent.FROZEN] and list(found["ways"]) == ways
+    found = latent.run(STAND_IN, data, 0, tmp_path, said.append, variants, FEW)
+    assert found["variants"][latent.FROZEN] == first["variants"][latent.FROZEN] and list(found["variants"]) == variants
     assert said and all(latent.GUIDED in line for line in said)
     text = latent.describe(tmp_path)
     assert "| stand-in | guided:" in text and latent.JOINT not in text
 
 
-@pytest.mark.parametrize(("option", "known"), [("--ways", "frozen"), ("--presets", "edge-5x4")])
+@pytest.mark.parametrize(("option", "known"), [("--variants", "frozen"), ("--presets", "edge-5x4")])
 def test_an_unknown_name_is_refused(option: str, known: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["latent", "--data", str(tmp_path), option, f"{known},sideways"])
     assert done.exit_code != 0 and option in done.output and "unknown: sideways" in done.output
