@@ -23,7 +23,7 @@ from edge_dfcil.methods.task import Task
 from edge_dfcil.model.network import Network
 from edge_dfcil.recipe import Recipe, dotted, find_recipe
 from edge_dfcil.training.data import Batch
-from edge_dfcil.training.stage import Stage, Terms
+from edge_dfcil.training.stage import Stage, StageSpec, Terms
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,49 @@ class _Apart:
         return torch.cat([self._network.features(part) for part in (images[: self._real], images[self._real :])])
 
 
+class GuidedInversion(ABD):
+    """Generated images of each old class match its stored mean, and the variance within classes, in the teacher's last features.
+
+    As in guided latent inversion (`latent`), but of images, and beside the statistics of BatchNorm. The class of a generated
+    image is the one that the teacher sees.
+    """
+
+    fewest = 4  # images of a class in a batch from which its mean and variance are taken
+    mean_weight = 5.0
+
+    def prepare(self, task: Task) -> Iterator[Stage]:
+        for stage in super().prepare(task):
+            if isinstance(stage, StageSpec) and stage.name == "dream":
+                stage = replace(stage, loss=self._guided(task, stage.loss))
+            yield stage
+
+    def _guided(self, task: Task, loss: Callable[[Any], Terms]) -> Callable[[Any], Terms]:
+        head, size = _teacher(task).head, task.student.own_features
+        means = task.statistics["mean"].values[:, :size].to(task.device)  # (K, F)
+        within = task.statistics["covariance"].values.diagonal()[:size].to(task.device)
+        floor = 0.3 * (within + means.var(0)).mean()  # many features hardly vary
+        scale = within + floor
+
+        def guided(noise: Tensor) -> Terms:
+            seen = list[tuple[Tensor, Tensor]]()
+            hook = head.register_forward_hook(lambda layer, inputs, logits: seen.append((inputs[0], logits)))
+            try:
+                terms = loss(noise)
+            finally:
+                hook.remove()
+            ((features, logits),) = seen
+            labels = logits.argmax(1)
+            found = [k for k, n in enumerate(labels.bincount(minlength=len(means)).tolist()) if n >= self.fewest]
+            for k in found:
+                own = features[labels == k]
+                away = ((own.mean(0) - means[k]).square() / scale).mean()
+                spread = ((own.var(0) + floor) / scale).log().square().mean()
+                terms["guide"] = terms.get("guide", torch.zeros(())) + (self.mean_weight * away + spread) / len(found)
+            return terms
+
+        return guided
+
+
 def _teacher(task: Task) -> Network:
     assert task.teacher is not None
     return task.teacher
@@ -162,7 +205,7 @@ def averaged_statistics(share: float = 0.9) -> Iterator[None]:
 class Trial:
     """A part to try: a method that has it, changes of the recipe, or a context in which the task is learnt."""
 
-    method: Callable[[], ABD] = ABD
+    method: type[ABD] = ABD
     changes: Callable[[Recipe], dict[str, Any]] = lambda recipe: {}
     within: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -178,6 +221,7 @@ TRIALS = {
     "learning rate of the second task 0.02": Trial(changes=lambda recipe: {"schedule.later_learning_rate": 0.02}),
     "three times the distillation": Trial(changes=lambda recipe: {"remember.mu": 3 * (recipe.remember.mu or ABD.mu)}),
     "twice as many dreams": Trial(changes=lambda recipe: {"remember.pool": 2 * recipe.remember.pool}),
+    "guided inversion": Trial(GuidedInversion),
     # A running average passes on a tenth of the gradient, which ten times the weight makes up for.
     "averaged statistics in inversion": Trial(
         changes=lambda recipe: {"inversion.statistics": 10 * recipe.inversion.statistics}, within=averaged_statistics
@@ -196,6 +240,8 @@ def run(
     """Learns the first task once and the second with every trial, all from the same model; trials already in `out` are kept."""
     protocol, recipe = setting.protocol, setting.recipe
     path = out / f"trials-{protocol.name}-{seed}.json"
+    if recipe.refine.head != "lda":  # a trained head keeps no statistics of classes
+        names = [name for name in names if TRIALS[name].method is not GuidedInversion]
     about = {"protocol": asdict(protocol), "seed": seed, "recipe": recipe.to_dict()}
     result, missing = machine.continued(path, "trials", names, **about)
     if not missing:

@@ -59,6 +59,7 @@ def data(tmp_path: Path) -> Data:
 
 TINY = accuracy.Protocol("tiny", 4, 2, "resnet8", "edge", image_size=16, batch_size=8)
 QUICK = {"epochs": 1, "first_epochs": 1, "min_steps": 2, "generator_steps": 2, "width": 8, "pool": 16, "refine_min_steps": 2}
+CLOSED = {"refine.head": "lda", "schedule.adapt": "always"}  # a closed-form head over a network that is trained at every task
 
 
 @pytest.mark.slow
@@ -96,10 +97,15 @@ def test_every_trial_begins_with_the_same_model_and_learns_otherwise(data: Data,
     names = [name for name in trials.TRIALS if name != "twice as many dreams"]
     first = trials.run(setting, data, 0, tmp_path, print, names[:1])
     found = trials.run(setting, data, 0, tmp_path, print, names)
+    names.remove("guided inversion")  # a trained head keeps no class statistics
     assert found["trials"][names[0]] == first["trials"][names[0]]
     assert list(found["trials"]) == names
     text = trials.describe(tmp_path)
     assert all(f"| {name} |" in text for name in names) and "twice as many" not in text
+    setting = trials.Setting(replace(TINY, name="closed"), setting.recipe.changed(CLOSED), {"schedule.adapt": "first"})
+    guided = trials.run(setting, data, 0, tmp_path, print, ["as it is", "guided inversion"])
+    assert list(guided["trials"]) == ["as it is", "guided inversion"]
+    assert "a closed-form head" in trials.describe(tmp_path)
     statistics = [tuple(torch.ones(2) for _ in range(4))]
     with trials.averaged_statistics():
         objective.statistics_alignment(statistics)  # type: ignore[arg-type]
