@@ -223,10 +223,11 @@ def test_the_choice_between_instant_and_adapted_by_hand() -> None:
         {},  # a task without an instant model
     ]
     trains, fixed = ({"schedule": {"adapt": adapt}} for adapt in ("always", "first"))
-    ours = [{"seed": 0, "candidates": pairs, "recipe": trains}]
+    ours = [{"seed": 0, "candidates": pairs, "recipe": trains}, {"seed": 1, "candidates": pairs[:1], "recipe": trains, "rule": 2}]
     table = candidates.describe({"tiny": {"abd": ours, "frozen": [{"seed": 0, "candidates": [{}, {}, {}], "recipe": fixed}]}})
     assert "serve the instant model: 2 later tasks, runs: 1." in table
-    assert "| tiny | abd | 0 | 3 | 60.0 | 56.7 | 2 | 2 | -10.0 | 1 | 2 of 3 | 60.0 |" in table
+    assert "| tiny | abd | 0 | 1 | 3 | 60.0 | 56.7 | 2 | 2 | -10.0 | 1 | 2 of 3 | 60.0 |" in table
+    assert "| tiny | abd | 1 | 2 | 1 | 60.0 | 70.0 | 0 | 0 | 0.0 | 0 | 1 of 1 | 70.0 |" in table
 
 
 def test_mid_by_hand() -> None:
