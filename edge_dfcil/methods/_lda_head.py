@@ -113,7 +113,7 @@ class _Sums:
                 self._add_drift(images, task.student.of_all_scales(images))
         shrinkage, sureness = self._tried(before)
         found = self._joined(self._moved(before, BOTH), BOTH)
-        self._second = self._second[:0]  # no longer needed
+        self._second, self._drift = self._second[:0], []  # no longer needed
         means, rows = self._with_generated(found)
         raw, offset = lda_head(means[rows], found.covariance, shrinkage)
         weight, bias = centred(raw, offset)
