@@ -203,11 +203,18 @@ def averaged_statistics(share: float = 0.9) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Trial:
-    """A part to try: a method that has it, changes of the recipe, or a context in which the task is learnt."""
+    """A part to try: a method that has it, changes of the recipe, or a context in which the task is learnt.
+
+    Attributes
+    ----------
+    closed_form
+        Whether it needs a closed-form head, and the class statistics that are kept for it.
+    """
 
     method: type[ABD] = ABD
     changes: Callable[[Recipe], dict[str, Any]] = lambda recipe: {}
     within: Callable[[], AbstractContextManager[None]] = nullcontext
+    closed_form: bool = False
 
 
 AS_IT_IS = "as it is"
@@ -221,7 +228,8 @@ TRIALS = {
     "learning rate of the second task 0.02": Trial(changes=lambda recipe: {"schedule.later_learning_rate": 0.02}),
     "three times the distillation": Trial(changes=lambda recipe: {"remember.mu": 3 * (recipe.remember.mu or ABD.mu)}),
     "twice as many dreams": Trial(changes=lambda recipe: {"remember.pool": 2 * recipe.remember.pool}),
-    "guided inversion": Trial(GuidedInversion),
+    "guided inversion": Trial(GuidedInversion, closed_form=True),
+    "a frozen network": Trial(changes=lambda recipe: {"schedule.adapt": "first"}, closed_form=True),
     # A running average passes on a tenth of the gradient, which ten times the weight makes up for.
     "averaged statistics in inversion": Trial(
         changes=lambda recipe: {"inversion.statistics": 10 * recipe.inversion.statistics}, within=averaged_statistics
@@ -240,8 +248,7 @@ def run(
     """Learns the first task once and the second with every trial, all from the same model; trials already in `out` are kept."""
     protocol, recipe = setting.protocol, setting.recipe
     path = out / f"trials-{protocol.name}-{seed}.json"
-    if recipe.refine.head != "lda":  # a trained head keeps no statistics of classes
-        names = [name for name in names if TRIALS[name].method is not GuidedInversion]
+    names = [name for name in names if recipe.refine.head == "lda" or not TRIALS[name].closed_form]
     about = {"protocol": asdict(protocol), "seed": seed, "recipe": recipe.to_dict()}
     result, missing = machine.continued(path, "trials", names, **about)
     if not missing:
@@ -284,8 +291,8 @@ def _described(runs: list[dict[str, Any]]) -> str:
     head = "a closed-form head, with drift-compensated statistics" if recipe["refine"]["head"] == "lda" else "a trained head"
     note = (
         f"ABD with the recipe `{recipe['preset']}` and {head} on {runs[0]['protocol']['name']}, accuracy after {TASKS} tasks, "
-        f"seeds {', '.join(str(run['seed']) for run in runs)}. Every second task begins with the same model, trains the whole "
-        "network and takes the same steps; a row with fewer gains has the first seeds alone. Seconds are of runs that may have "
-        "shared their machine. `python -m benchmarks trials` runs it."
+        f"seeds {', '.join(str(run['seed']) for run in runs)}. Every second task begins with the same model and "
+        "trains the whole network for the same steps, unless the row says otherwise; a row with fewer gains has the first seeds "
+        "alone. Seconds are of runs that may have shared their machine. `python -m benchmarks trials` runs it."
     )
     return f"{note}\n\n{tables.table(['part', 'accuracy, %', 'gain by seed, points', 'times the seconds'], rows)}"

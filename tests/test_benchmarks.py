@@ -97,7 +97,7 @@ def test_every_trial_begins_with_the_same_model_and_learns_otherwise(data: Data,
     names = [name for name in trials.TRIALS if name != "twice as many dreams"]
     first = trials.run(setting, data, 0, tmp_path, print, names[:1])
     found = trials.run(setting, data, 0, tmp_path, print, names)
-    names.remove("guided inversion")  # a trained head keeps no class statistics
+    names = [name for name in names if not trials.TRIALS[name].closed_form]  # a trained head keeps no class statistics
     assert found["trials"][names[0]] == first["trials"][names[0]]
     assert list(found["trials"]) == names
     text = trials.describe(tmp_path)
