@@ -280,7 +280,7 @@ def describe(folder: Path) -> str:
 def _described(runs: list[dict[str, Any]]) -> str:
     rows = []
     for name in TRIALS:
-        pairs = [(run["trials"][name], run["trials"][AS_IT_IS]) for run in runs if name in run["trials"]]
+        pairs = [(run["trials"][name], run["trials"][AS_IT_IS]) for run in runs if {name, AS_IT_IS} <= run["trials"].keys()]
         if pairs:
             gains = [trial["accuracy"] - base["accuracy"] for trial, base in pairs]
             minutes = mean(trial["seconds"] / base["seconds"] for trial, base in pairs)
