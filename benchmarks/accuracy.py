@@ -336,7 +336,7 @@ def begun(protocol: Protocol, method: str, seed: int, recipe: Recipe, learner: L
         "seed": seed,
         "recipe": recipe.to_dict(),
         "packed": data.packed,
-        "rule": candidates.RULE,
+        "expected_errors": candidates.ERRORS,
         **machine.provenance(torch.device(learner.device)),
         "accuracy": [],
         "matrix": [],

@@ -18,7 +18,7 @@ from edge_dfcil.training.stage import Stage
 
 Results = list[dict[str, Any]]
 
-RULE = 2  # how expected errors are found. In rule 1 one drift map, from all images, made the head and tested it
+ERRORS = 2  # the kind of expected errors: in kind 1 one drift map, from all images, made the head and tested it
 
 
 class Candidates(Callback):
@@ -69,17 +69,17 @@ def describe(runs: dict[str, dict[str, Results]]) -> str:
     rows = []
     for protocol, methods in runs.items():
         for method, every in methods.items():
-            for rule in (1, RULE):
-                results = [result for result in every if result.get("rule", 1) == rule]
+            for kind in (1, ERRORS):
+                results = [result for result in every if result.get("expected_errors", 1) == kind]
                 pairs = [pair for result in results for pair in result.get("candidates", []) if "adapted" in pair]
                 if pairs:
-                    rows.append([protocol, method, ", ".join(str(r["seed"]) for r in results), str(rule), *_row(pairs)])
-    head = ["protocol", "method", "seeds", "rule", "tasks", "instant, %", "adapted, %", "adapted worse", "by over a point"]
+                    rows.append([protocol, method, ", ".join(str(r["seed"]) for r in results), str(kind), *_row(pairs)])
+    head = ["protocol", "method", "seeds", "kind", "tasks", "instant, %", "adapted, %", "adapted worse", "by over a point"]
     head += ["worst, points", "dropped", "rule right", "served, %"]
     note = (
         "A task of a method that trains at every task has two models: rows from class statistics at the start, and the adapted "
-        f"one. The rule drops an adapted model whose expected error is more than {100 * WORSE:.0f} point above that of the "
-        "instant one. It is right where it serves the model that is better on test images, or one within a point of it. Rule 1, "
+        f"one. The rule drops an adapted model whose expected error is more than {WORSE} times that of the instant one. It is "
+        "right where it serves the model that is better on test images, or one within a point of it. Expected errors of kind 1, "
         "of earlier runs, tested a head with the drift map that had made it, so the map's errors did not show."
         f"{_of_default(runs)}"
     )

@@ -36,12 +36,13 @@ from edge_dfcil.training.session import Enough, Session
 from edge_dfcil.training.stage import Stage, StageSpec
 
 LEAST_SHARE = 0.05  # of a schedule: if there is less time, a task that has an instant model ends with that model
-WORSE = 0.01  # the instant model stays if the expected error of the adapted one is larger by more than this
+WORSE = 1.5  # the instant model stays if the expected error of the adapted one is more than this many times as large
+LEAST_ERROR = 1e-6  # expected errors below this are compared as if they were this: the tails of a normal model say no more
 
 
 def is_worse(first: float | None, last: float | None) -> bool:
     """Whether the instant model stays instead of the adapted one, by their expected errors; False if one is unknown."""
-    return first is not None and last is not None and last > first + WORSE
+    return first is not None and last is not None and last > WORSE * max(first, LEAST_ERROR)
 
 
 class Assignment:

@@ -219,11 +219,14 @@ def test_the_choice_between_instant_and_adapted_by_hand() -> None:
     pairs = [
         pair((0.6, 0.4), (0.7, 0.3)),  # taken, and better
         pair((0.6, 0.4), (0.5, 0.405)),  # taken, and worse
-        pair((0.6, 0.4), (0.5, 0.6)),  # dropped, and worse
+        pair((0.6, 0.4), (0.5, 0.8)),  # dropped, and worse
         {},  # a task without an instant model
     ]
     trains, fixed = ({"schedule": {"adapt": adapt}} for adapt in ("always", "first"))
-    ours = [{"seed": 0, "candidates": pairs, "recipe": trains}, {"seed": 1, "candidates": pairs[:1], "recipe": trains, "rule": 2}]
+    ours = [
+        {"seed": 0, "candidates": pairs, "recipe": trains},
+        {"seed": 1, "candidates": pairs[:1], "recipe": trains, "expected_errors": 2},
+    ]
     table = candidates.describe({"tiny": {"abd": ours, "frozen": [{"seed": 0, "candidates": [{}, {}, {}], "recipe": fixed}]}})
     assert "serve the instant model: 2 later tasks, runs: 1." in table
     assert "| tiny | abd | 0 | 1 | 3 | 60.0 | 56.7 | 2 | 2 | -10.0 | 1 | 2 of 3 | 60.0 |" in table
