@@ -85,7 +85,7 @@ def test_blocks_that_do_not_move_leave_the_frozen_result(
     assert moved["last_features"] == frozen["last_features"]
 
 
-def test_a_way_trains_a_copy_and_parameters_alone(data: Data) -> None:
+def test_a_variant_trains_a_copy_and_parameters_alone(data: Data) -> None:
     found = latent.case(STAND_IN, data, 0, FEW)
     before = {name: value.clone() for name, value in found.upper.state_dict().items()}
     parameters = {name for name, _ in found.upper.named_parameters()}
@@ -114,7 +114,7 @@ def test_guided_maps_are_nearer_to_the_stored_means_of_their_classes(data: Data)
     assert distance(latent.GUIDED) < distance(latent.ALIGNED) / 2
 
 
-def test_a_stopped_run_goes_on_with_the_next_way(data: Data, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_with_the_next_variant(data: Data, tmp_path: Path) -> None:
     variants = [latent.FROZEN, latent.GUIDED]
     first = latent.run(STAND_IN, data, 0, tmp_path, lambda line: None, variants[:1], FEW)
     assert list(first["variants"]) == variants[:1]
